@@ -1,0 +1,185 @@
+"""Text in, token blocks out: the embedded corpus, local files, or a Hub dataset.
+
+Notation: b batch, s sequence length. Training data is packed (documents joined by the end-of-text token, cut into
+blocks of s); evaluation data keeps one document a row, right-padded, so that intervals can be taken over documents.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlr.corpus import SPLITS, content_hash, embedded_corpus, split_of
+from dlr.progress import tqdm
+
+HUB_ALIASES = {"wikitext-103-raw-v1": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+               "wikitext-2-raw-v1": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+_WIKI_DOC = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
+_SUFFIXES = {".txt", ".md", ".json", ".jsonl"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts of one split and the hash that names them in results."""
+    source: str
+    split: str
+    texts: list[str]
+    hash: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def _hash(texts: list[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _file_texts(path: Path) -> list[str]:
+    """Documents of one file: WikiExtractor `<doc>` blocks, JSON lines or lists, `<|endoftext|>` or chapter breaks."""
+    raw = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".jsonl":
+        raw_rows = [json.loads(line) for line in raw.splitlines() if line.strip()]
+    elif path.suffix == ".json":
+        raw_rows = json.loads(raw)
+    elif "<doc " in raw[:200]:
+        raw_rows = _WIKI_DOC.findall(raw)
+    elif "<|endoftext|>" in raw:
+        raw_rows = raw.split("<|endoftext|>")
+    elif path.suffix == ".md":
+        raw_rows = re.split(r"\n(?=## )", raw)
+    else:
+        raw_rows = re.split(r"\n{3,}", raw)
+    rows = (row.get("text", "") if isinstance(row, dict) else str(row) for row in raw_rows)
+    return [row.strip() for row in rows if len(row.strip()) >= 200]
+
+
+def folder_texts(path: str | Path) -> list[str]:
+    """All documents of a file, or of every text file below a folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: nothing there; ValueError: there are files, but no document in them.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No file or folder at {str(path)!r}. Give a folder of .txt, .md, .json or .jsonl "
+                                "files, or dataset='embedded', which needs none.")
+    files = [path] if path.is_file() else sorted(
+        p for p in path.rglob("*") if p.is_file() and (p.suffix in _SUFFIXES or p.name.startswith("wiki_")))
+    texts = [text for file in files for text in _file_texts(file)]
+    if not texts:
+        raise ValueError(f"{str(path)!r} holds no document of 200 characters or more in .txt, .md, .json or .jsonl "
+                         "files; an empty dataset cannot be trained or evaluated on.")
+    return texts
+
+
+def _hub_texts(dataset: str, split: str) -> list[str]:
+    from datasets import load_dataset
+    name, config = HUB_ALIASES.get(dataset, (dataset, None))
+    hub_split = {"train": "train", "test": "test"}.get(split, "validation")
+    try:
+        rows = load_dataset(name, config, split=hub_split)
+    except Exception as error:          # the Hub raises a different class for each kind of failure
+        raise ConnectionError(f"The dataset {name!r} could not be loaded from the Hugging Face Hub "
+                              f"({type(error).__name__}). Without a network use dataset='embedded', or a folder of "
+                              "text files.") from error
+    texts = _join_lines(rows["text"])
+    half = len(texts) // 2              # Hub datasets have no calibration split: half the validation split
+    return {"calibration": texts[:half], "validation": texts[half:]}.get(split, texts)
+
+
+def _join_lines(lines: list[str]) -> list[str]:
+    """WikiText comes a line a row: join the rows of one article (its title reads ` = Title = `)."""
+    articles: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch(r" = [^=].*[^=] = \n?", line):
+            articles.append([])
+        articles[-1].append(line)
+    return [text for text in ("".join(a).strip() for a in articles) if len(text) >= 200]
+
+
+def load_documents(dataset: str, split: str) -> Documents:
+    """Documents of `split` (train, calibration, validation, test) of 'embedded', a local path, or a Hub dataset."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
+    if dataset == "embedded":
+        frame = embedded_corpus()
+        rows = frame[frame["split"] == split]
+        return Documents(dataset, split, rows["text"].tolist(), content_hash(rows))
+    if Path(dataset).exists() or dataset.startswith((".", "/", "~")):
+        texts = [t for t in folder_texts(Path(dataset).expanduser()) if split_of(t) == split]
+    else:
+        texts = _hub_texts(dataset, split)
+    if not texts:
+        raise ValueError(f"The {split} split of dataset={dataset!r} is empty; every split needs at least one document.")
+    return Documents(dataset, split, texts, _hash(texts))
+
+
+def token_stream(texts: list[str], tokenizer, describe: str = "tokenising") -> np.ndarray:
+    """All texts as one stream of token ids `[n]` (uint32), each document opened by the end-of-text token."""
+    eos = tokenizer.eos_token_id
+    parts = []
+    for start in tqdm(range(0, len(texts), 512), desc=describe, unit="batch", disable=len(texts) < 4096):
+        for ids in tokenizer(texts[start:start + 512], add_special_tokens=False)["input_ids"]:
+            parts.append(np.array([eos, *ids], dtype=np.uint32))
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+
+
+class PackedBlocks(torch.utils.data.Dataset):
+    """Blocks of `seq_len` consecutive tokens, in an order shuffled by `seed`. Item: {'input_ids': [s] int64}."""
+
+    def __init__(self, stream: np.ndarray, seq_len: int, seed: int = 0):
+        if len(stream) < seq_len:
+            raise ValueError(f"The training text holds {len(stream)} tokens, fewer than one block of seq_len={seq_len}; "
+                             "give more text or a smaller seq_len.")
+        self.blocks = stream[:len(stream) // seq_len * seq_len].reshape(-1, seq_len)
+        self.order = np.random.default_rng(seed).permutation(len(self.blocks))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = torch.from_numpy(self.blocks[self.order[index]].astype(np.int64))
+        return {"input_ids": block}
+
+
+def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0, max_tokens: int | None = None) -> PackedBlocks:
+    """Training blocks of `documents`, drawn from documents in shuffled order until `max_tokens` are reached."""
+    order = np.random.default_rng(seed).permutation(len(documents.texts))
+    texts, characters = [], 0
+    for index in order:
+        texts.append(documents.texts[index])
+        characters += len(texts[-1])
+        if max_tokens and characters > 8 * max_tokens:       # no tokenizer here packs over 8 characters a token
+            break
+    stream = token_stream(texts, tokenizer)
+    return PackedBlocks(stream[:max_tokens], seq_len, seed)
+
+
+def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: int,
+                   limit: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """One document a row, cut to `max_len` tokens, right-padded: input_ids and attention_mask `[b, s]`.
+
+    Rows are sorted by length, so that little is padded; `row` `[b]` gives each row's place in `documents`.
+    """
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    pad = eos if pad is None else pad
+    texts = documents.texts[:limit]
+    encoded = tokenizer([t[:12 * max_len] for t in texts], add_special_tokens=False)["input_ids"]
+    rows = sorted(((i, [eos, *ids][:max_len]) for i, ids in enumerate(encoded)), key=lambda r: (len(r[1]), r[0]))
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start:start + batch_size]
+        width = max(len(ids) for _, ids in chunk)
+        batches.append({
+            "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for _, ids in chunk]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, ids in chunk]),
+            "row": torch.tensor([i for i, _ in chunk]),
+        })
+    return batches

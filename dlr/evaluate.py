@@ -1,0 +1,136 @@
+"""Perplexity with intervals over documents, and measured skip, for any policy.
+
+Notation: b batch, s sequence, U routable units. All tables hold one row a document.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dlr.budget import calibrate
+from dlr.objective import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.policy import Policy, RouterPolicy
+from dlr.progress import tqdm
+from dlr.routed import Routing
+
+BOOTSTRAP = 1000
+
+
+def autocast(device: torch.device, enabled: bool):
+    """bfloat16 autocast on `device`, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def device_of(model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _per_row(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    out = torch.zeros(mask.shape, dtype=torch.float64)
+    out[mask.cpu()] = values.double().cpu()
+    return out.sum(1).numpy()
+
+
+@torch.no_grad()
+def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *, bf16: bool = True,
+             kl: bool = False, describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
+    """One row a document: predicted tokens, summed nll (nats), real tokens, gates, gates run, and keep counts a unit.
+
+    `policy=None` evaluates the model at full depth. With `kl`, column `kl` sums KL(base || this model).
+    """
+    rows, device = [], device_of(model)
+    model.eval()
+    for batch in tqdm(batches, desc=describe, unit="batch", disable=not bar):
+        ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
+        with autocast(device, bf16), routing.using(policy):
+            logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+            kept = torch.ones(*ids.shape, routing.units) if policy is None else routing.plan.gates.float().cpu()
+        mask = predicted(real)
+        frame = {"doc": batch["row"].numpy(), "predicted": mask.sum(1).cpu().numpy(),
+                 "nll": _per_row(cross_entropy(logits, ids, real), mask), "tokens": real.sum(1).cpu().numpy()}
+        if kl:
+            with autocast(device, bf16), frozen_base(model, routing):
+                teacher = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+            frame["kl"] = _per_row(kl_to_teacher(logits, teacher, real), mask)
+        counts = ((kept > 0.5) & real.cpu().unsqueeze(-1)).sum(1).numpy()
+        frame |= {f"keep_{unit}": counts[:, unit] for unit in range(counts.shape[1])}
+        rows.append(pd.DataFrame(frame))
+    return pd.concat(rows).sort_values("doc").reset_index(drop=True)
+
+
+def mix(first: pd.DataFrame, second: pd.DataFrame, share_second: float) -> pd.DataFrame:
+    """The expected table when each document runs the second plan with probability `share_second`."""
+    return first * (1 - share_second) + second * share_second
+
+
+def skip_ratio(table: pd.DataFrame) -> float:
+    """1 - mean gate over real tokens and routable units."""
+    keep = table.filter(like="keep_")
+    return float(1 - keep.to_numpy().sum() / (table["tokens"].sum() * keep.shape[1]))
+
+
+def bootstrap(table: pd.DataFrame, statistic, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of `statistic(table)` over documents drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    draws = [statistic(table.iloc[generator.integers(0, len(table), len(table))]) for _ in range(BOOTSTRAP)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def perplexity(table: pd.DataFrame) -> float:
+    """exp of the mean negative log-likelihood a predicted token."""
+    return float(np.exp(table["nll"].sum() / table["predicted"].sum()))
+
+
+def summary(table: pd.DataFrame, always_run: int, units_per_layer: int = 1) -> dict:
+    """Perplexity with its interval over documents, measured skip and mean active layers."""
+    sums = table[["nll", "predicted"]]
+    low, high = bootstrap(sums, perplexity)
+    keep = table.filter(like="keep_").sum() / table["tokens"].sum()
+    out = {"perplexity": perplexity(table), "perplexity_low": low, "perplexity_high": high, "skip": skip_ratio(table),
+           "active_layers": always_run + float(keep.sum()) / units_per_layer, "documents": len(table),
+           "predicted_tokens": int(table["predicted"].sum()), "keep_rate": [round(float(k), 4) for k in keep]}
+    if "kl" in table:
+        out["kl"] = float(table["kl"].sum() / table["predicted"].sum())
+    return out
+
+
+def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
+    """Mean nll a token of `first` minus `second` on the same documents, with a paired bootstrap interval."""
+    joined = pd.DataFrame({"d": first["nll"] - second["nll"], "n": first["predicted"]})
+
+    def mean(frame):
+        return float(frame["d"].sum() / frame["n"].sum())
+
+    low, high = bootstrap(joined, mean)
+    return {"nll_difference": mean(joined), "low": low, "high": high}
+
+
+@torch.no_grad()
+def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool = True) -> tuple[torch.Tensor, int]:
+    """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced to run."""
+    found, forced, device = [], 0, device_of(model)
+    config = routing.config
+    first = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
+    for batch in tqdm(batches, desc="calibrating", unit="batch"):
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        with autocast(device, bf16), routing.using(RouterPolicy()):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        plan = routing.plan
+        free = plan.real & (mask.cumsum(1) - 1 >= first)
+        found.append(plan.logits[free].float().cpu())
+        forced += int((plan.real & ~free).sum()) * routing.units
+    return torch.cat(found), forced
+
+
+def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float, *, bf16: bool = True) -> float:
+    """Sets the threshold that gives `target_skip` on `batches`; returns the ratio it gives there.
+
+    The logits depend on the first K layers only, which every plan runs: one pass is exact.
+    """
+    logits, forced = router_logits(model, routing, batches, bf16=bf16)
+    threshold = calibrate(logits, target_skip, forced)
+    skipped = (logits <= threshold).sum().item()
+    routing.config.threshold = threshold
+    routing.config.calibrated_skip = skipped / (logits.numel() + forced)
+    return routing.config.calibrated_skip

@@ -1,0 +1,179 @@
+"""Figures, drawn from results alone (metrics.json rows and log.csv); each is saved as PNG and PDF.
+
+    python -m dlr.figures        # redraws figures/ from results/
+"""
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from dlr.runs import finished_runs, project_root
+
+# Okabe-Ito: told apart without red-green vision.
+COLOURS = {"DLR": "#0072B2", "best static": "#D55E00", "mean plan": "#E69F00", "shuffled": "#009E73",
+           "random plan": "#999999", "stochastic depth": "#CC79A7", "dense LoRA": "#000000", "base": "#666666"}
+
+
+def style() -> None:
+    """The look shared by all figures."""
+    sns.set_theme(context="paper", style="ticks", font_scale=1.1)
+    matplotlib.rcParams |= {"figure.dpi": 110, "savefig.dpi": 200, "axes.spines.top": False,
+                            "axes.spines.right": False, "pdf.fonttype": 42}
+
+
+def save(figure, folder: Path, name: str) -> Path:
+    """Writes name.png and name.pdf; returns the PNG's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("pdf", "png"):
+        metadata = {"CreationDate": None} if suffix == "pdf" else {}
+        figure.savefig(folder / f"{name}.{suffix}", bbox_inches="tight", metadata=metadata)
+    return folder / f"{name}.png"
+
+
+def _colour(variant: str) -> str:
+    for key in ("shuffled", "mean plan", "random plan", "stochastic depth", "best static", "dense LoRA", "base"):
+        if key in variant:
+            return COLOURS[key]
+    return COLOURS["DLR"]
+
+
+def comparison(table: pd.DataFrame, title: str = ""):
+    """Perplexity with 95 % intervals beside measured skip, one row a variant."""
+    style()
+    rows = table.iloc[::-1].reset_index(drop=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.36 * len(rows) + 1.2), sharey=True,
+                                         gridspec_kw={"width_ratios": [3, 2]})
+    places = np.arange(len(rows))
+    for place, row in zip(places, rows.itertuples()):
+        left.errorbar(row.perplexity, place, xerr=[[row.perplexity - row.perplexity_low],
+                                                   [row.perplexity_high - row.perplexity]], fmt="o",
+                      color=_colour(row.variant), capsize=3)
+        right.barh(place, 100 * row.skip, color=_colour(row.variant))
+        right.text(100 * row.skip + 1, place, f"{100 * row.skip:.1f}", va="center", fontsize=8)
+    left.set_yticks(places, rows["variant"])
+    left.set_xlabel("test perplexity (95 % interval over documents)")
+    if rows["perplexity"].max() > 4 * rows["perplexity"].min():
+        left.set_xscale("log")
+    right.set_xlabel("measured skip (%)")
+    right.set_xlim(0, max(70, 100 * rows["skip"].max() + 12))
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def frontier(table: pd.DataFrame, title: str = ""):
+    """Perplexity against measured skip: mean over seeds with one standard deviation, one line a variant."""
+    style()
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    data = table.copy()
+    data["kind"] = data["variant"].str.replace(r", \d+% dropped|, full", "", regex=True)
+    data["budget"] = data["skip"].round(1)
+    for kind, group in data.groupby("kind", sort=False):
+        points = group.groupby("budget").agg(skip=("skip", "mean"), mean=("perplexity", "mean"),
+                                             spread=("perplexity", "std")).fillna(0.0)
+        axes.errorbar(100 * points["skip"], points["mean"], yerr=points["spread"], label=kind, color=_colour(kind),
+                      marker="o", capsize=3, lw=2 if kind in ("DLR", "best static") else 1,
+                      ls="-" if len(points) > 1 else "none")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.set_xlabel("measured skip on the test split (%)")
+    axes.set_ylabel("test perplexity")
+    axes.set_title(title)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def keep_rates(table: pd.DataFrame, always_keep: int = 4, title: str = ""):
+    """Share of tokens that run each routable unit, one row a variant."""
+    style()
+    rates = pd.DataFrame(table["keep_rate"].tolist(), index=table["variant"])
+    rates.columns = [always_keep + i for i in range(rates.shape[1])]
+    figure, axes = plt.subplots(figsize=(0.45 * rates.shape[1] + 2.5, 0.36 * len(rates) + 1.3))
+    sns.heatmap(rates, vmin=0, vmax=1, cmap="cividis", ax=axes, annot=True, fmt=".2f", annot_kws={"size": 6},
+                cbar_kws={"label": "keep rate"})
+    axes.set_xlabel("layer")
+    axes.set_ylabel("")
+    axes.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
+def training(logs: dict[str, pd.DataFrame], title: str = ""):
+    """Cross-entropy and skip over the steps of each variant, with the budget asked for."""
+    style()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    palette = dict(zip(logs, sns.color_palette("colorblind", len(logs))))
+    for name, log in logs.items():
+        left.plot(log["step"], log["ce"].rolling(5, min_periods=1).mean(), label=name, color=palette[name])
+        right.plot(log["step"], 100 * log["skip"], color=palette[name])
+    goal = next(iter(logs.values()))["goal"].iloc[-1]
+    right.axhline(100 * goal, color="black", lw=0.8, ls=":")
+    right.text(0, 100 * goal + 1, "target", fontsize=8)
+    left.set_xlabel("step")
+    left.set_ylabel("training cross-entropy (nats)")
+    right.set_xlabel("step")
+    right.set_ylabel("skip in training (%)")
+    right.set_ylim(-2, 102)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def layer_harm(harm: list[float], title: str = ""):
+    """Loss added by skipping each single layer."""
+    style()
+    figure, axes = plt.subplots(figsize=(6, 2.6))
+    axes.bar(range(len(harm)), harm, color=COLOURS["DLR"])
+    axes.set_xlabel("layer skipped")
+    axes.set_ylabel("loss added (nats a token)")
+    if max(harm) > 20 * max(sorted(harm)[len(harm) // 2], 1e-6):
+        axes.set_yscale("log")
+    axes.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
+def pretraining(history: pd.DataFrame):
+    """Training loss by tokens seen, stage by stage."""
+    style()
+    figure, axes = plt.subplots(figsize=(6, 3))
+    for (stage, group), colour in zip(history.groupby("stage", sort=False), (COLOURS["DLR"], COLOURS["best static"])):
+        axes.plot(group["tokens"] / 1e6, group["loss"], label=stage, color=colour)
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel("training loss (nats a token)")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def redraw() -> list[Path]:
+    """figures/ from results/, for the phases that have results."""
+    folder, made = project_root() / "figures", []
+    pareto = finished_runs("pareto")
+    if pareto:
+        rows = pd.DataFrame([r for run in pareto.values() for r in run["metrics"]["rows"]])
+        made.append(save(frontier(rows, "Embedded model, 3 seeds"), folder, "pareto"))
+    for phase, title in (("token_routing", "Token-level routing"), ("baselines", "Baselines"),
+                         ("sequence_routing", "Sequence-level routing")):
+        for name, run in finished_runs(phase).items():
+            if name == "default":
+                rows = pd.DataFrame(run["metrics"]["rows"])
+                made.append(save(comparison(rows, title), folder, phase))
+                made.append(save(keep_rates(rows, title=title), folder, f"{phase}_keep_rates"))
+    for run in finished_runs("base_model").values():
+        if "layer_harm" in run["metrics"]:
+            made.append(save(layer_harm(run["metrics"]["layer_harm"], "Base model"), folder, "base_model_layers"))
+    plt.close("all")
+    return made
+
+
+if __name__ == "__main__":
+    for path in redraw():
+        print(path)

@@ -1,0 +1,70 @@
+"""The training objective: cross-entropy, distillation from the frozen base, and a budget on the layers run.
+
+Notation: b batch, s sequence, V vocabulary, n predicted positions, U routable units. Padding never counts.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dlr.plan import Plan
+
+ROWS = 1024          # positions whose logits are held in float32 at a time: 152k x 1024 x 4 bytes = 0.6 GB
+
+
+def predicted(real: torch.Tensor) -> torch.Tensor:
+    """`[b, s-1]` bool: positions whose next token is real."""
+    return real[:, 1:] & real[:, :-1]
+
+
+def cross_entropy(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Next-token cross-entropy of each predicted position, `[n]` in nats. logits `[b, s, V]`, ids and real `[b, s]`."""
+    mask = predicted(real)
+    rows, targets = logits[:, :-1][mask], ids[:, 1:][mask]
+    return torch.cat([F.cross_entropy(rows[i:i + ROWS].float(), targets[i:i + ROWS], reduction="none")
+                      for i in range(0, len(rows), ROWS)])
+
+
+def _kl_rows(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    log_p = F.log_softmax(teacher.float() / temperature, -1)
+    log_q = F.log_softmax(student.float() / temperature, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kl_to_teacher(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor,
+                  temperature: float = 1.0) -> torch.Tensor:
+    """KL(teacher || student) of each predicted position, `[n]` in nats (Hinton et al. 2015, times T squared).
+
+    Computed in chunks of rows that are recomputed in the backward pass, so that no `[b, s, V]` float32 copy is held.
+    """
+    mask = predicted(real)
+    rows, goal = student[:, :-1][mask], teacher[:, :-1][mask]
+    parts = [checkpoint(_kl_rows, rows[i:i + ROWS], goal[i:i + ROWS], temperature, use_reentrant=False)
+             if rows.requires_grad else _kl_rows(rows[i:i + ROWS], goal[i:i + ROWS], temperature)
+             for i in range(0, len(rows), ROWS)]
+    return torch.cat(parts) * temperature**2
+
+
+@contextlib.contextmanager
+def frozen_base(model, routing):
+    """The base model itself: adapters and router off, no gradients, no second copy of the weights."""
+    adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    with torch.no_grad(), adapters, routing.disabled():
+        yield model
+
+
+def original_budget(plan: Plan, target_skip: float, l1_weight: float, target_weight: float) -> torch.Tensor:
+    """The first studies' budget: per-layer L1 on the keep rate, summed over layers, plus a squared target term.
+
+    Kept so that its failure can be shown: the sum of L1 terms swamps the target and nearly every layer is dropped.
+    """
+    keep = plan.gates[plan.real].mean(0)
+    skip = 1 - keep.mean()
+    return l1_weight * keep.sum() + target_weight * (skip - target_skip) ** 2
+
+
+def global_penalty(plan: Plan, penalty: float) -> torch.Tensor:
+    """lambda times the mean gate: one price for every layer and token, no target."""
+    return penalty * plan.budget

@@ -1,0 +1,119 @@
+"""Pretraining of the embedded base model: tokenizer, Muon + AdamW, transformers.Trainer, warm-up-stable-decay.
+
+A stable stage (constant rate) can go on for as long as there is time, is checkpointed and resumes by itself; a decay
+stage started from any of its checkpoints gives a model to export. Muon: Jordan et al. 2024; stable-then-decay: Hu et
+al. 2024 (MiniCPM).
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from dlr.data import PackedBlocks, folder_texts, load_documents, token_stream
+from dlr.runs import write_atomically
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+STAGE = "stage.json"          # beside the checkpoints: tokens a step
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; digits are split one by one; every byte string round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD,
+                                   model_max_length=1024, clean_up_tokenization_spaces=False)
+
+
+def pretraining_texts(text_dir: str, seed: int = 0) -> list[str]:
+    """Documents of `text_dir` (may be empty) and of the embedded corpus's train split, shuffled."""
+    texts = load_documents("embedded", "train").texts + (folder_texts(text_dir) if text_dir else [])
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def pretraining_stream(text_dir: str, tokenizer, cache: Path) -> np.ndarray:
+    """The training tokens `[n]`, from `cache` (a .npy file) or tokenised and stored there."""
+    if not cache.exists():
+        stream = token_stream(pretraining_texts(text_dir), tokenizer).astype(np.uint16)
+        temporary = cache.with_suffix(".tmp.npy")
+        np.save(temporary, stream, allow_pickle=False)
+        os.replace(temporary, cache)
+    return np.load(cache, mmap_mode="r", allow_pickle=False)
+
+
+def nano_config(vocab_size: int, layers: int = 16, width: int = 192) -> LlamaConfig:
+    """Llama architecture, grouped queries (3 heads of 64, one K/V head), tied embeddings: 7.1 M parameters."""
+    return LlamaConfig(vocab_size=vocab_size, hidden_size=width, intermediate_size=width * 8 // 3,
+                       num_hidden_layers=layers, num_attention_heads=width // 64, num_key_value_heads=1,
+                       max_position_embeddings=1024, tie_word_embeddings=True, rms_norm_eps=1e-5,
+                       bos_token_id=0, eos_token_id=0, pad_token_id=1)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the layers' matrices, AdamW for embeddings and norms, behind one optimizer interface."""
+
+    def __init__(self, model, muon_lr: float, adamw_lr: float):
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        self.parts = [torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.1,
+                                       adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        super().__init__([*matrices, *others], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts], "param_groups": [], "state": {}}
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def pretrain(model, stream: np.ndarray, folder: Path, *, steps: int, seq_len: int, batch_size: int, muon_lr: float,
+             adamw_lr: float, schedule: str, accumulation: int = 1, warmup: int = 100, seed: int = 0,
+             save_steps: int = 200, compile: bool = False) -> Trainer:
+    """Trains `model` in place for `steps` optimizer steps; goes on from the newest checkpoint in `folder`.
+
+    `schedule` is 'constant_with_warmup' (stable stage) or 'linear' (decay stage).
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation, lr_scheduler_type=schedule, warmup_steps=warmup, max_grad_norm=1.0,
+        bf16=True, torch_compile=compile, logging_steps=20, save_steps=save_steps, save_total_limit=2, seed=seed, report_to=[],
+        dataloader_num_workers=0, use_cpu=not torch.cuda.is_available(), disable_tqdm=None)
+    data = PackedBlocks(stream, seq_len, seed)
+
+    def collate(rows):
+        ids = torch.stack([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids}
+
+    write_atomically(folder / STAGE, json.dumps({"tokens_per_step": batch_size * accumulation * seq_len}))
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate,
+                      optimizers=(MuonAdamW(model, muon_lr, adamw_lr), None))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    return trainer
+
+
+def new_model(vocab_size: int, layers: int, width: int, seed: int = 0) -> LlamaForCausalLM:
+    """A fresh model in float32, initialised from `seed`."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(nano_config(vocab_size, layers, width))

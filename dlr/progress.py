@@ -1,0 +1,12 @@
+"""Progress bars: widgets in JupyterLab, plain text in a terminal or a papermill run (DLR_TERMINAL=1)."""
+
+import os
+
+from tqdm.auto import tqdm as _auto
+from tqdm.std import tqdm as _std
+
+
+def tqdm(*args, **options):
+    """tqdm that leaves nothing behind when it ends."""
+    bar = _std if os.environ.get("DLR_TERMINAL") else _auto
+    return bar(*args, **{"leave": False, "mininterval": 1.0, "dynamic_ncols": True, **options})

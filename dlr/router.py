@@ -1,0 +1,93 @@
+"""The router: a small float32 network from the state after layer K to one logit a routable unit.
+
+Notation: b batch, s sequence, d width, U routable units. Gumbel straight-through gates: Jang et al. 2017, Maddison et
+al. 2017; straight-through estimator: Bengio et al. 2013.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dlr.config import RouterConfig
+
+
+ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds it
+
+
+class Router(nn.Module):
+    """RMSNorm, three linear layers with GELU between them, and (optionally) low-rank paths for skipped tokens.
+
+    It lives inside the base model's module tree, so that optimizers, clipping and DDP see its parameters, but keeps out
+    of the base model's `state_dict`: its weights belong to router files (see `weights`).
+    """
+
+    def __init__(self, width: int, units: int, config: RouterConfig):
+        super().__init__()
+        hidden = config.router_hidden
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, units))
+        nn.init.normal_(self.net[-1].weight, std=0.01)
+        nn.init.constant_(self.net[-1].bias, config.keep_bias)
+        rank = config.skip_adapter_rank
+        self.down = nn.ParameterList(nn.Parameter(torch.randn(rank, width) / width**0.5) for _ in range(units)) \
+            if rank else None
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(width, rank)) for _ in range(units)) if rank else None
+        self.register_load_state_dict_post_hook(self._not_missing)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Router logits `[..., U]` (float32) from states `[..., d]`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = hidden.float()
+            x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+            for module in self.net:
+                x = F.linear(x, module.weight.float(), module.bias.float()) if isinstance(module, nn.Linear) \
+                    else module(x)
+            return x
+
+    def skipped(self, unit: int, x: torch.Tensor) -> torch.Tensor:
+        """What a token carries past unit `unit` when it skips it: x, plus a low-rank term where there is an adapter."""
+        if self.down is None:
+            return x
+        return x + F.linear(F.linear(x, self.down[unit].to(x.dtype)), self.up[unit].to(x.dtype))
+
+    # The base model's state_dict must not change when a router is attached.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        pass
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        return {} if destination is None else destination
+
+    @staticmethod
+    def _not_missing(module, incompatible) -> None:
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if f"{ROUTER_NAME}." not in key]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Name to tensor, contiguous on the CPU: what a router file holds."""
+        return {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+
+    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies `tensors` in; raises ValueError where names or shapes differ."""
+        own = dict(self.named_parameters())
+        wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+        if wrong:
+            raise ValueError(f"These router weights do not fit this router; first difference: {wrong[0]!r}.")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+
+def hard_gates(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Deterministic gates at evaluation: 1.0 where logit > threshold."""
+    return (logits > threshold).float()
+
+
+def straight_through_gates(logits: torch.Tensor, threshold: float, temperature: float,
+                           noise: bool = True) -> torch.Tensor:
+    """Hard 0/1 gates forward, gradient of the relaxed gates backward (binary Gumbel-softmax)."""
+    shifted = logits - threshold
+    if noise:
+        uniform = torch.rand_like(shifted).clamp(1e-6, 1 - 1e-6)
+        shifted = shifted + uniform.log() - (1 - uniform).log()       # difference of two Gumbels is logistic
+    soft = torch.sigmoid(shifted / temperature)
+    hard = (soft > 0.5).float()
+    return hard + soft - soft.detach()

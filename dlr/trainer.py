@@ -1,0 +1,235 @@
+"""Training on transformers.Trainer: the objectives, the budget controller, logs and exact resumption."""
+
+import csv
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from dlr.budget import Controller
+from dlr.checkpoint import CONFIG, WEIGHTS, write_router
+from dlr.config import RunConfig
+from dlr.objective import (cross_entropy, frozen_base, global_penalty, kl_to_teacher, original_budget, predicted)
+from dlr.plan import gate_entropy
+from dlr.policy import Policy, RouterPolicy
+from dlr.progress import tqdm
+from dlr.routed import routing_of
+from dlr.router import ROUTER_NAME
+
+LOG_FIELDS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy", "temperature", "lr",
+              "tokens_per_second")
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Stacks packed blocks or pads unequal rows on the right.
+
+    Labels are -100 at padding and at each row's first token, so that Trainer counts predicted positions.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, :len(row["input_ids"])] = row["input_ids"]
+        mask[i, :len(row["input_ids"])] = 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class DLRTrainer(Trainer):
+    """Trains LoRA and router of a routed PEFT model.
+
+    Args:
+        policy: None trains the router's own plan; a fixed policy (static, stochastic depth, dense) trains LoRA under it.
+    """
+    # compute_loss divides by the number of labels in the whole accumulated batch, so Trainer must not divide again:
+    # batch 1 x 4 accumulated then equals batch 4 x 1.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, config: RunConfig, dataset, folder: Path, policy: Policy | None = None, noise: bool = True):
+        self.config, self.routing, self.folder = config, routing_of(model), Path(folder)
+        self.learns_routing = policy is None
+        self.policy = policy or RouterPolicy(training=True, noise=noise)
+        self.router_steps = config.steps
+        if self.learns_routing and config.warm_start and config.objective == "controlled":
+            self.router_steps = round(config.router_share * config.steps)
+        ramp = 0 if config.warm_start else round(config.ramp * config.steps)
+        self.controller = Controller(config.target_skip, config.dual_rate, ramp)
+        self._sums: dict[str, float] = {}
+        self._clock = time.perf_counter()
+        arguments = TrainingArguments(
+            output_dir=str(self.folder / "trainer"), max_steps=config.steps, learning_rate=config.lr,
+            per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
+            warmup_steps=round(config.warmup * config.steps), lr_scheduler_type="linear", weight_decay=0.0,
+            bf16=config.bf16, logging_steps=10, save_steps=config.save_steps, save_total_limit=1, seed=config.seed,
+            report_to=[], use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+            activation_checkpointing=config.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False}, logging_strategy="no", disable_tqdm=True)
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        super().__init__(model, arguments, train_dataset=dataset, data_collator=collate)
+        self.model_accepts_loss_kwargs = True          # makes Trainer count the labels of the accumulated batch
+        self.remove_callback(PrinterCallback)          # log.csv and the progress bar say more
+        self.add_callback(_StepEnd(self))
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        config, routing = self.config, self.routing
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        real = mask.bool()
+        count = predicted(real).sum()
+        share = 1.0 if num_items_in_batch is None else count * self.accelerator.num_processes / num_items_in_batch
+        with self.compute_loss_context_manager():
+            teacher = None
+            if config.kd_weight:
+                with frozen_base(self.accelerator.unwrap_model(model), routing):
+                    teacher = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with routing.using(self._policy_now()):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        ce = cross_entropy(logits, ids, real).mean()
+        kd = kl_to_teacher(logits, teacher, real, config.kd_temperature).mean() if teacher is not None else ce * 0
+        budget = self._budget_term()
+        loss = (1 - config.kd_weight) * ce + config.kd_weight * kd + budget
+        self._record(ce=ce, kd=kd, budget=budget, tokens=real.sum(), count=count)
+        return (loss * share, logits) if return_outputs else loss * share
+
+    def _policy_now(self) -> Policy | None:
+        step, steps = self.state.global_step, max(1, self.config.steps - 1)
+        if self.learns_routing:
+            start, end = self.config.gumbel_start, self.config.gumbel_end
+            self.policy.temperature = start + (end - start) * min(1.0, step / steps)
+            self.policy.training = step < self.router_steps
+        return self.policy
+
+    def _budget_term(self) -> torch.Tensor:
+        plan, config = self.routing.plan, self.config
+        if not self.learns_routing or config.objective == "controlled":
+            return torch.zeros((), device=plan.gates.device)
+        if config.objective == "original":
+            return config.penalty * original_budget(plan, config.target_skip, config.l1_weight, config.target_weight)
+        return global_penalty(plan, config.penalty)
+
+    def _record(self, tokens, count, **terms) -> None:
+        """Sums over the accumulated batch, so that a log row is a mean over tokens."""
+        plan, weight = self.routing.plan, float(count)
+        values = {name: float(value.detach()) for name, value in terms.items()}
+        values["skip"] = plan.skip_ratio
+        if plan.logits is not None:
+            values["gate_entropy"] = gate_entropy(torch.sigmoid(plan.logits - self.routing.config.threshold))
+        for layer, keep in enumerate(plan.keep_rate.tolist()):
+            values[f"keep_{layer}"] = keep
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + weight * value
+        self._sums["weight"] = self._sums.get("weight", 0.0) + weight
+        self._sums["tokens"] = self._sums.get("tokens", 0.0) + float(tokens)
+
+    def step_done(self, step: int) -> dict:
+        """Moves the threshold by the skip missed and writes the log row of `step` (1 = first)."""
+        sums, self._sums = self._sums, {}
+        weight, tokens = sums.pop("weight"), sums.pop("tokens")
+        row = {name: value / weight for name, value in sums.items()}
+        now, threshold = time.perf_counter(), self.routing.config.threshold
+        row |= {"step": step, "threshold": threshold, "temperature": getattr(self.policy, "temperature", ""),
+                "goal": self.controller.goal(step - 1), "lr": self.lr_scheduler.get_last_lr()[0],
+                "tokens_per_second": tokens / (now - self._clock)}
+        self._clock = now
+        if self.learns_routing and self.config.objective == "controlled":
+            self.routing.config.threshold = self.controller.update(threshold, row["skip"], step - 1)
+        if self.args.should_save:
+            append_log(self.folder / "log.csv", row)
+        return row
+
+    # -- optimizer, checkpoints -------------------------------------------------------------------------------------
+    def create_optimizer(self, model=None):
+        """AdamW with one learning rate for LoRA and one for the router."""
+        groups: dict[bool, list] = {False: [], True: []}
+        for name, parameter in (model or self.model).named_parameters():
+            if ROUTER_NAME in name:
+                parameter.requires_grad_(self.learns_routing)
+            if parameter.requires_grad:
+                groups[ROUTER_NAME in name].append(parameter)
+        rates = {False: self.config.lr, True: self.config.router_lr}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters, "lr": rates[key]} for key, parameters in groups.items() if parameters],
+            betas=(0.9, 0.95), weight_decay=0.0)
+        return self.optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_router(self.routing, Path(output_dir or self.args.output_dir))
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)    # a pickle
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        self.routing.router.load_weights(load_file(folder / WEIGHTS))
+        self.routing.config.threshold = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["threshold"]
+
+    def fit(self) -> None:
+        """Trains, from the newest complete checkpoint in the run's folder where there is one."""
+        output = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        while last and not (Path(last) / "trainer_state.json").is_file():        # killed while it was written
+            os.rename(last, output / f"broken-{Path(last).name}")
+            last = get_last_checkpoint(str(output))
+        trim_log(self.folder / "log.csv", json.loads((Path(last) / "trainer_state.json").read_text())["global_step"]
+                 if last else 0)
+        self.train(resume_from_checkpoint=last)
+        self.routing.policy = RouterPolicy()
+        self.model.eval()
+
+
+class _StepEnd(TrainerCallback):
+    """Log row, controller and progress bar at the end of each optimizer step."""
+
+    def __init__(self, trainer: DLRTrainer):
+        self.trainer, self.bar = trainer, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        row = self.trainer.step_done(state.global_step)
+        self.bar.set_postfix(ce=f"{row['ce']:.3f}", skip=f"{row['skip']:.0%}", refresh=False)
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def append_log(path: Path, row: dict) -> None:
+    """One more row of log.csv; the columns are fixed by the first row."""
+    columns = [*LOG_FIELDS, *(name for name in row if name.startswith("keep_"))]
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drops the rows after `step`, which a resumed run will write again."""
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = file.read().splitlines(keepends=True)
+    kept = lines[:1] + [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

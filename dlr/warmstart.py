@@ -1,0 +1,163 @@
+"""Warm start: regress the router on each token's marginal harm before end-to-end training.
+
+The marginal harm of a unit for a token is what skipping it adds to that token's KL from the dense model, on top of a
+background plan. Round 1 uses random plans or the best static plan as background; later rounds use the router's own plan
+at the target skip, with some gates flipped, so that the labels are right where it will work (as in DAgger, Ross et al.
+2011).
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from dlr.baselines import static_pair
+from dlr.budget import calibrate
+from dlr.config import RunConfig
+from dlr.evaluate import autocast, device_of
+from dlr.objective import frozen_base, kl_to_teacher
+from dlr.policy import GivenPlan
+from dlr.progress import tqdm
+from dlr.router import hard_gates
+from dlr.routed import Routing
+
+FLIPPED = 0.1           # share of gates flipped in the router's own background plans
+LOGIT_SCALE = 2.0       # spread of the logits a warm router starts with
+
+
+@dataclass
+class HarmLabels:
+    """states `[n, d]` before layer K and marginal harms `[n, U]` in nats, of `n` predicted tokens."""
+    states: torch.Tensor
+    harm: torch.Tensor
+
+
+class Background:
+    """Plans `[b, s, U]` whose single units are flipped: random ones, a static plan, or the router's own."""
+
+    def __init__(self, routing: Routing, target: float, round_index: int, order: list[int] | None, seed: int):
+        self.routing, self.target, self.order = routing, target, order
+        self.own = round_index > 0
+        self.generator = torch.Generator().manual_seed(1000 * seed + round_index)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        shape = (*hidden.shape[:2], self.routing.units)
+        draw = torch.rand(shape, generator=self.generator).to(hidden.device)
+        if not self.own and self.order is None:
+            rate = torch.rand(shape[0], 1, 1, generator=self.generator) * min(1.0, 2 * self.target)
+            return (draw >= rate.to(hidden.device)).float()
+        if self.own:
+            gates = hard_gates(self.routing.router(hidden), self.routing.config.threshold)
+        else:
+            fewer, more, share = static_pair(self.order, self.routing.units, self.target)
+            second = torch.rand(shape[0], generator=self.generator) < share
+            gates = torch.stack([fewer, more])[second.long()].unsqueeze(1).expand(shape).to(hidden.device)
+        return torch.where(draw < FLIPPED, 1 - gates, gates)
+
+
+@torch.no_grad()
+def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Background, bf16: bool) -> HarmLabels:
+    """Labels for one batch `[b, s]`: a dense pass, a background pass, and one pass a unit with that unit flipped."""
+    real = torch.ones_like(ids, dtype=torch.bool)
+
+    def kl_under(gates, teacher):
+        with autocast(ids.device, bf16), routing.using(GivenPlan(gates)):
+            return kl_to_teacher(model(input_ids=ids, use_cache=False).logits, teacher, real)
+
+    seen = {}
+    layer = routing.layers[routing.first]
+    handle = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    with autocast(ids.device, bf16), frozen_base(model, routing):
+        teacher = model(input_ids=ids, use_cache=False).logits
+    handle.remove()
+    background = make_background(seen["x"]).clone()
+    background[:, :routing.config.keep_first_tokens] = 1.0
+    before = kl_under(background, teacher)
+    harms = []
+    for unit in range(routing.units):
+        flipped = background.clone()
+        flipped[..., unit] = 1 - flipped[..., unit]
+        ran = background[:, :-1, unit].flatten() > 0.5
+        change = kl_under(flipped, teacher) - before
+        harms.append(torch.where(ran, change, -change))
+    keep = torch.ones_like(ids[:, :-1], dtype=torch.bool)
+    keep[:, :routing.config.keep_first_tokens] = False
+    rows = keep.flatten()
+    return HarmLabels(seen["x"][:, :-1].flatten(0, 1)[rows].float().cpu(), torch.stack(harms, -1)[rows].float().cpu())
+
+
+def label(model, routing: Routing, blocks, config: RunConfig, round_index: int, folder: Path | None,
+          order: list[int] | None = None) -> HarmLabels:
+    """Labels of one round for about `config.warm_tokens` tokens, cached in `folder`."""
+    path = folder / f"harm-{round_index}.safetensors" if folder else None
+    if path and path.exists():
+        stored = load_file(path)
+        return HarmLabels(stored["states"], stored["harm"])
+    device, background = device_of(model), Background(routing, config.target_skip, round_index, order, config.seed)
+    per_batch = config.batch_size * (config.seq_len - 1)
+    parts = []
+    count = -(-config.warm_tokens // per_batch)
+    for i in tqdm(range(count), desc=f"labelling marginal harm {round_index + 1}/{config.warm_rounds}", unit="batch",
+                  leave=False):
+        start = (round_index * count + i) * config.batch_size
+        ids = torch.stack([blocks[(start + j) % len(blocks)]["input_ids"] for j in range(config.batch_size)]).to(device)
+        parts.append(label_batch(model, routing, ids, background, config.bf16))
+    labels = HarmLabels(torch.cat([p.states for p in parts]), torch.cat([p.harm for p in parts]))
+    if path:
+        temporary = path.with_suffix(".tmp")
+        save_file({"states": labels.states, "harm": labels.harm}, temporary)
+        os.replace(temporary, path)
+    return labels
+
+
+def regress(routing: Routing, labels: HarmLabels, epochs: int, seed: int) -> float:
+    """Fits the router to the labels; returns the share of variance explained on a tenth held out.
+
+    Harms are clipped at their 1st and 99th percentile (a few tokens are hurt a hundred times more than the rest) and
+    scaled to the spread of logits; one scale and offset for all units, so that one threshold can compare them.
+    """
+    device = next(routing.router.parameters()).device
+    sample = labels.harm.flatten()[::max(1, labels.harm.numel() // 100_000)]
+    low, high = torch.quantile(sample, torch.tensor([0.01, 0.99]))
+    harm = labels.harm.clamp(low, high)
+    goal = ((harm - harm.mean()) / harm.std().clamp(min=1e-8) * LOGIT_SCALE).to(device)
+    states = labels.states.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(states), generator=generator)
+    held, kept = order[:len(order) // 10], order[len(order) // 10:]
+    optimizer = torch.optim.AdamW(routing.router.net.parameters(), lr=2e-3, weight_decay=0.05)
+    total = epochs * -(-len(kept) // 512)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=total)
+    routing.router.requires_grad_(True)
+    for _ in range(epochs):
+        for rows in kept[torch.randperm(len(kept), generator=generator)].split(512):
+            loss = F.mse_loss(routing.router(states[rows]), goal[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        error = F.mse_loss(routing.router(states[held]), goal[held])
+    return float(1 - error / goal[held].var())
+
+
+def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path | None = None,
+               order: list[int] | None = None) -> list[float]:
+    """Labels, regresses and sets the threshold, `config.warm_rounds` times; returns the explained variance of each.
+
+    With `order` (see `baselines.greedy_static_order`) the first backgrounds are that static plan at the target skip.
+    """
+    explained, pool = [], []
+    for round_index in range(config.warm_rounds):
+        pool.append(label(model, routing, blocks, config, round_index, folder, order))
+        labels = HarmLabels(torch.cat([p.states for p in pool]), torch.cat([p.harm for p in pool]))
+        explained.append(regress(routing, labels, config.warm_epochs, config.seed))
+        with torch.no_grad():
+            device = next(routing.router.parameters()).device
+            logits = torch.cat([routing.router(part.to(device)).cpu() for part in labels.states.split(4096)])
+        routing.config.threshold = calibrate(logits, config.target_skip)
+    return explained

@@ -1,0 +1,106 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · The frontier: quality against layers run
+#
+# **Question.** At 20, 40 and 60 % measured skip, is a token-level router better than the best static plan, and than its
+# own shuffled and mean plans?
+#
+# **Method.** `point="router"` trains one router and one healed static plan at one target and seed; `point="baselines"`
+# trains dense LoRA and stochastic depth for a seed; `point="summary"` (the default) reads every finished run and draws
+# the frontier. The sweep runs them all:
+#
+#     python -m dlr sweep params/pareto/nano.yaml
+
+# %% tags=["parameters"]
+run_name: str = "default"
+point: str = "summary"
+model: str = "nano"
+dataset: str = "embedded"
+target_skip: float = 0.4
+dropped: list = [0.2, 0.4, 0.6]
+steps: int = 75
+batch_size: int = 8
+seq_len: int = 256
+lr: float = 1.0e-3
+seed: int = 0
+
+# %%
+import sys
+
+sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+
+from dlr.workbook import notebook_settings
+
+config = notebook_settings("pareto", globals())
+
+# %% tags=["nbval-ignore-output"]
+import pandas as pd
+
+from dlr import figures, study
+from dlr.runs import Run, project_root, results_folder
+from dlr.workbook import results_table
+
+run = Run(results_folder() / "pareto" / config.run_name)
+rows, verdict = [], None
+if config.point != "summary":
+    bench = study.open_bench(config)
+    run.start(config.model_dump(), bench.data_hash)
+
+# %% tags=["nbval-ignore-output"]
+if config.point == "router":
+    variant = study.train(bench, "DLR", config, run.folder / "router")
+    rows += study.routed_rows(bench, variant)
+    variant.close()
+    rows.append(study.static_row(bench, config, run.folder / "static", rows[0]["skip"]))
+    verdict = study.against_static(bench, "DLR")
+elif config.point == "baselines":
+    rows += [study.base_row(bench), study.dense_row(bench, config, run.folder / "dense")]
+    rows += study.stochastic_rows(bench, config.model_copy(update={"layer_drop": 0.5}), run.folder / "stochastic",
+                                  config.dropped)
+if rows:
+    run.finish(rows, against_static=verdict)
+
+# %% [markdown]
+# ## Result
+#
+# Mean and standard deviation over seeds.
+
+# %% tags=["nbval-ignore-output"]
+table = results_table("pareto")
+if len(table) == 0:      # nothing swept into this results folder: show the frontier that came with the repository
+    table = results_table("pareto", project_root() / "results")
+table["budget"] = table["skip"].round(1)
+table.groupby(["budget", "variant"])[["skip", "perplexity"]].agg(["mean", "std"]).round(3)
+
+# %% tags=["nbval-ignore-output"]
+picture = figures.frontier(table, "Perplexity against measured skip")
+figures.save(picture, run.folder if rows else results_folder() / "pareto", "frontier");
+
+# %% [markdown]
+# ## DLR against the best static plan
+#
+# Difference of the mean negative log-likelihood on the same documents, with a paired 95 % bootstrap interval; negative
+# favours DLR.
+
+# %% tags=["nbval-ignore-output"]
+from dlr.runs import finished_runs
+
+runs = finished_runs("pareto") or finished_runs("pareto", project_root() / "results")
+verdicts = pd.DataFrame([{"run": name, **found["metrics"]["against_static"]} for name, found in runs.items()
+                         if found["metrics"].get("against_static")])
+verdicts.round(4)
+
+# %% [markdown]
+# ## What it means
+#
+# A router earns its place where its line lies below the best static plan's and the intervals above exclude zero. Where
+# they do not, a fixed set of layers does the same work with less machinery, and the table says so.

@@ -1,0 +1,3 @@
+"""Executed notebooks under results/ are records, not tests."""
+
+collect_ignore_glob = ["*"]

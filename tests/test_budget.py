@@ -1,0 +1,120 @@
+"""Budgets are hit: calibration, the controller, static plans at an exact ratio."""
+
+import pytest
+import torch
+from conftest import tiny
+from test_routed import half_skipping
+
+from dlr.baselines import drop, evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
+from dlr.budget import Controller, calibrate
+from dlr.config import RouterConfig
+from dlr.evaluate import bootstrap, calibrate_router, evaluate, mix, paired_difference, perplexity, skip_ratio, summary
+from dlr.policy import LayerDrop, RandomPlan, RouterPolicy, StaticPlan
+
+
+def batches(count=12, length=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for start in range(0, count, 4):
+        mask = torch.ones(4, length, dtype=torch.long)
+        mask[0, length - 5:] = 0
+        out.append({"input_ids": torch.randint(2, 97, (4, length), generator=generator), "attention_mask": mask,
+                    "row": torch.arange(start, start + 4)})
+    return out
+
+
+@pytest.mark.parametrize("target", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+def test_calibration_meets_its_target_on_its_own_text(target):
+    logits = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
+    threshold = calibrate(logits, target)
+    assert (logits <= threshold).float().mean().item() == pytest.approx(target, abs=1e-4)
+
+
+def test_forced_gates_count_and_can_make_a_target_unreachable():
+    logits = torch.randn(90, 1, generator=torch.Generator().manual_seed(0))
+    assert (logits <= calibrate(logits, 0.5, forced=10)).sum() == 50
+    with pytest.raises(ValueError, match="10 of 100 gates always run"):
+        calibrate(logits, 0.95, forced=10)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        calibrate(logits, 1.4)
+    with pytest.raises(ValueError, match="at least one document"):
+        calibrate(torch.zeros(0, 3), 0.4)
+
+
+def test_raising_the_target_never_lowers_the_measured_skip():
+    model = tiny()
+    routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1))
+    measured = []
+    for target in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9):
+        calibrate_router(model, routing, batches(), target, bf16=False)
+        table = evaluate(model, routing, batches(seed=1), RouterPolicy(), bf16=False)
+        measured.append(skip_ratio(table))
+        assert skip_ratio(evaluate(model, routing, batches(), RouterPolicy(), bf16=False)) == pytest.approx(target, abs=2e-3)
+    assert measured == sorted(measured) and measured[0] < 0.05 < 0.7 < measured[-1]
+
+
+def test_the_controller_reaches_its_goal_on_a_drifting_router():
+    controller, threshold = Controller(0.4, rate=1.0, ramp_steps=20), 0.0
+    generator = torch.Generator().manual_seed(0)
+    skips = []
+    for step in range(80):
+        logits = 2.0 + 0.02 * step + torch.randn(512, 12, generator=generator)
+        skips.append((logits <= threshold).float().mean().item())
+        threshold = controller.update(threshold, skips[-1], step)
+    assert controller.goal(0) == pytest.approx(0.02) and controller.goal(40) == 0.4
+    assert sum(skips[-20:]) / 20 == pytest.approx(0.4, abs=0.03)
+
+
+@pytest.mark.parametrize("skip", [0.2, 0.33, 0.5, 0.9])
+def test_static_plans_mix_to_an_exact_ratio(skip):
+    model = tiny()
+    routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=0))
+    table = evaluate_static(model, routing, batches(), [2, 0, 3, 1], skip, 0.0, bf16=False)
+    assert skip_ratio(table) == pytest.approx(skip, abs=1e-6)
+    fewer, more, share = static_pair([2, 0, 3, 1], 4, skip)
+    assert (fewer - more).sum() == 1 and 0 <= share <= 1
+
+
+def test_greedy_search_finds_the_layer_that_does_nothing():
+    model = tiny()
+    with torch.no_grad():
+        for part in (model.model.layers[4].self_attn.o_proj, model.model.layers[4].mlp.down_proj):
+            part.weight.zero_()
+    routing = half_skipping(model, RouterConfig(always_keep=2))
+    order = greedy_static_order(model, routing, batches(), bf16=False)
+    with routing.using(StaticPlan(drop(4, [2]))):
+        idle = evaluate(model, routing, batches(), StaticPlan(drop(4, [2])), bf16=False)
+    assert sorted(order) == [0, 1, 2, 3]
+    dense = evaluate(model, routing, batches(), None, bf16=False)
+    assert idle["nll"].sum() == pytest.approx(dense["nll"].sum(), rel=1e-6)
+    losses = [evaluate(model, routing, batches(), StaticPlan(drop(4, [u])), bf16=False)["nll"].sum() for u in range(4)]
+    assert order[0] == losses.index(min(losses))
+
+
+def test_random_plan_and_layer_drop_hit_their_rates():
+    model = tiny()
+    routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=0))
+    assert skip_ratio(evaluate(model, routing, batches(48), RandomPlan(0.3), bf16=False)) == pytest.approx(0.3, abs=0.04)
+    torch.manual_seed(0)
+    with routing.using(LayerDrop(0.5)):
+        model(batches()[0]["input_ids"])
+    assert torch.equal(routing.plan.gates, routing.plan.gates[:, :1].expand_as(routing.plan.gates))
+
+
+def test_tables_are_a_row_a_document_and_intervals_hold_the_value():
+    model = tiny()
+    routing = half_skipping(model)
+    table = evaluate(model, routing, batches(), RouterPolicy(), bf16=False, kl=True)
+    assert list(table["doc"]) == list(range(12))
+    row = summary(table, 2)
+    assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]
+    assert row["active_layers"] == pytest.approx(2 + 4 * (1 - row["skip"]))
+    assert row["kl"] > 0
+    assert mix(table, table, 0.3)["nll"].tolist() == pytest.approx(table["nll"].tolist())
+    same = paired_difference(table, table)
+    assert same == {"nll_difference": 0.0, "low": 0.0, "high": 0.0}
+    assert bootstrap(table, perplexity) == bootstrap(table, perplexity)
+
+
+def test_the_mean_plan_drops_what_the_router_keeps_least():
+    assert order_of_mean_plan([0.9, 0.1, 0.5]) == [1, 2, 0]

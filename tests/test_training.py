@@ -1,0 +1,209 @@
+"""Gradients, accumulation, padding, distillation and resumption."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny
+from safetensors.torch import load_file
+from test_routed import half_skipping
+
+import dlr
+from dlr.config import RouterConfig, RunConfig
+from dlr.models import add_lora
+from dlr.objective import cross_entropy, frozen_base, kl_to_teacher, original_budget, predicted
+from dlr.policy import RouterPolicy
+from dlr.trainer import DLRTrainer, collate, seed_everything, trim_log
+
+SETTINGS = {"always_keep": 2, "steps": 2, "bf16": False, "warm_start": False, "target_skip": 0.5, "lr": 1e-2,
+            "router_lr": 1e-2, "lora_rank": 2}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Fixed rows of unequal length."""
+
+    def __init__(self, count=8, seed=3, equal=False):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = [12] * count if equal else [12, 7, 9, 12, 5, 12, 8, 10][:count]
+        self.rows = [{"input_ids": torch.randint(2, 97, (n,), generator=generator)} for n in lengths]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def loss_and_gradients(strategy, checkpointing=False):
+    model = tiny()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=0, strategy=strategy))
+    ids = torch.randint(2, 97, (2, 10), generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(7)
+    with routing.using(RouterPolicy(training=True)):
+        logits = model(ids, use_cache=False).logits
+    loss = cross_entropy(logits, ids, torch.ones_like(ids).bool()).mean() + routing.plan.budget
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("other", [("two_pass", False), ("single_pass", True), ("two_pass", True)])
+def test_two_passes_and_checkpointing_give_the_same_loss_and_gradients(other):
+    loss, gradients = loss_and_gradients("single_pass")
+    loss2, gradients2 = loss_and_gradients(*other)
+    assert loss == pytest.approx(loss2, abs=1e-6)
+    for name, gradient in gradients.items():
+        assert gradient is not None and torch.allclose(gradient, gradients2[name], atol=1e-6), name
+    assert any("dlr_router" in n and g.abs().max() > 0 for n, g in gradients.items())
+
+
+def trained(tmp_path, data, **changes):
+    seed_everything(0)
+    config = RunConfig(**{**SETTINGS, **changes})
+    model = add_lora(tiny(), config)
+    dlr.attach(model, config.router())
+    trainer = DLRTrainer(model, config, data, tmp_path, noise=False)
+    trainer.fit()
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("objective", ["controlled", "global_penalty"])
+def test_accumulation_equals_a_larger_batch(tmp_path, objective):
+    """Not so for 'original': its squared target term is no mean over tokens."""
+    data = Rows(equal=objective == "global_penalty")
+    once = trained(tmp_path / "a", data, batch_size=4, objective=objective)
+    four = trained(tmp_path / "b", data, batch_size=1, accumulation=4, objective=objective)
+    for name in once:
+        assert torch.allclose(once[name], four[name], atol=2e-5), name
+
+
+def test_padding_changes_no_loss():
+    model, rows = tiny(), Rows().rows
+    routing = half_skipping(model)
+    batch = collate(rows[:4])
+    real = batch["attention_mask"].bool()
+    together = cross_entropy(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+                             batch["input_ids"], real)
+    skipped = (1 - routing.plan.kept).sum()
+    alone, alone_skipped = [], 0
+    for row in rows[:4]:
+        ids = row["input_ids"][None]
+        alone.append(cross_entropy(model(ids).logits, ids, torch.ones_like(ids).bool()))
+        alone_skipped += (1 - routing.plan.kept).sum()
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert skipped == alone_skipped
+    assert (batch["labels"] != -100).sum() == predicted(real).sum()
+
+
+def test_distilling_a_model_from_itself_costs_nothing(ids):
+    model = tiny()
+    routing = half_skipping(model)
+    with frozen_base(model, routing):
+        teacher = model(ids).logits
+    real = torch.ones_like(ids).bool()
+    assert kl_to_teacher(teacher, teacher, real, 2.0).abs().max() == 0
+    assert kl_to_teacher(model(ids).logits, teacher, real).mean() > 1e-4
+
+
+def test_frozen_base_is_the_base_whatever_lora_and_router_do(ids):
+    base = tiny()
+    before = base(ids).logits
+    config = RunConfig(**SETTINGS)
+    model = add_lora(base, config)
+    routing = half_skipping(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert not torch.allclose(model(ids).logits, before)
+    with frozen_base(model, routing):
+        assert torch.equal(model(ids).logits, before)
+    routing.detach()
+    assert torch.equal(model.unload()(ids).logits, before)
+
+
+def test_kl_in_chunks_equals_kl_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 8, 50, generator=generator, requires_grad=True) for _ in range(2))
+    real = torch.ones(3, 8).bool()
+    whole = kl_to_teacher(student, teacher.detach(), real, 2.0)
+    monkeypatch.setattr("dlr.objective.ROWS", 4)
+    parts = kl_to_teacher(student, teacher.detach(), real, 2.0)
+    assert torch.allclose(whole, parts)
+    assert torch.allclose(*(torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (whole, parts)))
+
+
+def test_original_budget_has_the_original_constants(ids):
+    model = tiny()
+    routing = half_skipping(model)
+    model(ids)
+    keep = routing.plan.keep_rate
+    expected = 5.0 * keep.sum() + 8.0 * (1 - keep.mean() - 0.4) ** 2
+    assert original_budget(routing.plan, 0.4, 5.0, 8.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_log_tells_what_happened(tmp_path):
+    trained(tmp_path, Rows(equal=True), batch_size=4, steps=3)
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert list(log["step"]) == [1, 2, 3]
+    for column in ("ce", "kd", "budget", "skip", "goal", "gate_entropy", "temperature", "lr", "tokens_per_second"):
+        assert log[column].notna().all(), column
+    assert [c for c in log if c.startswith("keep_")] == [f"keep_{i}" for i in range(4)]
+    assert log["skip"].between(0, 1).all()
+    trim_log(tmp_path / "log.csv", 1)
+    assert len(pd.read_csv(tmp_path / "log.csv")) == 1
+
+
+SCRIPT = """
+import sys, time, torch
+sys.path[:0] = {paths!r}
+torch.set_num_threads(1)
+from pathlib import Path
+import test_training as T
+slow = T.DLRTrainer.step_done
+def step_done(self, step):
+    row = slow(self, step)
+    print("step", step, flush=True)
+    time.sleep({pause})
+    return row
+T.DLRTrainer.step_done = step_done
+weights = T.trained(Path({folder!r}), T.Rows(equal=True), batch_size=2, steps=12, save_steps=3)
+from safetensors.torch import save_file
+save_file(weights, {folder!r} + "/end.safetensors")
+"""
+
+
+def _start(folder, pause):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(paths=paths, folder=str(folder), pause=pause)],
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_after", [5, 9])
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, kill_after):
+    """kill -9 between checkpoints, then resume: bitwise what an uninterrupted run ends with."""
+    assert _start(tmp_path / "whole", 0).wait(120) == 0
+    process = _start(tmp_path / "killed", 0.15)
+    for line in process.stdout:
+        if line.strip() == f"step {kill_after}":
+            time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "end.safetensors").exists()
+    assert _start(tmp_path / "killed", 0).wait(120) == 0
+    whole, resumed = (load_file(tmp_path / f / "end.safetensors") for f in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+    assert list(pd.read_csv(tmp_path / "killed" / "log.csv")["step"]) == list(range(1, 13))
