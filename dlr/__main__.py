@@ -59,9 +59,11 @@ def run(arguments) -> int:
         started = time.time()
         print(f"{phase}: running notebook, results in {folder}", flush=True)
         run_notebook(phase, parameters)
-        print(f"{phase}: done in {(time.time() - started) / 60:.1f} minutes\n  executed notebook  {folder / 'notebook.ipynb'}\n"
-              f"  results table      {folder / 'table.md'}\n  figures            "
-              f"{', '.join(str(p) for p in sorted(folder.glob('*.png'))) or 'none'}")
+        print(f"{phase}: done in {(time.time() - started) / 60:.1f} minutes")
+        for label, pattern in (("executed notebook", "notebook.ipynb"), ("results table", "table.md"),
+                               ("figure", "*.png")):
+            for path in sorted(folder.glob(pattern)):
+                print(f"  {label:<18} {path}")
     return 0
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from dlr.config import RouterConfig, RunConfig, validated
 from dlr.models import load_base
 from dlr.routed import Routing, attach, causal_lm, describe_base, routing_of
+from dlr.router import ROUTER_NAME
 
 WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
 
@@ -24,13 +25,13 @@ class WrongBase(ValueError):
 
 
 def fingerprint(model) -> str:
-    """Eight hex digits of the base model's norm weights, the same in float32 and bfloat16; '' where it has none."""
-    digest, found = hashlib.sha256(), False
-    for name, parameter in sorted(causal_lm(model).named_parameters()):
-        if "norm" in name.lower() and "dlr_router" not in name and "lora_" not in name and parameter.ndim == 1:
-            digest.update(parameter.detach().float().cpu().bfloat16().view(torch.int16).numpy().tobytes())
-            found = True
-    return digest.hexdigest()[:8] if found else ""
+    """Eight hex digits of the base model's vectors (norms, biases), the same in float32 and bfloat16, with LoRA or not."""
+    digest = hashlib.sha256()
+    vectors = {name.replace(".base_layer", ""): p for name, p in causal_lm(model).named_parameters()
+               if p.ndim == 1 and ROUTER_NAME not in name and "lora_" not in name}
+    for _, parameter in sorted(vectors.items()):
+        digest.update(parameter.detach().float().cpu().bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:8] if vectors else ""
 
 
 @contextlib.contextmanager

@@ -94,8 +94,13 @@ class Run:
         return (self.folder / METRICS).is_file()
 
     def start(self, settings: dict, data_hash: str) -> "Run":
-        """Writes run.json. Raises ValueError where the folder holds a run with other settings."""
+        """Writes run.json, in which absolute paths are cut to their last part.
+
+        Raises:
+            ValueError: the folder holds a run with other settings.
+        """
         path = self.folder / "run.json"
+        settings = {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in settings.items()}
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))["settings"]
             changed = sorted(k for k in before.keys() | settings.keys() if before.get(k) != plain(settings).get(k))

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +12,7 @@ from pydantic import BaseModel
 
 from dlr.config import PHASES, SettingsError, read_params, validated
 from dlr.progress import tqdm
-from dlr.runs import METRICS, Run, finished_runs, project_root, results_folder
+from dlr.runs import Run, finished_runs, project_root, results_folder
 
 # What DLR_PRESET=toy changes: every cell of every notebook runs, in seconds. For tests; never for results.
 TOY = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32, "calibration_docs": 4, "eval_docs": 4,
@@ -75,17 +74,19 @@ def run_notebook(phase: str, parameters: dict, quiet: bool = False) -> Path:
         except (RuntimeError, TimeoutError) as error:
             if attempt == 2 or "Kernel" not in str(error):
                 raise
-    without_bars(folder / "notebook.ipynb")
+    tidy(folder / "notebook.ipynb")
     return folder
 
 
-def without_bars(path: Path) -> None:
-    """Drops stderr (progress bars, library warnings) from an executed notebook."""
+def tidy(path: Path) -> None:
+    """Drops from an executed notebook what is no result: stderr (bars, warnings) and papermill's absolute paths."""
     import nbformat
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    for name in ("input_path", "output_path"):
+        notebook.metadata.get("papermill", {}).pop(name, None)
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)
@@ -162,11 +163,7 @@ def run_sweep(path: str | Path, jobs: int = 1) -> tuple[pd.DataFrame, list[str]]
 
 def say_error(error: BaseException) -> str:
     """One clear sentence for the terminal; the last line of a notebook's own error where papermill wraps one."""
-    text = str(error)
     if type(error).__name__ == "PapermillExecutionError":
         return f"{error.ename}: {error.evalue}"
-    return text or "".join(traceback.format_exception_only(error)).strip()
+    return str(error) or type(error).__name__
 
-
-__all__ = ["METRICS", "checked_parameters", "expand", "notebook_settings", "results_table", "run_notebook", "run_sweep",
-           "say_error", "without_bars"]

@@ -33,13 +33,13 @@ model: str = "nano"
 dataset: str = "embedded"
 target_skip: float = 0.4
 variants: list = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
-steps: int = 75
+steps: int = 50
 batch_size: int = 8
 accumulation: int = 1
 seq_len: int = 256
 lr: float = 1.0e-3
 kd_weight: float = 0.5
-warm_tokens: int = 12288
+warm_tokens: int = 8192
 seed: int = 0
 
 # %%
