@@ -68,14 +68,17 @@ def run(arguments) -> int:
 
 
 def sweep(arguments) -> int:
-    from dlr.workbook import run_sweep
+    from dlr.config import read_params
+    from dlr.runs import results_folder, write_atomically
+    from dlr.workbook import run_sweep, seeds_table
     if arguments.jobs < 1:
         raise ValueError(f"--jobs {arguments.jobs} must be 1 or more")
     table, failed = run_sweep(arguments.file, arguments.jobs)
     if len(table):
-        columns = [c for c in ("variant", "target_skip", "skip", "perplexity") if c in table]
-        shown = table[columns].groupby(columns[:2]).agg(["mean", "std"]).round(4)
-        print(shown.to_string())
+        text = seeds_table(table).to_markdown(index=False)
+        path = results_folder() / read_params(arguments.file)["phase"] / "table.md"
+        write_atomically(path, text + "\n")
+        print(f"{text}\n{path}")
     print(f"{len(failed)} failed" + (f": {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -72,7 +72,7 @@ class RunConfig(BaseModel):
 
     # warm start
     warm_start: bool = True                            # regress the router on marginal harm first
-    warm_tokens: int = Field(8192, ge=64)             # tokens labelled, each with R + 2 forward passes
+    warm_tokens: int = Field(6144, ge=64)             # tokens labelled, each with R + 2 forward passes
     warm_background: Literal["static", "random"] = "static"    # plans of round 1: the best static one, or random ones
     warm_rounds: int = Field(2, ge=1)                  # 1: random background plans; more: the router's own plans
     warm_epochs: int = Field(30, ge=1)

@@ -87,7 +87,7 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Poli
     variant = Variant(name, config, model, routing)
     blocks = bench.blocks(config)
     if learns and config.warm_start:
-        variant.notes["warm_start_explained_variance"] = warm_start(model, routing, blocks, config, folder, order)
+        variant.notes |= warm_start(model, routing, blocks, config, folder, order)
     seed_everything(config.seed)
     DLRTrainer(model, config, blocks, folder, policy).fit()
     if learns:

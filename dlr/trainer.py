@@ -140,7 +140,7 @@ class DLRTrainer(Trainer):
                 "goal": self.controller.goal(step - 1), "lr": self.lr_scheduler.get_last_lr()[0],
                 "tokens_per_second": tokens / (now - self._clock)}
         self._clock = now
-        if self.learns_routing and self.config.objective == "controlled":
+        if self.learns_routing and self.config.objective == "controlled" and step <= self.router_steps:
             self.routing.config.threshold = self.controller.update(threshold, row["skip"], step - 1)
         if self.args.should_save:
             append_log(self.folder / "log.csv", row)

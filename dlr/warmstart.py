@@ -18,13 +18,15 @@ from dlr.baselines import static_pair
 from dlr.budget import calibrate
 from dlr.config import RunConfig
 from dlr.evaluate import autocast, device_of
-from dlr.objective import frozen_base, kl_to_teacher
-from dlr.policy import GivenPlan
+from dlr.objective import cross_entropy, frozen_base, kl_to_teacher
+from dlr.policy import GivenPlan, RouterPolicy
 from dlr.progress import tqdm
 from dlr.router import hard_gates
 from dlr.routed import Routing
 
 FLIPPED = 0.1           # share of gates flipped in the router's own background plans
+SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)         # of token-dependence, tried on top of the best static plan
+SHRINK_BATCHES = 4      # batches of training text that choose among them
 LOGIT_SCALE = 2.0       # spread of the logits a warm router starts with
 
 
@@ -145,19 +147,60 @@ def regress(routing: Routing, labels: HarmLabels, epochs: int, seed: int) -> flo
     return float(1 - error / goal[held].var())
 
 
-def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path | None = None,
-               order: list[int] | None = None) -> list[float]:
-    """Labels, regresses and sets the threshold, `config.warm_rounds` times; returns the explained variance of each.
+def _thresholded(routing: Routing, states: torch.Tensor, target_skip: float) -> None:
+    """Sets the threshold that gives `target_skip` on the labelled tokens."""
+    device = next(routing.router.parameters()).device
+    with torch.no_grad():
+        logits = torch.cat([routing.router(part.to(device)).cpu() for part in states.split(4096)])
+    routing.config.threshold = calibrate(logits, target_skip)
 
-    With `order` (see `baselines.greedy_static_order`) the first backgrounds are that static plan at the target skip.
+
+@torch.no_grad()
+def shrink(model, routing: Routing, blocks, labels: HarmLabels, order: list[int], config: RunConfig) -> float:
+    """Shrinks the router towards the best static plan by the share of token-dependence that pays; returns that share.
+
+    Marginal harms do not add up: layers that are each spare may not be spare together, which a plan put together token
+    by token ignores and the greedy search does not. So the logits become `prior[u] + share * (logit[u] - mean[u])`,
+    the prior falling along the static order, and `share` is what gives the least loss on training text that was not
+    labelled. At the smallest share all but the boundary layer is static, and tokens choose that one.
+    """
+    last, device = routing.router.net[-1], device_of(model)
+    mean = torch.cat([routing.router(part.to(device)) for part in labels.states.split(4096)]).mean(0)
+    rank = torch.tensor([order.index(unit) for unit in range(routing.units)], device=device)
+    prior = LOGIT_SCALE * (2 * rank / max(1, routing.units - 1) - 1)
+    weight, bias = last.weight.clone(), last.bias.clone()
+    first = len(blocks) - SHRINK_BATCHES * config.batch_size       # labels come from the front
+    batches = [torch.stack([blocks[max(0, first + i * config.batch_size + j)]["input_ids"]
+                            for j in range(config.batch_size)]).to(device) for i in range(SHRINK_BATCHES)]
+    losses = {}
+    for share in tqdm(SHARES, desc="how much token-dependence pays", unit="share"):
+        last.weight.copy_(share * weight)
+        last.bias.copy_(prior + share * (bias - mean))
+        _thresholded(routing, labels.states, config.target_skip)
+        with autocast(device, config.bf16), routing.using(RouterPolicy()):
+            losses[share] = sum(cross_entropy(model(input_ids=ids, use_cache=False).logits, ids,
+                                              torch.ones_like(ids, dtype=torch.bool)).sum().item() for ids in batches)
+    best = min(losses, key=losses.get)
+    last.weight.copy_(best * weight)
+    last.bias.copy_(prior + best * (bias - mean))
+    _thresholded(routing, labels.states, config.target_skip)
+    return best
+
+
+def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path | None = None,
+               order: list[int] | None = None) -> dict:
+    """Labels, regresses and sets the threshold, `config.warm_rounds` times; returns what it found.
+
+    With `order` (see `baselines.greedy_static_order`) the first backgrounds are that static plan at the target skip,
+    and the router is shrunk towards it at the end.
     """
     explained, pool = [], []
     for round_index in range(config.warm_rounds):
         pool.append(label(model, routing, blocks, config, round_index, folder, order))
         labels = HarmLabels(torch.cat([p.states for p in pool]), torch.cat([p.harm for p in pool]))
         explained.append(regress(routing, labels, config.warm_epochs, config.seed))
-        with torch.no_grad():
-            device = next(routing.router.parameters()).device
-            logits = torch.cat([routing.router(part.to(device)).cpu() for part in labels.states.split(4096)])
-        routing.config.threshold = calibrate(logits, config.target_skip)
-    return explained
+        _thresholded(routing, labels.states, config.target_skip)
+    found = {"warm_start_explained_variance": explained}
+    if order is not None:
+        found["token_dependent_share"] = shrink(model, routing, blocks, labels, order, config)
+    return found

@@ -99,6 +99,15 @@ def results_table(phase: str, root: Path | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def seeds_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of measured skip and perplexity, one row a target and variant."""
+    data = table.assign(target_skip=table["target_skip"].where(table["variant"].str.contains("DLR|static"), "-"))
+    found = data.groupby(["variant", "target_skip"], sort=False).agg(
+        runs=("perplexity", "size"), skip=("skip", "mean"), skip_sd=("skip", "std"), perplexity=("perplexity", "mean"),
+        perplexity_sd=("perplexity", "std")).reset_index()
+    return found.sort_values(["skip", "perplexity"]).round({"skip": 4, "skip_sd": 4, "perplexity": 2, "perplexity_sd": 2})
+
+
 # -- sweeps -----------------------------------------------------------------------------------------------------------
 def expand(sweep: dict) -> list[tuple[str, dict]]:
     """(run name, parameters) of every point of a sweep file.

@@ -39,7 +39,7 @@ accumulation: int = 1
 seq_len: int = 256
 lr: float = 1.0e-3
 kd_weight: float = 0.5
-warm_tokens: int = 8192
+warm_tokens: int = 6144
 seed: int = 0
 
 # %%
