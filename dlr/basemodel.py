@@ -87,6 +87,7 @@ def export(config: BaseModelConfig) -> pd.DataFrame:
     if newest is None:
         raise SettingsError(f"There is no checkpoint in {str(work)!r} to export.")
     model = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.bfloat16)
+    model.config.use_cache = model.generation_config.use_cache = True          # Trainer turns it off
     model.save_pretrained(NANO)
     AutoTokenizer.from_pretrained(work / "tokenizer").save_pretrained(NANO)
     history = _history(work)

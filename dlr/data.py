@@ -121,13 +121,18 @@ def load_documents(dataset: str, split: str) -> Documents:
     return Documents(dataset, split, texts, _hash(texts))
 
 
+def opening_token(tokenizer) -> int:
+    """The token that opens a document: beginning-of-text where the tokenizer has one, else end-of-text."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def token_stream(texts: list[str], tokenizer, describe: str = "tokenising") -> np.ndarray:
-    """All texts as one stream of token ids `[n]` (uint32), each document opened by the end-of-text token."""
-    eos = tokenizer.eos_token_id
+    """All texts as one stream of token ids `[n]` (uint32), each document opened by `opening_token`."""
+    start_id = opening_token(tokenizer)
     parts = []
     for start in tqdm(range(0, len(texts), 512), desc=describe, unit="batch", disable=len(texts) < 4096):
         for ids in tokenizer(texts[start:start + 512], add_special_tokens=False)["input_ids"]:
-            parts.append(np.array([eos, *ids], dtype=np.uint32))
+            parts.append(np.array([start_id, *ids], dtype=np.uint32))
     return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 
@@ -168,11 +173,11 @@ def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: in
 
     Rows are sorted by length, so that little is padded; `row` `[b]` gives each row's place in `documents`.
     """
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    pad = eos if pad is None else pad
+    opening = opening_token(tokenizer)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     texts = documents.texts[:limit]
     encoded = tokenizer([t[:12 * max_len] for t in texts], add_special_tokens=False)["input_ids"]
-    rows = sorted(((i, [eos, *ids][:max_len]) for i, ids in enumerate(encoded)), key=lambda r: (len(r[1]), r[0]))
+    rows = sorted(((i, [opening, *ids][:max_len]) for i, ids in enumerate(encoded)), key=lambda r: (len(r[1]), r[0]))
     batches = []
     for start in range(0, len(rows), batch_size):
         chunk = rows[start:start + batch_size]

@@ -49,10 +49,15 @@ def kl_to_teacher(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tens
 
 @contextlib.contextmanager
 def frozen_base(model, routing):
-    """The base model itself: adapters and router off, no gradients, no second copy of the weights."""
+    """The base model itself: adapters, router and dropout off, no gradients, no second copy of the weights."""
     adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-    with torch.no_grad(), adapters, routing.disabled():
-        yield model
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), adapters, routing.disabled():
+            yield model
+    finally:
+        model.train(training)
 
 
 def original_budget(plan: Plan, target_skip: float, l1_weight: float, target_weight: float) -> torch.Tensor:

@@ -21,7 +21,7 @@
 # | v1 | cross-entropy, distillation and one global penalty on the mean gate |
 # | v2 | the original objective: per-layer L1, summed, and a squared target term |
 # | cold | controlled budget (the threshold is the dual variable), router trained end to end |
-# | DLR | controlled budget after a warm start on marginal harm: the default |
+# | DLR | controlled budget after a warm start on marginal harm, shrunk towards the best static plan: the default |
 # | DLR without KD | the default with cross-entropy alone |
 #
 # Every controlled router is calibrated on held-out text and measured on the test split, beside its own plan shuffled
