@@ -65,10 +65,28 @@ def comparison(table: pd.DataFrame, title: str = ""):
     return figure
 
 
-def frontier(table: pd.DataFrame, title: str = ""):
-    """Perplexity against measured skip: mean over seeds with one standard deviation, one line a variant."""
+def verdicts(runs: dict[str, dict]) -> pd.DataFrame:
+    """Each finished run's paired difference between the router and the best static plan, with its measured skip."""
+    return pd.DataFrame([{"run": name, "skip": run["metrics"]["rows"][0]["skip"], **run["metrics"]["against_static"]}
+                         for name, run in runs.items() if run["metrics"].get("against_static")])
+
+
+def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
+    """Perplexity against measured skip (mean over seeds, one SD), and below it the router against the best static plan.
+
+    `differences` comes from `verdicts`; each point is one run with its paired 95 % interval over documents.
+    """
     style()
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    figure, (axes, lower) = plt.subplots(2, 1, figsize=(6.4, 6.2), sharex=True, height_ratios=[5, 2])
+    if len(differences):
+        shift = differences.groupby(differences["skip"].round(1)).cumcount() * 0.8
+        lower.errorbar(100 * differences["skip"] + shift, differences["nll_difference"],
+                       yerr=[differences["nll_difference"] - differences["low"],
+                             differences["high"] - differences["nll_difference"]], fmt="o", ms=4, capsize=2,
+                       color=COLOURS["DLR"])
+    lower.axhline(0, color=COLOURS["best static"], lw=1)
+    lower.set_xlabel("measured skip on the test split (%)")
+    lower.set_ylabel("DLR - best static\n(nats a token)")
     data = table.copy()
     data["kind"] = data["variant"].str.replace(r", \d+% dropped|, full", "", regex=True)
     data["budget"] = data["skip"].round(1)
@@ -81,7 +99,6 @@ def frontier(table: pd.DataFrame, title: str = ""):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.set_xlabel("measured skip on the test split (%)")
     axes.set_ylabel("test perplexity")
     axes.set_title(title)
     axes.legend(frameon=False, fontsize=8)
@@ -159,7 +176,7 @@ def redraw() -> list[Path]:
     pareto = finished_runs("pareto")
     if pareto:
         rows = pd.DataFrame([r for run in pareto.values() for r in run["metrics"]["rows"]])
-        made.append(save(frontier(rows, "Embedded model, 3 seeds"), folder, "pareto"))
+        made.append(save(frontier(rows, verdicts(pareto), "Embedded model"), folder, "pareto"))
     for phase, title in (("token_routing", "Token-level routing"), ("baselines", "Baselines"),
                          ("sequence_routing", "Sequence-level routing")):
         for name, run in finished_runs(phase).items():

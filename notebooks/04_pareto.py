@@ -47,8 +47,8 @@ config = notebook_settings("pareto", globals())
 import pandas as pd
 
 from dlr import figures, study
-from dlr.runs import Run, project_root, results_folder
-from dlr.workbook import results_table
+from dlr.runs import Run, finished_runs, project_root, results_folder
+from dlr.workbook import results_table, seeds_table
 
 run = Run(results_folder() / "pareto" / config.run_name)
 rows, verdict = [], None
@@ -76,14 +76,15 @@ if rows:
 # Mean and standard deviation over seeds.
 
 # %% tags=["nbval-ignore-output"]
-table = results_table("pareto")
-if len(table) == 0:      # nothing swept into this results folder: show the frontier that came with the repository
-    table = results_table("pareto", project_root() / "results")
-table["budget"] = table["skip"].round(1)
-table.groupby(["budget", "variant"])[["skip", "perplexity"]].agg(["mean", "std"]).round(3)
+root = results_folder()
+if not finished_runs("pareto", root):        # nothing swept into this folder: show what came with the repository
+    root = project_root() / "results"
+table = results_table("pareto", root)
+seeds_table(table)
 
 # %% tags=["nbval-ignore-output"]
-picture = figures.frontier(table, "Perplexity against measured skip")
+differences = figures.verdicts(finished_runs("pareto", root))
+picture = figures.frontier(table, differences, "Perplexity against measured skip")
 figures.save(picture, run.folder if rows else results_folder() / "pareto", "frontier");
 
 # %% [markdown]
@@ -93,12 +94,7 @@ figures.save(picture, run.folder if rows else results_folder() / "pareto", "fron
 # favours DLR.
 
 # %% tags=["nbval-ignore-output"]
-from dlr.runs import finished_runs
-
-runs = finished_runs("pareto") or finished_runs("pareto", project_root() / "results")
-verdicts = pd.DataFrame([{"run": name, **found["metrics"]["against_static"]} for name, found in runs.items()
-                         if found["metrics"].get("against_static")])
-verdicts.round(4)
+differences.round(4)
 
 # %% [markdown]
 # ## What it means

@@ -40,7 +40,8 @@ def test_no_result_or_notebook_names_a_machine():
 def test_recorded_skip_ratios_are_within_a_point_of_their_targets():
     rows = [row for name, run in finished_runs("pareto", project_root() / "results").items()
             for row in run["metrics"]["rows"] if row["variant"] == "DLR"]
-    assert {(row["target_skip"], row["seed"]) for row in rows} >= {(t, s) for t in (0.2, 0.4, 0.6) for s in range(3)}
+    assert {row["target_skip"] for row in rows} >= {0.2, 0.4, 0.6}
+    assert len({row["seed"] for row in rows}) >= 3
     for row in rows:
         assert abs(row["skip"] - row["target_skip"]) <= 0.01, (row["target_skip"], row["seed"], row["skip"])
 
