@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dlr.config import RouterConfig, RunConfig, validated
 from dlr.models import load_base
-from dlr.routed import Routing, attach, causal_lm, describe_base, routing_of
+from dlr.routed import NANO_NAME, Routing, attach, causal_lm, describe_base, routing_of
 from dlr.router import ROUTER_NAME
 
 WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
@@ -65,6 +65,9 @@ def save_pretrained(model, folder: str | Path) -> Path:
         if hasattr(model, "peft_config"):
             model.save_pretrained(temporary, safe_serialization=True)
             (temporary / "README.md").unlink(missing_ok=True)       # PEFT's empty model card template
+            adapter = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
+            adapter["base_model_name_or_path"] = describe_base(model)["name"]
+            (temporary / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
         write_router(routing_of(model), temporary)
     return folder
 
@@ -94,7 +97,7 @@ def from_pretrained(folder: str | Path, model=None):
     config = validated(json.loads((folder / CONFIG).read_text(encoding="utf-8")), RouterConfig)
     if model is None:
         name = config.base.get("name", "")
-        model, _ = load_base(RunConfig(model="nano" if name in ("", "dlr-nano") or name.endswith("dlr/nano") else name))
+        model, _ = load_base(RunConfig(model="nano" if name in ("", NANO_NAME) else name))
     _refuse_other_base(config.base, model, folder)
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel

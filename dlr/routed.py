@@ -17,6 +17,7 @@ from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router
 
+NANO_NAME = "dlr-nano"            # what files call the embedded model, wherever it lies
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward")
 _HANDLES: "weakref.WeakKeyDictionary[nn.Module, Routing]" = weakref.WeakKeyDictionary()
@@ -187,7 +188,8 @@ def _new_pass(args, kwargs) -> Pass:
 def describe_base(model: nn.Module) -> dict:
     """What a router file says about the model it was made for."""
     config = causal_lm(model).config.get_text_config()
-    return {"model_type": config.model_type, "name": getattr(config, "_name_or_path", "") or "",
+    name = getattr(config, "_name_or_path", "") or ""
+    return {"model_type": config.model_type, "name": NANO_NAME if name.endswith("dlr/nano") else name,
             "layers": config.num_hidden_layers, "width": config.hidden_size, "vocabulary": config.vocab_size}
 
 
