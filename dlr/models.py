@@ -35,7 +35,7 @@ def load_base(config: RunConfig):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:          # a missing tokenizer, file or network each raise a class of their own
         if Path(source).exists():
             raise
         raise ConnectionError(f"The model {config.model!r} is neither a local folder nor to be had from the Hugging "
