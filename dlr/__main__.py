@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments) -> int:
+    from dlr.config import PHASES, validated
     from dlr.runs import METRICS, Run, results_folder
     from dlr.workbook import checked_parameters, run_notebook
     tour = not arguments.phases
@@ -42,7 +43,9 @@ def run(arguments) -> int:
     for phase in arguments.phases or ["token_routing"]:
         parameters = checked_parameters(phase, params, arguments.set)
         name = arguments.name or parameters.get("run_name") or (Path(params).stem if params else "default")
-        plans.append((phase, parameters | {"run_name": name}))
+        parameters["run_name"] = name
+        validated(parameters, PHASES[phase][1])
+        plans.append((phase, parameters))
     if tour:
         print("This trains three models on the embedded base: LoRA at full depth, the best static plan, and a token-level\n"
               "router; calibrates the router on held-out text, and evaluates it beside its controls on the test split.\n"

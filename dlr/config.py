@@ -5,7 +5,7 @@ Flat on purpose: every field is a parameter of a notebook, of a params file and 
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -153,16 +153,19 @@ def read_params(path: str | Path) -> dict[str, Any]:
 
 
 # -- one schema a notebook: its parameters are these fields -----------------------------------------------------------
+RunName = Annotated[str, Field(pattern=r"^[\w.=+-]+$")]          # a folder's name, never a path
+
+
 class BaselinesConfig(RunConfig):
     """01: dense LoRA and stochastic depth."""
-    run_name: str = "default"
+    run_name: RunName = "default"
     layer_drop: float = Field(0.5, ge=0.0, lt=1.0)
     dropped: list[float] = [0.2, 0.4, 0.6]             # skip ratios at which stochastic depth is evaluated
 
 
 class SequenceConfig(RunConfig):
     """02: sequence-level routing under one global penalty, swept."""
-    run_name: str = "default"
+    run_name: RunName = "default"
     level: Literal["token", "sequence"] = "sequence"
     objective: Literal["controlled", "original", "global_penalty"] = "global_penalty"
     warm_start: bool = False
@@ -171,13 +174,13 @@ class SequenceConfig(RunConfig):
 
 class TokenConfig(RunConfig):
     """03: token-level routing, version by version."""
-    run_name: str = "default"
+    run_name: RunName = "default"
     variants: list[str] = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
 
 
 class ParetoConfig(RunConfig):
     """04: one point of the frontier, the router beside its controls, or the baselines of a seed."""
-    run_name: str = "default"
+    run_name: RunName = "default"
     point: Literal["router", "baselines", "summary"] = "summary"
     dropped: list[float] = [0.2, 0.4, 0.6]
 
@@ -186,7 +189,7 @@ class BaseModelConfig(BaseModel):
     """00: pretraining of the embedded base model."""
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    run_name: str = "default"
+    run_name: RunName = "default"
     stage: Literal["report", "stable", "decay", "export"] = "report"
     work_dir: str = "base-model"                       # checkpoints and the token stream; resumable, not committed
     text_dir: str = ""                                 # folder of text beside the embedded corpus

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -127,6 +128,7 @@ def expand(sweep: dict) -> list[tuple[str, dict]]:
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values))
             name = "-".join(f"{k}={v}" if not isinstance(v, str) else v for k, v in chosen.items())
+            name = re.sub(r"[^\w.=+-]+", "-", name).strip("-")          # a model's path must not become a folder's
             parameters = {**(sweep.get("common") or {}), **chosen, "run_name": name}
             validated(parameters, PHASES[sweep["phase"]][1])
             points.append((name, parameters))

@@ -76,6 +76,10 @@ def test_sweeps_expand_and_refuse_what_no_notebook_takes():
                      "grid": [{"point": "router", "target_skip": [0.2, 0.4], "seed": [0, 1]}, {"point": "baselines"}]})
     assert len(points) == 5 and len({name for name, _ in points}) == 5
     assert all(p["steps"] == 9 for _, p in points)
+    names = expand({"phase": "pareto", "grid": [{"model": ["/some/where", "org/name"]}]})
+    assert [name for name, _ in names] == ["some-where", "org-name"]
+    with pytest.raises(SettingsError, match="run_name='../x'"):
+        checked_parameters("pareto", None, ["run_name=../x"])
     with pytest.raises(SettingsError, match="unknown setting 'target'"):
         expand({"phase": "pareto", "grid": [{"target": [0.2]}]})
     with pytest.raises(SettingsError, match="unknown: girds"):
