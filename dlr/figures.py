@@ -55,9 +55,13 @@ def comparison(table: pd.DataFrame, title: str = ""):
         right.barh(place, 100 * row.skip, color=_colour(row.variant))
         right.text(100 * row.skip + 1, place, f"{100 * row.skip:.1f}", va="center", fontsize=8)
     left.set_yticks(places, rows["variant"])
+    left.set_ylim(-0.7, len(rows) - 0.3)
     left.set_xlabel("test perplexity (95 % interval over documents)")
     if rows["perplexity"].max() > 4 * rows["perplexity"].min():
         left.set_xscale("log")
+        left.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+        left.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        left.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     right.set_xlabel("measured skip (%)")
     right.set_xlim(0, max(70, 100 * rows["skip"].max() + 12))
     figure.suptitle(title)
