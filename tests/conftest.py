@@ -1,4 +1,4 @@
-"""Tiny random models built from configurations; nothing here touches a network or a GPU."""
+"""Fixtures shared by all tests."""
 
 import os
 
@@ -6,27 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config,
-                          OPTConfig, Phi3Config, Qwen2Config, Qwen3Config)
-
-SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
-PLAIN = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL), "qwen2": Qwen2Config(**SMALL), "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=16), "phi3": Phi3Config(**SMALL),
-    "olmo2": Olmo2Config(**SMALL), "gpt_neox": GPTNeoXConfig(**PLAIN),
-    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=6, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0,
-                       pad_token_id=1),
-    "opt": OPTConfig(vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=6, num_attention_heads=4,
-                     max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=1, bos_token_id=0, eos_token_id=0),
-}
-
-
-def tiny(family: str = "llama", seed: int = 0):
-    """A random model of six layers in evaluation mode."""
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+from tiny_models import tiny
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny
+from tiny_models import tiny
 from test_routed import half_skipping
 
 from dlr.baselines import drop, evaluate_static, greedy_static_order, order_of_mean_plan, static_pair

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny
+from tiny_models import FAMILIES, tiny
 from test_routed import OPEN, half_skipping
 
 import dlr

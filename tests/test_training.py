@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny
+from tiny_models import tiny
 from safetensors.torch import load_file
 from test_routed import half_skipping
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny
+from tiny_models import tiny
 from test_training import Rows
 
 import dlr
