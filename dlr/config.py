@@ -11,6 +11,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
+def fast_bf16() -> bool:
+    """Whether bfloat16 matrix products are faster here than float32: emulated ones take about five times as long."""
+    import torch
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
 class RouterConfig(BaseModel):
     """What a router is, stored beside its weights (`router_config.json`)."""
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -89,7 +97,7 @@ class RunConfig(BaseModel):
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     layer_drop: float = Field(0.0, ge=0.0, lt=1.0)     # stochastic depth: probability that a routable layer is dropped
-    bf16: bool = True                                  # autocast in training and evaluation
+    bf16: bool | None = None                           # autocast in training and evaluation; None: where it is fast
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=1)
     seed: int = 0
@@ -98,6 +106,8 @@ class RunConfig(BaseModel):
     def _consistent(self):
         if self.level == "sequence" and self.warm_start:
             raise ValueError("warm_start labels single tokens and level='sequence' has none; set warm_start=false.")
+        if self.bf16 is None:
+            self.bf16 = fast_bf16()
         return self
 
     def router(self) -> RouterConfig:

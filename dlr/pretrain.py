@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from dlr.config import fast_bf16
 from dlr.data import PackedBlocks, folder_texts, load_documents, token_stream
 from dlr.runs import write_atomically
 
@@ -98,7 +99,8 @@ def pretrain(model, stream: np.ndarray, folder: Path, *, steps: int, seq_len: in
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation, lr_scheduler_type=schedule, warmup_steps=warmup, max_grad_norm=1.0,
-        bf16=True, torch_compile=compile, logging_steps=20, save_steps=save_steps, save_total_limit=2, seed=seed, report_to=[],
+        bf16=fast_bf16(), torch_compile=compile, logging_steps=20, save_steps=save_steps, save_total_limit=2,
+        seed=seed, report_to=[],
         dataloader_num_workers=0, use_cpu=not torch.cuda.is_available(), disable_tqdm=None)
     data = PackedBlocks(stream, seq_len, seed)
 
