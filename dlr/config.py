@@ -35,6 +35,7 @@ class RouterConfig(BaseModel):
     skip_adapter_rank: int = Field(0, ge=0)            # rank of a low-rank path for skipped tokens, 0 = none
     threshold: float = 0.0                             # gate = logit > threshold at evaluation
     calibrated_skip: float | None = None               # skip ratio measured on the calibration split
+    curve: list[float] = []                            # thresholds at calibrated skips of 0, 1, ... 80 %: the dial's marks
     base: dict[str, Any] = {}                          # the model the router was made for
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dlr.budget import calibrate
+from dlr.calibration import calibrate, calibration_curve
 from dlr.objective import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
@@ -124,7 +124,7 @@ def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool = 
 
 
 def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float, *, bf16: bool = True) -> float:
-    """Sets the threshold that gives `target_skip` on `batches`; returns the ratio it gives there.
+    """Sets the threshold that gives `target_skip` on `batches`, and the dial's curve; returns the ratio it gives there.
 
     The logits depend on the first K layers only, which every plan runs: one pass is exact.
     """
@@ -132,5 +132,6 @@ def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: 
     threshold = calibrate(logits, target_skip, forced)
     skipped = (logits <= threshold).sum().item()
     routing.config.threshold = threshold
+    routing.config.curve = calibration_curve(logits, forced)
     routing.config.calibrated_skip = skipped / (logits.numel() + forced)
     return routing.config.calibrated_skip

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from dlr.budget import Controller
+from dlr.calibration import Controller
 from dlr.checkpoint import CONFIG, WEIGHTS, write_router
 from dlr.config import RunConfig
 from dlr.objective import (cross_entropy, frozen_base, global_penalty, kl_to_teacher, original_budget, predicted)

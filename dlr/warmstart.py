@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from dlr.baselines import static_pair
-from dlr.budget import calibrate
+from dlr.calibration import calibrate
 from dlr.config import RunConfig
 from dlr.evaluate import autocast, device_of
 from dlr.objective import cross_entropy, frozen_base, kl_to_teacher

@@ -5,8 +5,9 @@ import torch
 from tiny_models import tiny
 from test_routed import half_skipping
 
+import dlr
 from dlr.baselines import drop, evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
-from dlr.budget import Controller, calibrate
+from dlr.calibration import Controller, calibrate
 from dlr.config import RouterConfig
 from dlr.evaluate import bootstrap, calibrate_router, evaluate, mix, paired_difference, perplexity, skip_ratio, summary
 from dlr.policy import LayerDrop, RandomPlan, RouterPolicy, StaticPlan
@@ -51,6 +52,33 @@ def test_raising_the_target_never_lowers_the_measured_skip():
         measured.append(skip_ratio(table))
         assert skip_ratio(evaluate(model, routing, batches(), RouterPolicy(), bf16=False)) == pytest.approx(target, abs=2e-3)
     assert measured == sorted(measured) and measured[0] < 0.05 < 0.7 < measured[-1]
+
+
+def test_the_dial_follows_its_curve_and_never_turns_back():
+    model = tiny()
+    routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1))
+    calibrate_router(model, routing, batches(48), 0.4, bf16=False)
+    own, measured = routing.config.threshold, []
+    for skip in (0.0, 0.05, 0.123, 0.4, 0.6, 0.8):
+        with dlr.budget(model, skip=skip):
+            measured.append(skip_ratio(evaluate(model, routing, batches(48), RouterPolicy(), bf16=False)))
+        assert measured[-1] == pytest.approx(skip, abs=0.01)
+    assert measured == sorted(measured) and measured[0] == 0.0
+    assert routing.config.threshold == own
+
+
+def test_the_dial_says_what_it_cannot_do():
+    model = tiny()
+    routing = half_skipping(model)
+    with pytest.raises(ValueError, match="no calibration curve"), dlr.budget(model, skip=0.3):
+        pass
+    calibrate_router(model, routing, batches(), 0.4, bf16=False)
+    for wrong in (-0.1, 0.9):
+        with pytest.raises(ValueError, match="outside the dial"), dlr.budget(model, skip=wrong):
+            pass
+    routing.detach()
+    with pytest.raises(dlr.NotRoutable, match="No router"), dlr.budget(model, skip=0.3):
+        pass
 
 
 def test_the_controller_reaches_its_goal_on_a_drifting_router():

@@ -4,6 +4,7 @@ At the optimum of "least loss at a given mean gate", a unit runs exactly where i
 variable of the budget. So the gate's threshold is that dual variable, and the controller moves it by the skip missed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,40 @@ def calibrate(logits: torch.Tensor, target_skip: float, forced: int = 0) -> floa
     if skipped > len(values):
         raise ValueError(f"A skip ratio of {target_skip} cannot be reached: {forced} of {forced + len(values)} gates "
                          "always run.")
+    return _between(values, skipped)
+
+
+def _between(values: torch.Tensor, skipped: int) -> float:
+    """A threshold with `skipped` of the sorted `values` at or below it."""
     if skipped == 0:
         return float(values[0]) - 1.0
     if skipped == len(values):
         return float(values[-1]) + 1.0
     return float((values[skipped - 1] + values[skipped]) / 2)
+
+
+DIAL = tuple(percent / 100 for percent in range(81))       # skip ratios the calibration curve is stored at
+
+
+def calibration_curve(logits: torch.Tensor, forced: int = 0) -> list[float]:
+    """The threshold for each skip ratio of DIAL over `logits` `[n, U]`; `forced` as in `calibrate`. Never falls."""
+    values, total = logits.detach().flatten().double().sort().values, logits.numel() + forced
+    return [_between(values, min(round(skip * total), len(values))) for skip in DIAL]
+
+
+def threshold_at(curve: list[float], skip: float) -> float:
+    """The threshold for `skip`, between two marks of a calibration curve; at 0 nothing is skipped, on any text.
+
+    Raises:
+        ValueError: `skip` lies outside the dial, or there is no curve.
+    """
+    if not curve:
+        raise ValueError("This router has no calibration curve, so its budget cannot be dialled: calibrate it first "
+                         "(dlr.evaluate.calibrate_router).")
+    if not 0.0 <= skip <= DIAL[-1]:
+        raise ValueError(f"skip={skip} is outside the dial: give a ratio from 0 to {DIAL[-1]}.")
+    if skip == 0.0:
+        return -math.inf
+    place = skip * 100
+    low = min(int(place), len(DIAL) - 2)
+    return curve[low] + (place - low) * (curve[low + 1] - curve[low])
