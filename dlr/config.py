@@ -53,6 +53,7 @@ class RunConfig(BaseModel):
     eval_len: int = Field(256, ge=8)                   # tokens a document is cut to in calibration and evaluation
     calibration_docs: int = Field(160, ge=1)           # documents that choose the threshold
     eval_docs: int = Field(240, ge=1)                  # documents of the test split (243 in the embedded corpus)
+    static_docs: int = Field(32, ge=1)                 # calibration documents the search for the best static plan reads
 
     # router
     level: Literal["token", "sequence"] = "token"
