@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run notebooks of one or more phases", epilog=EXAMPLES,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     run.add_argument("phases", nargs="*", metavar="phase",
-                     help="base_model, baselines, sequence_routing, token_routing, pareto; none: the ten-minute tour")
+                     help="base_model, baselines, sequence_routing, token_routing, pareto, token_analysis; none: a tour")
     run.add_argument("--params", metavar="FILE", help="YAML file of settings that differ from the defaults")
     run.add_argument("--set", action="append", default=[], metavar="name=value", help="one setting; may be repeated")
     run.add_argument("--name", help="name of the run's folder (default: from the params file, or 'default')")

@@ -221,7 +221,28 @@ class BaseModelConfig(BaseModel):
     seed: int = 0
 
 
+class TokenAnalysisConfig(BaseModel):
+    """07: what a trained router has learnt. Documents are those of the test split, in its order."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    checkpoint: str = ""                               # a checkpoint's folder; '' is the embedded router
+    untrained: bool = False                            # random router logits: what meaningless routing looks like
+    dataset: str = "embedded"
+    record_docs: int = Field(96, ge=1)                 # documents recorded token by token
+    eval_len: int = Field(192, ge=8)                   # tokens a recorded document is cut to
+    oracle_docs: int = Field(16, ge=1)                 # documents of the oracle's sample; as many calibration ones
+    probe_docs: int = Field(48, ge=3)                  # documents of the probes' sample
+    oracle_len: int = Field(96, ge=8)                  # tokens their documents are cut to
+    budgets: list[float] = [0.2, 0.4, 0.6]             # skip ratios at which the headroom is measured
+    weights: list[Literal["checkpoint", "base"]] = ["checkpoint"]      # with the checkpoint's LoRA, and without
+    calibration_docs: int = Field(96, ge=1)            # for checkpoints that were saved without a dial
+    frequency_docs: int = Field(400, ge=1)             # training documents in which tokens are counted
+    seed: int = 0
+
+
 PHASES: dict[str, tuple[str, type[BaseModel]]] = {
     "base_model": ("00_base_model", BaseModelConfig), "baselines": ("01_baselines", BaselinesConfig),
     "sequence_routing": ("02_sequence_routing", SequenceConfig), "token_routing": ("03_token_routing", TokenConfig),
-    "pareto": ("04_pareto", ParetoConfig)}
+    "pareto": ("04_pareto", ParetoConfig),
+    "token_analysis": ("07_token_analysis", TokenAnalysisConfig)}
