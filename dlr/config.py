@@ -197,6 +197,26 @@ class ParetoConfig(RunConfig):
     dropped: list[float] = [0.2, 0.4, 0.6]
 
 
+class LatencyConfig(BaseModel):
+    """06: time of dense, truncated, masked, two-pass and compact execution, under the plan of a trained router."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
+    checkpoint: str = ""                               # whose router's plan is recorded; '': the embedded router
+    layers: int = Field(0, ge=0)                       # caps the depth to what memory holds; 0: the whole model
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"      # auto: bfloat16 where the hardware has it
+    skips: list[float] = [0.25, 0.4, 0.5]
+    lengths: list[int] = [512]                         # tokens of a prefill
+    batches: list[int] = [1]                           # sequences of a prefill
+    context: int = Field(256, ge=1)                    # tokens in the cache before decoding
+    decode_batches: list[int] = [1]
+    decode_steps: int = Field(16, ge=1)                # steps a turn
+    repeats: int = Field(5, ge=1)                      # turns; medians and quartiles are taken over them
+    plan_docs: int = Field(16, ge=1)                   # test documents whose plan is recorded
+    seed: int = 0
+
+
 class BaseModelConfig(BaseModel):
     """00: pretraining of the embedded base model."""
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -244,5 +264,5 @@ class TokenAnalysisConfig(BaseModel):
 PHASES: dict[str, tuple[str, type[BaseModel]]] = {
     "base_model": ("00_base_model", BaseModelConfig), "baselines": ("01_baselines", BaselinesConfig),
     "sequence_routing": ("02_sequence_routing", SequenceConfig), "token_routing": ("03_token_routing", TokenConfig),
-    "pareto": ("04_pareto", ParetoConfig),
+    "pareto": ("04_pareto", ParetoConfig), "latency": ("06_latency", LatencyConfig),
     "token_analysis": ("07_token_analysis", TokenAnalysisConfig)}

@@ -1,7 +1,6 @@
 """Latency of a plan: dense, static truncation (the ceiling), masked, two-pass and compact, measured in turns.
 
-Speed depends on shapes and plans, not on what the weights are: shapes of published models are filled with random
-numbers. Every routed system runs its router, and then follows a recorded plan, so that all systems skip the same.
+Every routed system runs its router, and then follows a recorded plan, so that all systems skip the same.
 """
 
 import contextlib
@@ -14,23 +13,15 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config
+from transformers import DynamicCache
 
-from dlr.calibration import calibrate
 from dlr.config import RouterConfig, fast_bf16
-from dlr.flops import flops_per_token
+from dlr.flops import flops_per_token, router_flops
 from dlr.policy import Policy
 from dlr.progress import tqdm
 from dlr.routed import Routing, attach
+from dlr.shapes import random_model, recorded_gates
 
-SHAPES = {
-    "tinyllama-1.1b": LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=4096, rms_norm_eps=1e-5),
-    "qwen2.5-3b": Qwen2Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True),
-}
 SYSTEMS = ("dense", "truncation", "masked", "two-pass", "compact")
 
 
@@ -48,33 +39,6 @@ class RecordedPlan(Policy):
         if not current.first_pass:
             self.next = int(index[-1]) + 1
         return self.gates[index].view(batch, length, -1).to(hidden.device), logits
-
-
-def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:
-    """Gates `[n, units]` with the token and depth pattern of recorded router logits `[n, U]`, at exactly `skip`.
-
-    A model of another depth gets the pattern stretched over its layers.
-    """
-    wide = torch.nn.functional.interpolate(logits.float().unsqueeze(1), size=units, mode="linear", align_corners=True)[:, 0]
-    wide = wide + 1e-4 * torch.rand(wide.shape, generator=torch.Generator().manual_seed(0))      # no ties
-    return (wide > calibrate(wide, skip)).float()
-
-
-def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu"):
-    """A model of a published shape with random weights; `layers` caps its depth to what memory holds."""
-    config = type(SHAPES[shape])(**SHAPES[shape].to_diff_dict())
-    config.num_hidden_layers = layers or config.num_hidden_layers
-    config.layer_types = None if not hasattr(config, "layer_types") else ["full_attention"] * config.num_hidden_layers
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    rotary = type(model.model.rotary_emb)(config=config)
-    model.to_empty(device=device)
-    model.model.rotary_emb = rotary.to(device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.02, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
-    model.tie_weights()
-    return model.eval()
 
 
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
@@ -287,8 +251,9 @@ def counts(work: Prefill, skips: list[float], systems=("dense", "masked", "compa
             cache = model(work.ids, use_cache=True, logits_to_keep=1).past_key_values
         kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         dense_peak = memory.peak if dense_peak is None else dense_peak
-        active = torch.tensor(subject.active(skip))
-        body = flops_per_token(model.config, active, work.length / 2) - 2 * model.config.hidden_size * model.config.vocab_size
+        head = 2 * model.config.hidden_size * model.config.vocab_size
+        body = flops_per_token(model.config, subject.active(skip), work.length / 2) - head
+        body += 0 if system == "dense" else router_flops(subject.routing.router)
         rows.append({"model": subject.name, "system": system, "skip": skip, "batch": work.batch, "length": work.length,
                      "counted_gflop": counter.get_total_flops() / 1e9,
                      "closed_form_gflop": float(body) * work.batch * work.length / 1e9, "kv_mb": kv / 1e6,

@@ -19,6 +19,7 @@ from dlr.runs import Run, finished_runs, project_root, results_folder
 TOY = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32, "calibration_docs": 4, "eval_docs": 4,
        "warm_tokens": 64, "warm_epochs": 1, "warm_rounds": 1, "penalties": [1.0], "dropped": [0.4],
        "layers": 5, "width": 64, "vocab_size": 300, "save_steps": 2, "bf16": False,
+       "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1, "plan_docs": 2, "skips": [0.5],
        "untrained": True, "record_docs": 6, "oracle_docs": 3, "probe_docs": 6, "oracle_len": 24, "budgets": [0.4],
        "frequency_docs": 4}
 
