@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 ATTENTION_NAME = "dlr_rows"        # what routable attention modules find as their attention function while a plan runs
 _INTERCEPTED = ("sdpa", "eager")   # attention functions that take any mask; others see every query row
+BLOCK = 64                         # query rows that share their keys in causal attention
 _ACTIVE = threading.local()
 
 
@@ -28,6 +29,7 @@ class Rows:
         padded: `[b, m]` the same as places in the sequence, one row of indices a sequence, filled up with 0.
         source: `[n]` places of the kept rows among the b * m padded ones.
         batch, length: b and s. offset: rows in front of every sequence that only fill the cache (see `shifted`).
+        blocks: (start, stop, keys) of stretches of the padded rows, none of which needs more than the first `keys` keys.
     """
     flat: torch.Tensor
     padded: torch.Tensor
@@ -35,6 +37,7 @@ class Rows:
     batch: int
     length: int
     offset: int = 0
+    blocks: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def count(self) -> int:
@@ -80,12 +83,21 @@ def plan_rows(gates: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
         padded = np.zeros((batch, counts.max()), dtype=np.int64)
         padded[sequence, rank] = place
         tables.append((flat, padded, sequence * padded.shape[1] + rank))
+    blocks = [() if table is None else _blocks(table[1]) for table in tables]
     parts = [part.ravel() for table in tables if table for part in table]
     if not parts:
         return [None] * len(tables)
     moved = iter(torch.from_numpy(np.concatenate(parts)).to(gates.device, non_blocking=True).split([p.size for p in parts]))
     return [None if table is None else
-            Rows(next(moved), next(moved).view(batch, -1), next(moved), batch, length) for table in tables]
+            Rows(next(moved), next(moved).view(batch, -1), next(moved), batch, length, blocks=block)
+            for table, block in zip(tables, blocks)]
+
+
+def _blocks(padded: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """Stretches of BLOCK rows, so that attention under a mask need not see the keys behind them all."""
+    count = padded.shape[1]
+    return tuple((start, min(start + BLOCK, count), int(padded[:, start:start + BLOCK].max()) + 1)
+                 for start in range(0, count, BLOCK))
 
 
 # -- modules that compute kept rows only ------------------------------------------------------------------------------
@@ -123,11 +135,22 @@ def rows_attention(module, query, key, value, attention_mask, **kwargs):
         row = (place - rows.offset).clamp(min=0)[:, None, :, None]
         shape = (batch, attention_mask.shape[1], place.shape[1], attention_mask.shape[3])
         attention_mask = attention_mask.expand(batch, -1, -1, -1).gather(2, row.expand(shape))
-    elif attention_mask is None and length > 1 and not rows.offset and own is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        key, value = key[:, :, :length], value[:, :, :length]      # no mask means causal there, from the first key on
-        attention_mask = (torch.arange(length, device=query.device) <= place.unsqueeze(-1)).unsqueeze(1)
-    out, _ = own(module, kept, key, value, attention_mask, **kwargs)
-    return rows.scatter(out.flatten(0, 1).flatten(1)[rows.source], (batch, length)).view(batch, length, -1, out.shape[-1]), None
+    if attention_mask is None and length > 1 and not rows.offset and own is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+        # no mask means causal there, from the first key on
+        out = _causal(module, own, kept, key, value, rows, kwargs)
+    else:
+        out, _ = own(module, kept, key, value, attention_mask, **kwargs)
+    full = rows.scatter(out.flatten(0, 1).flatten(1).index_select(0, rows.source), (batch, length))
+    return full.view(batch, length, *out.shape[2:]), None
+
+
+def _causal(module, own, query, key, value, rows: Rows, kwargs: dict) -> torch.Tensor:
+    """Causal attention of kept rows `[b, h, m, e]`, a block at a time over the keys that block can see."""
+    parts, places = [], torch.arange(rows.length, device=query.device)
+    for start, stop, seen in rows.blocks:
+        mask = (places[:seen] <= rows.padded[:, start:stop, None]).unsqueeze(1)
+        parts.append(own(module, query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], mask, **kwargs)[0])
+    return torch.cat(parts, 1)
 
 
 AttentionInterface.register(ATTENTION_NAME, rows_attention)
