@@ -137,12 +137,21 @@ def score_of(name: str, benchmark: dict, group_tasks: list[str]) -> dict:
             "chance": sum(chances) / len(chances) if None not in chances else None,
             "notes": sorted({note for record in chosen for note in record["notes"]})}
     if out["chance"] is not None:
-        out["above_chance"] = out["stderr"] is not None and out["score"] - Z * out["stderr"] > out["chance"]
+        out["above_chance"] = _above(out, chosen)
         if len(chosen) > 1:
             parts = [score_of(leaf, benchmark, [leaf]) for leaf in group_tasks]
             out["tasks"] = len(parts)
             out["tasks_not_above_chance"] = sorted(part["task"] for part in parts if not part["above_chance"])
     return out
+
+
+def _above(score: dict, chosen: list[dict]) -> bool:
+    """Whether a score is above chance at 2.5 % (one-sided): the exact binomial test for one task of rights and wrongs."""
+    outcomes = chosen[0]["outcomes"]
+    if len(chosen) == 1 and outcomes:
+        from scipy.stats import binomtest
+        return bool(binomtest(outcomes.count("1"), len(outcomes), score["chance"], "greater").pvalue < 0.025)
+    return score["stderr"] is not None and score["score"] - Z * score["stderr"] > score["chance"]
 
 
 def leaves_of(name: str, benchmark: dict) -> list[str]:

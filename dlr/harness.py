@@ -14,8 +14,10 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from dlr.metering import Meter, Watch
+from dlr.metering import Meter, Watch, end_watch
 from dlr.progress import tqdm
+from dlr.routed import causal_lm
+from dlr.router import ROUTER_NAME
 from dlr.variants import Loaded, open_variant
 
 logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)     # a warning for each truncated request
@@ -62,8 +64,12 @@ class DLRLM(HFLM):
         finally:
             logger.disabled = False
         routing = self.loaded.routing
+        if routing is None and hasattr(causal_lm(self.loaded.model), ROUTER_NAME):
+            raise ValueError("This model has a router attached, but was given as one without; its scores would be routed. "
+                             "Detach the router, or evaluate the 'dense' variant.")
         self.watch = Watch(routing, self.loaded.policy) if self.loaded.policy is not None else None
         if routing is not None and self.watch is None:
+            end_watch(routing)
             routing.policy = None
         self._keys: list[str] | None = None
         self._key_of_context: dict[str, str] = {}

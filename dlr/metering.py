@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dlr.policy import Policy
+from dlr.policy import Policy, RouterPolicy
 
 
 class RouterDidNotRun(RuntimeError):
@@ -38,7 +38,10 @@ class Watch:
         self.routing, self.policy = routing, Watched(policy)
         self.passes: list[torch.Tensor] = []
         routing.policy, self._seen = self.policy, routing.plan
+        end_watch(routing)
         self._handle = routing.decoder.register_forward_hook(self._after)
+        routing._handles.append(self._handle)       # detaching leaves no hook behind; `taken` then finds no pass
+        routing.watch = self
 
     def _after(self, module, args, output):
         plan = self.routing.plan
@@ -63,9 +66,15 @@ class Watch:
         return self.passes
 
     def close(self) -> None:
-        from dlr.policy import RouterPolicy
+        """Takes the hook off; the router's own policy is in force again."""
         self._handle.remove()
-        self.routing.policy = RouterPolicy()
+        self.routing.policy, self.routing.watch = RouterPolicy(), None
+
+
+def end_watch(routing) -> None:
+    """Closes the watch of an earlier harness model on the same routing, if there is one."""
+    if getattr(routing, "watch", None) is not None:
+        routing.watch.close()
 
 
 @dataclass
