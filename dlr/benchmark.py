@@ -7,6 +7,7 @@ on with the tasks that are missing.
 import contextlib
 import io
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from dlr.flops import flops_per_token
 from dlr.metering import Meter
 from dlr.progress import tqdm
 from dlr.runs import plain, write_atomically
-from dlr.tasks import WIKITEXT, load_tasks, notes_of
+from dlr.tasks import PERPLEXITIES, load_tasks, notes_of
 
 Z = 1.96                                    # half a 95 % interval in standard errors
 
@@ -54,10 +55,12 @@ def _run_task(lm, name: str, task, limit: float | None) -> dict:
             "outcomes": "".join(str(int(v)) for v in outcomes) if binary else None, "meter": asdict(meter)}
 
 
-def _run_wikitext(lm, data_dir: str | None, limit: float | None) -> dict:
-    texts = wikitext.load_articles(data_dir)
+def _run_perplexity(lm, name: str, data_dir: str | None, limit: float | None) -> dict:
+    texts = wikitext.texts_of(name, data_dir)
+    if limit:
+        texts = texts[:math.ceil(limit * len(texts)) if limit < 1 else int(limit)]
     meter = lm.restart_meter()
-    return {"wikitext": wikitext.strided_perplexity(lm, texts[:int(limit)] if limit else texts), "meter": asdict(meter)}
+    return {"perplexity": wikitext.strided_perplexity(lm, texts), "meter": asdict(meter)}
 
 
 def _stored(path: Path, settings: dict) -> dict | None:
@@ -77,9 +80,8 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
         match: records of a routed model by task; a static plan then runs each task at that model's measured skip on it.
     """
     names = list(dict.fromkeys(names))
-    suite = load_tasks([name for name in names if name != WIKITEXT], data_dir, num_fewshot) \
-        if names != [WIKITEXT] else {"tasks": {}, "groups": {}}
-    leaves = list(suite["tasks"]) + [WIKITEXT] * (WIKITEXT in names)
+    suite = load_tasks([name for name in names if name not in PERPLEXITIES], data_dir, num_fewshot)
+    leaves = list(suite["tasks"]) + [name for name in names if name in PERPLEXITIES]
     records, kept = {}, 0
     with tqdm(total=len(leaves), desc=lm.loaded.name, unit="task") as bar:
         for name in leaves:
@@ -93,7 +95,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
             found = _stored(path, settings)
             kept += found is not None
             if found is None:
-                found = _run_wikitext(lm, data_dir, limit) if task is None else _run_task(lm, name, task, limit)
+                found = _run_perplexity(lm, name, data_dir, limit) if task is None else _run_task(lm, name, task, limit)
                 found = plain({"settings": settings, "notes": notes_of(task, data_dir) if task is not None else []} | found)
                 write_atomically(path, json.dumps(found, indent=1) + "\n")
             records[name] = found
@@ -181,6 +183,70 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
         name in leaves_of(top, benchmark) for top in tops)]         # a tag is no result of its own: its tasks are
     row["scores"] = [score_of(name, benchmark, leaves_of(name, benchmark)) for name in tops]
     row["scores"] = [s for s in row["scores"] if s["metric"]]
-    if WIKITEXT in benchmark["tasks"]:
-        row |= benchmark["tasks"][WIKITEXT]["wikitext"]
+    row["perplexity"] = {name: record["perplexity"] for name, record in benchmark["tasks"].items()
+                         if "perplexity" in record}
     return row
+
+
+# -- several variants -----------------------------------------------------------------------------------------------------
+def specs_of(config) -> list:
+    """The rows an evaluation asks for: the base model, every checkpoint of `config.phase`, and `config.variants`."""
+    from dlr.config import VariantSpec
+    from dlr.discovery import looks_like, missing_part
+    from dlr.runs import finished_runs, results_folder
+    specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
+    for run, found in (finished_runs(config.phase) if config.phase else {}).items():
+        folders = sorted(path.parent for path in (results_folder() / config.phase / run).glob("*/checkpoint"))
+        for folder in folders:
+            if looks_like(folder / "checkpoint") and missing_part(folder / "checkpoint") is None:
+                specs.append(VariantSpec(name=f"{run}, {folder.name}", checkpoint=str(folder / "checkpoint")))
+    return specs + list(config.variants)
+
+
+def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict, list[dict]]:
+    """(rows, the harness's whole result by variant, paired differences) of every variant `config` (EvaluationConfig) asks for, resumably.
+
+    Raises:
+        SettingsError: two rows of one name, or `match` names no earlier row.
+    """
+    from dlr.config import SettingsError
+    from dlr.harness import DLRLM
+    from dlr.variants import open_variant
+    specs, rows, whole, by_name = specs_of(config), [], {}, {}
+    names = [spec.name for spec in specs]
+    for spec in specs:
+        if names.count(spec.name) > 1:
+            raise SettingsError(f"Two variants are named {spec.name!r}; give each its own name.")
+        if spec.match is not None and spec.match not in names[:names.index(spec.name)]:
+            raise SettingsError(f"{spec.name!r} is to match {spec.match!r}, which is no earlier row ({', '.join(names)}).")
+    for spec in specs:
+        loaded = open_variant(spec.checkpoint, spec.variant, spec.skip, spec.order, say=say)
+        loaded.name = spec.name
+        lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
+        slug = "".join(c if c.isalnum() or c in ".=+-" else "-" for c in spec.name)
+        found = run_benchmark(lm, config.tasks, folder / "tasks" / slug, data_dir=config.data_dir or None,
+                              num_fewshot=config.num_fewshot, limit=config.limit, say=say,
+                              match=by_name[spec.match]["tasks"] if spec.match else None)
+        by_name[spec.name] = found
+        rows.append(row_of(lm, found, config.tasks))
+        whole[spec.name] = found["harness"]
+        lm.close()
+    return rows, whole, paired(by_name, specs)
+
+
+def paired(by_name: dict, specs: list) -> list[dict]:
+    """Mean accuracy over tasks of a routed row minus that of the static row matched to it, on the same items (95 %)."""
+    import numpy as np
+    out = []
+    for spec in specs:
+        if spec.match is None:
+            continue
+        routed, static = by_name[spec.match]["tasks"], by_name[spec.name]["tasks"]
+        differences = [np.array(list(routed[name]["outcomes"]), int) - np.array(list(static[name]["outcomes"]), int)
+                       for name in static if static[name].get("outcomes") and routed[name].get("outcomes")]
+        if differences:
+            mean = float(np.mean([d.mean() for d in differences]))
+            error = float(np.sqrt(sum(d.var(ddof=1) / len(d) for d in differences if len(d) > 1)) / len(differences))
+            out.append({"routed": spec.match, "static": spec.name, "tasks": len(differences), "difference": mean,
+                        "low": mean - Z * error, "high": mean + Z * error})
+    return out

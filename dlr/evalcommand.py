@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   python -m dlr eval pareto --variant static --tasks blimp      newest run of a phase, its best static plan
 
 tasks: any task, group or tag of lm-evaluation-harness (mmlu, arc_challenge, gsm8k, hellaswag, winogrande, lambada_openai,
-blimp ...), and wikitext103 (strided perplexity). --data-dir serves mmlu, arc_challenge, gsm8k, blimp and wikitext103.
+blimp ...), wikitext103 and embedded (strided perplexity). --data-dir serves mmlu, arc_challenge, gsm8k, blimp and wikitext103.
 """
 
 
@@ -48,11 +48,11 @@ def scores_table(rows: list[dict]) -> pd.DataFrame:
             if score.get("above_chance") is False:
                 text += " (not above chance)"
             line[f"{score['task']} ({score['metric'].split(',')[0]})"] = text
-        if "token_perplexity" in row:
+        for task, found in row["perplexity"].items():
             for unit in ("token", "word"):
-                name = f"{unit}_perplexity"
-                line[f"ppl/{unit} (95 %)"] = f"{row[name]:.2f} ({row[name + '_low']:.2f}–{row[name + '_high']:.2f})"
-            line["bits/byte"] = f"{row['bits_per_byte']:.3f}"
+                value, low, high = (found[f"{unit}_perplexity{end}"] for end in ("", "_low", "_high"))
+                line[f"{task} ppl/{unit} (95 %)"] = f"{value:.2f} ({low:.2f}–{high:.2f})"
+            line[f"{task} bits/byte"] = f"{found['bits_per_byte']:.3f}"
         line["cut on the left"] = f"{row['truncated']} of {row['requests']}"
         lines.append(line)
     return pd.DataFrame(lines)
@@ -68,14 +68,14 @@ def evaluate_command(arguments) -> int:
     from dlr.benchmark import row_of, run_benchmark
     from dlr.harness import DLRLM
     from dlr.runs import Run, results_folder
-    from dlr.tasks import WIKITEXT, manager_for
+    from dlr.tasks import PERPLEXITIES, manager_for
     from dlr.variants import open_variant
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks needs at least one name, for example --tasks arc_challenge,gsm8k")
     if arguments.limit is not None and arguments.limit <= 0:
         raise ValueError(f"--limit {arguments.limit} must be above 0")
-    manager_for([name for name in names if name != WIKITEXT])              # a mistyped name costs no model loading
+    manager_for([name for name in names if name not in PERPLEXITIES])              # a mistyped name costs no model loading
     loaded = open_variant(arguments.checkpoint, arguments.variant, arguments.skip, arguments.order, arguments.model)
     label = arguments.name or re.sub(r"[^\w.=+-]+", "-", f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
                                      + (f"-skip={arguments.skip}" if arguments.skip is not None else "")).strip("-")

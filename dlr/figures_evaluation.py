@@ -11,9 +11,20 @@ Z = 1.96
 
 
 def _scores(rows: list[dict]) -> pd.DataFrame:
-    """One line a variant and task; tasks are the names the rows were asked for (groups whole)."""
-    return pd.DataFrame([{"variant": row["variant"], "kind": row["kind"], "skip": row["skip"], **score}
-                         for row in rows for score in row["scores"]])
+    """One line a variant and task, with 95 % intervals; perplexities are tasks as well."""
+    lines = []
+    for row in rows:
+        shared = {"variant": row["variant"], "kind": row["kind"], "skip": row["skip"]}
+        for score in row["scores"]:
+            half = Z * (score["stderr"] or 0.0)
+            lines.append(shared | {"task": score["task"], "skip": score["skip"], "metric": score["metric"].split(",")[0],
+                                   "score": score["score"], "low": half, "high": half, "chance": score["chance"]})
+        for task, found in row["perplexity"].items():
+            value = found["token_perplexity"]
+            lines.append(shared | {"task": task, "metric": "perplexity a token", "score": value, "chance": None,
+                                   "low": value - found["token_perplexity_low"],
+                                   "high": found["token_perplexity_high"] - value})
+    return pd.DataFrame(lines)
 
 
 def bars(rows: list[dict], title: str = ""):
@@ -24,14 +35,14 @@ def bars(rows: list[dict], title: str = ""):
     figure, grid = plt.subplots(len(tasks), 1, figsize=(7, 0.9 + len(tasks) * (0.7 + 0.28 * len(rows))), squeeze=False)
     for axes, task in zip(grid[:, 0], tasks):
         part = table[table["task"] == task].iloc[::-1]
-        errors = (Z * part["stderr"].astype(float).fillna(0.0)).to_numpy()
+        errors = part[["low", "high"]].to_numpy().T
         axes.barh(part["variant"], part["score"], xerr=errors, color=[COLOURS[_KINDS[k]] for k in part["kind"]],
                   error_kw={"lw": 1, "capsize": 2})
         chance = part["chance"].iloc[0]
         if pd.notna(chance):
             axes.axvline(chance, color="black", ls=":", lw=1)
-        axes.set_xlim(0, max(1e-3, 1.08 * float((part["score"] + errors).max()), 1.1 * (chance or 0)))
-        axes.set_xlabel(f"{task}: {part['metric'].iloc[0].split(',')[0]} (95 % interval; dotted: chance)")
+        axes.set_xlim(0, max(1e-3, 1.08 * float((part["score"] + part["high"]).max()), 1.1 * chance if pd.notna(chance) else 0))
+        axes.set_xlabel(f"{task}: {part['metric'].iloc[0]} (95 % interval; dotted: chance)")
     figure.suptitle(title)
     figure.tight_layout()
     return figure
@@ -45,13 +56,13 @@ def scatter(rows: list[dict], title: str = ""):
     figure, grid = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), squeeze=False)
     for axes, task in zip(grid[0], tasks):
         for row in table[table["task"] == task].itertuples():
-            axes.errorbar(100 * row.skip, row.score, yerr=Z * (row.stderr if pd.notna(row.stderr) else 0.0), fmt="o",
-                          color=COLOURS[_KINDS[row.kind]], capsize=2, label=_KINDS[row.kind])
+            axes.errorbar(100 * row.skip, row.score, yerr=[[row.low], [row.high]], fmt="o", capsize=2,
+                          color=COLOURS[_KINDS[row.kind]], label=_KINDS[row.kind])
         chance = table.loc[table["task"] == task, "chance"].iloc[0]
         if pd.notna(chance):
             axes.axhline(chance, color="black", ls=":", lw=1)
         axes.set_xlabel("measured skip on scored tokens (%)")
-        axes.set_ylabel(f"{task}: {table.loc[table['task'] == task, 'metric'].iloc[0].split(',')[0]}")
+        axes.set_ylabel(f"{task}: {table.loc[table['task'] == task, 'metric'].iloc[0]}")
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1]))
         axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
     figure.suptitle(title)
@@ -83,8 +94,6 @@ def redraw(folder):
     made = []
     for name, run in finished_runs("evaluation").items():
         rows = run["metrics"]["rows"]
-        if not any(row["scores"] for row in rows):
-            continue
         made += [save(draw(rows, title=f"Benchmarks: {name}"), folder, f"evaluation_{name}_{label}")
                  for label, draw in (("bars", bars), ("scatter", scatter))]
         skips = layer_skips(rows, title=f"Layers skipped: {name}")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 FORMS = {"cais/mmlu": "mmlu", "allenai/ai2_arc": "arc", "openai/gsm8k": "gsm8k", "nyu-mll/blimp": "blimp"}
 SERVED = "mmlu, arc_challenge, gsm8k, blimp"
-WIKITEXT = "wikitext103"                    # not one of the harness's: see dlr.wikitext
+WIKITEXT = "wikitext103"
+PERPLEXITIES = (WIKITEXT, "embedded")       # strided perplexities, none of the harness's tasks: see dlr.wikitext
 # Folders of the harness that hold the tasks named in the README; reading its whole index takes half a minute.
 _USUAL = ("mmlu/default", "arc", "gsm8k", "blimp", "hellaswag", "winogrande", "lambada")
 
@@ -183,7 +184,7 @@ def manager_for(names: list[str]):
     manager = _manager(False)
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*manager.all_tasks, WIKITEXT], n=4, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*manager.all_tasks, *PERPLEXITIES], n=4, cutoff=0.5)
             raise UnknownTask(f"There is no task {name!r}." + (f" The nearest names: {', '.join(near)}." if near else
                               " 'lm-eval ls tasks' lists all of them."))
     return manager
@@ -201,6 +202,8 @@ def load_tasks(names: list[str], data_dir: str | None = None, num_fewshot: int |
     """
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise FileNotFoundError(f"--data-dir {str(data_dir)!r} is not a folder.")
+    if not names:
+        return {"tasks": {}, "groups": {}}
     manager = manager_for(names)
     factory = type(manager._factory)
     try:

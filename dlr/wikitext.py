@@ -1,4 +1,4 @@
-"""Perplexity on WikiText-103 with a strided window: a word, a token, and in bits a byte.
+"""Perplexity on WikiText-103 (or the embedded test split) with a strided window: a word, a token, in bits a byte.
 
 Each article is a document of its own, opened by the tokenizer's first token (`dlr.data.opening_token`). A window of the
 model's context (at most `window` tokens) moves by `stride`; each step scores the `stride` new tokens and takes the rest as
@@ -36,6 +36,14 @@ def read_text(path: Path) -> str:
             raise ValueError(f"{path}, line {reader.line_num}: one column was expected, {len(row)} found.")
         parts.extend(row)
     return "".join(parts)
+
+
+def texts_of(name: str, data_dir: str | None) -> list[str]:
+    """Documents of a perplexity task: 'wikitext103', or 'embedded', which needs neither network nor files."""
+    if name == "embedded":
+        from dlr.data import load_documents
+        return load_documents("embedded", "test").texts
+    return load_articles(data_dir)
 
 
 def load_articles(data_dir: str | None = None, split: str = "test") -> list[str]:
