@@ -26,8 +26,6 @@ phase: str = ""
 variants: list = []
 model: str = "nano"
 tasks: list = ["embedded"]
-num_fewshot: int = None
-limit: float = None
 data_dir: str = ""
 batch_size: int = 16
 
@@ -44,12 +42,12 @@ config = notebook_settings("evaluation", globals())
 import pandas as pd
 
 from dlr import figures, figures_evaluation
-from dlr.benchmark import evaluate_variants
+from dlr.benchmark import evaluate_variants, recorded
 from dlr.evalcommand import environment, scores_table
 from dlr.runs import Run, results_folder
 
 run = Run(results_folder() / "evaluation" / config.run_name)
-run.start(config.model_dump(), "")
+run.start(recorded(config), "")
 
 # %% [markdown]
 # Each task is kept as soon as it is finished (`tasks/<variant>/<task>.json`); an interrupted run goes on from there.
