@@ -311,3 +311,17 @@ def test_the_harness_command_line_knows_our_model():
     from lm_eval.api.registry import get_model
     assert get_model("dlr") is DLRLM
     assert manager_for(["mmlu", "hellaswag", "winogrande", "lambada_openai", "blimp"])
+
+
+def test_masked_and_compact_execution_agree(routed, data):
+    found = {}
+    for execution in ("masked", "compact"):
+        routed.routing.execution = execution
+        lm = DLRLM(loaded=routed, batch_size=3)
+        replies, scores = responses(lm, data)
+        found[execution] = (replies, scores, lm.meter.kept, lm.meter.context_kept)
+    masked, compact = found["masked"], found["compact"]
+    assert masked[1:] == compact[1:] and masked[0]["gsm8k"] == compact[0]["gsm8k"]
+    for name in TASKS[:3]:
+        for one, other in zip(masked[0][name], compact[0][name], strict=True):
+            assert [r[0][0] for r in one] == pytest.approx([r[0][0] for r in other], abs=2e-4)
