@@ -26,6 +26,7 @@ phase: str = ""
 variants: list = []
 model: str = "nano"
 tasks: list = ["embedded"]
+limit: float = 40.0
 data_dir: str = ""
 batch_size: int = 16
 
