@@ -218,6 +218,7 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
         SettingsError: two rows of one name, or `match` names no earlier row.
     """
     from dlr.config import SettingsError
+    from dlr.discovery import from_project
     from dlr.harness import DLRLM
     from dlr.variants import open_variant
     specs, rows, whole, by_name = specs_of(config), [], {}, {}
@@ -232,7 +233,7 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
         loaded.name = spec.name
         lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
         slug = "".join(c if c.isalnum() or c in ".=+-" else "-" for c in spec.name)
-        found = run_benchmark(lm, config.tasks, folder / "tasks" / slug, data_dir=config.data_dir or None,
+        found = run_benchmark(lm, config.tasks, folder / "tasks" / slug, data_dir=str(from_project(config.data_dir)) if config.data_dir else None,
                               num_fewshot=config.num_fewshot, limit=config.limit, say=say,
                               match=by_name[spec.match]["tasks"] if spec.match else None)
         by_name[spec.name] = found

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dlr.checkpoint import CONFIG, WEIGHTS
 from dlr.config import PHASES
 from dlr.models import NANO_ROUTER
-from dlr.runs import METRICS, results_folder
+from dlr.runs import METRICS, project_root, results_folder
 
 CONTROL = "control.json"            # a static, stochastic or dense checkpoint: see dlr.variants
 _BEST, _LAST = ("best", "checkpoint-best", "checkpoint"), ("last", "checkpoint-last")
@@ -21,6 +21,12 @@ _BEST, _LAST = ("best", "checkpoint-best", "checkpoint"), ("last", "checkpoint-l
 
 class HalfWritten(UserWarning):
     """A checkpoint folder that lacks a part, and was skipped."""
+
+
+def from_project(where: str | Path) -> Path:
+    """`where` as a path; a relative one that is not here is taken from the project's root (kernels run in notebooks/)."""
+    path = Path(where).expanduser()
+    return path if path.is_absolute() or path.exists() else project_root() / path
 
 
 def _unreadable(path: Path) -> str | None:
@@ -90,7 +96,7 @@ def find_checkpoint(where: str | Path, say=print) -> Path:
         if not looks_like(NANO_ROUTER):
             raise FileNotFoundError("The embedded model's own router (dlr/nano/router) is not in this copy of the project. "
                                     "Train one with 'python -m dlr run' and give its checkpoint folder.")
-    folder = Path(where).expanduser()
+    folder = from_project(where)
     if folder.is_dir():
         if looks_like(folder):
             problem = missing_part(folder)

@@ -13,7 +13,7 @@ import torch
 from dlr.baselines import static_pair
 from dlr.checkpoint import CONFIG, _refuse_other_base, atomic_folder, fingerprint, from_pretrained
 from dlr.config import RouterConfig, RunConfig, SettingsError, validated
-from dlr.discovery import CONTROL, find_checkpoint
+from dlr.discovery import CONTROL, find_checkpoint, from_project
 from dlr.models import load_base
 from dlr.policy import Policy, RouterPolicy
 from dlr.routed import NANO_NAME, Routing, attach, describe_base
@@ -119,7 +119,7 @@ def stored_order(path: Path) -> tuple[list[int], float | None]:
 
 def _order_near(checkpoint: Path, given: str | None) -> tuple[list[int], float | None]:
     if given:
-        path = Path(given)
+        path = from_project(given)
         return stored_order(path / METRICS if path.is_dir() else path)
     for folder in list(checkpoint.resolve().parents)[:3]:
         if (folder / METRICS).is_file():
