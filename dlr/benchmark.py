@@ -49,6 +49,9 @@ def _run_task(lm, name: str, task, limit: float | None) -> dict:
     for config in whole["configs"].values():
         if config.pop("custom_dataset", None) is not None:
             config["dataset_path"] = f"local files of {config.get('dataset_path')}"
+        source = str(config.get("metadata", {}).get("config_source", ""))
+        if "lm_eval" in source:                         # an installation's own path is no part of a result
+            config["metadata"]["config_source"] = source[source.rindex("lm_eval"):]
     whole = json.loads(json.dumps(whole, default=handle_non_serializable))
     binary = outcomes and all(value in (0, 1) for value in outcomes)
     return {"harness": whole, "chance": _chance(samples) if samples and task.OUTPUT_TYPE == "multiple_choice" else None,
