@@ -261,8 +261,35 @@ class TokenAnalysisConfig(BaseModel):
     seed: int = 0
 
 
+class VariantSpec(BaseModel):
+    """One row of an evaluation: a checkpoint and what decides which layers run (dlr.variants.open_variant)."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    checkpoint: str = "nano"                           # checkpoint, run or phase; 'nano-router'; or a base model
+    variant: Literal["routed", "static", "stochastic", "dense", "base"] | None = None
+    skip: float | None = Field(None, ge=0.0, le=1.0)
+    order: str | None = None                           # run that holds the greedy static order
+    match: str | None = None                           # name of a routed row: its measured skip, task by task
+
+
+class EvaluationConfig(BaseModel):
+    """05: benchmark tasks through lm-evaluation-harness, every variant in one table."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    phase: str = ""                                    # every checkpoint of this phase's finished runs is a row
+    variants: list[VariantSpec] = []                   # rows beside those; none of either: the base model
+    model: str = "nano"                                # base model of the checkpoints, for the base row
+    tasks: list[str] = ["embedded"]                    # harness tasks, groups, tags; wikitext103, embedded
+    num_fewshot: int | None = Field(None, ge=0)        # examples before each question; None: the task's own
+    limit: float | None = Field(None, gt=0.0)          # rows of each task, or a share below 1
+    data_dir: str = ""                                 # folder of local files instead of the hub
+    batch_size: int = Field(16, ge=1)                  # requests a forward pass
+
+
 PHASES: dict[str, tuple[str, type[BaseModel]]] = {
     "base_model": ("00_base_model", BaseModelConfig), "baselines": ("01_baselines", BaselinesConfig),
     "sequence_routing": ("02_sequence_routing", SequenceConfig), "token_routing": ("03_token_routing", TokenConfig),
-    "pareto": ("04_pareto", ParetoConfig), "latency": ("06_latency", LatencyConfig),
-    "token_analysis": ("07_token_analysis", TokenAnalysisConfig)}
+    "pareto": ("04_pareto", ParetoConfig), "evaluation": ("05_evaluation", EvaluationConfig),
+    "latency": ("06_latency", LatencyConfig), "token_analysis": ("07_token_analysis", TokenAnalysisConfig)}

@@ -193,6 +193,8 @@ def redraw() -> list[Path]:
             made.append(save(layer_harm(run["metrics"]["layer_harm"], "Base model"), folder, "base_model_layers"))
     from dlr.figures_analysis import redraw_all
     made += redraw_all(folder)
+    from dlr import figures_evaluation
+    made += figures_evaluation.redraw(folder)
     plt.close("all")
     return made
 

@@ -20,6 +20,7 @@ from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPol
 from dlr.routed import Routing, attach
 from dlr.runs import write_atomically
 from dlr.trainer import DLRTrainer, seed_everything
+from dlr.variants import save_control
 from dlr.warmstart import warm_start
 
 
@@ -185,6 +186,7 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order
     forced = forced_share(bench, config.keep_first_tokens)
     fewer, more, share = static_pair(order, len(order), skip, forced)
     variant = train(bench, name, config, folder, MixedStaticPlan(fewer, more, share))
+    save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
     try:
         table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.bf16)
         return row_of(bench, variant, name, table, order=order)
@@ -195,6 +197,7 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order
 def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
     """LoRA at full depth with the same steps and data."""
     variant = train(bench, "dense LoRA", config, folder, LayerDrop(0.0))
+    save_control(variant.model, variant.routing, folder / "checkpoint", "dense")
     try:
         return measure(bench, variant, "dense LoRA", None)
     finally:
@@ -204,6 +207,7 @@ def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
 def stochastic_rows(bench: Bench, config: RunConfig, folder: Path, skips: list[float]) -> list[dict]:
     """LoRA under stochastic depth, evaluated at full depth and with each of `skips` dropped at random."""
     variant = train(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop or 0.5))
+    save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic")
     try:
         rows = [measure(bench, variant, "stochastic depth, full", None)]
         forced = forced_share(bench, config.keep_first_tokens)

@@ -21,7 +21,7 @@ TOY = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32, "calibration_
        "layers": 5, "width": 64, "vocab_size": 300, "save_steps": 2, "bf16": False,
        "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1, "plan_docs": 2, "skips": [0.5],
        "untrained": True, "record_docs": 6, "oracle_docs": 3, "probe_docs": 6, "oracle_len": 24, "budgets": [0.4],
-       "frequency_docs": 4}
+       "frequency_docs": 4, "limit": 2.0}
 
 
 def notebook_settings(phase: str, names: dict) -> BaseModel:
