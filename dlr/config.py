@@ -25,6 +25,7 @@ class RouterConfig(BaseModel):
 
     level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
     unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
+    kv: Literal["complete", "drop"] = "complete"       # skipped tokens leave keys and values, or none (masked, no cache)
     strategy: Literal["single_pass", "two_pass"] = "single_pass"
     always_keep: int = Field(4, ge=1)                  # layers, the prefix every token runs (K)
     keep_last: int = Field(0, ge=0)                    # layers at the end that every token runs
@@ -58,6 +59,7 @@ class RunConfig(BaseModel):
     # router
     level: Literal["token", "sequence"] = "token"
     unit: Literal["layer", "sublayer"] = "layer"
+    kv: Literal["complete", "drop"] = "complete"
     strategy: Literal["single_pass", "two_pass"] = "single_pass"
     always_keep: int = Field(4, ge=1)
     keep_last: int = Field(0, ge=0)

@@ -5,6 +5,8 @@ that layer's own keys and values (K/V complete), because the layer has seen it. 
 execution must equal.
 """
 
+import inspect
+
 import torch
 
 
@@ -46,6 +48,32 @@ def gate_sublayer(routing, unit: int):
             return None
         ran = _first(output)
         return _with_first(output, gate.to(ran.dtype) * ran)
+
+    return hook
+
+
+def hide_skipped_keys(routing, unit: int):
+    """A forward pre-hook for kv='drop': a layer's attention sees no keys of tokens that skip it, but each token itself.
+
+    As in Mixture-of-Depths (Raposo et al. 2024) and D-LLM (Jiang et al. 2024), where a skipped token leaves nothing.
+    """
+
+    def hook(module, args, kwargs):
+        gate = routing.gate(unit)
+        if gate is None:
+            return None
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        kwargs = dict(zip(names, args)) | kwargs
+        mask, length = kwargs.get("attention_mask"), gate.shape[1]
+        seen = (gate.detach() > 0.5).transpose(1, 2).unsqueeze(1)                          # [b, 1, 1, s]
+        seen = seen | torch.eye(length, dtype=torch.bool, device=gate.device)
+        if mask is None:
+            mask = seen & torch.ones(length, length, dtype=torch.bool, device=gate.device).tril()
+        elif mask.dtype == torch.bool:
+            mask = mask & seen
+        else:
+            mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+        return (kwargs.pop(names[0]),), kwargs | {"attention_mask": mask}
 
     return hook
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dlr.compact import ATTENTION, MLP, CompactLayer, NotCompactable, compact_layers
 from dlr.config import RouterConfig
-from dlr.execution import blend_layer, gate_sublayer, needs_first_pass, run_first_pass
+from dlr.execution import blend_layer, gate_sublayer, hide_skipped_keys, needs_first_pass, run_first_pass
 from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router
@@ -106,6 +106,9 @@ class Routing:
     def _set_execution(self, value: str) -> None:
         if value not in EXECUTIONS:
             raise ValueError(f"execution={value!r} is not one of {', '.join(EXECUTIONS)}.")
+        if value == "compact" and self.config.kv == "drop":
+            raise NotRoutable("kv='drop' runs masked only: compact execution keeps every token's keys and values. Use "
+                              "execution='masked', or kv='complete'.")
         if value == "compact" and getattr(self, "_compact", None) is None:
             try:
                 self._compact = compact_layers(self)
@@ -163,6 +166,9 @@ class Routing:
         if self.policy is None or (self._pass is not None and self._pass.first_pass):
             return
         self._pass = current = _new_pass(args, kwargs)
+        if self.config.kv == "drop" and current.cache is not None:
+            raise ValueError("kv='drop' has no cached form, since skipped tokens would be missing from some layers' caches: "
+                             "pass use_cache=False, or use kv='complete'.")
         self._own_cache(current.cache)
         self.policy.check(self, *current.real.shape)
         if self._runs_compact():
@@ -222,6 +228,9 @@ class Routing:
         keep(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
         keep(self.layers[self.first].register_forward_pre_hook(self._before_first_routable, with_kwargs=True))
         for index in range(self.first, self.last):
+            if self.config.kv == "drop":
+                hook = hide_skipped_keys(self, (index - self.first) * self.units_per_layer)
+                keep(self.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
             if self.config.unit == "layer":
                 hook = blend_layer(self, index - self.first)
                 keep(self.layers[index].register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -273,6 +282,9 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
     if config.always_keep + config.keep_last >= len(layers):
         raise NotRoutable(f"always_keep={config.always_keep} and keep_last={config.keep_last} leave none of the model's "
                           f"{len(layers)} layers to route; together they must be below {len(layers)}.")
+    if config.kv == "drop" and base.config.get_text_config()._attn_implementation not in ("sdpa", "eager"):
+        raise NotRoutable("kv='drop' needs an attention that takes any mask; load the model with attn_implementation='sdpa' "
+                          "or 'eager'.")
     per_layer = 2 if config.unit == "sublayer" else 1
     units = (len(layers) - config.always_keep - config.keep_last) * per_layer
     router = Router(base.config.get_text_config().hidden_size, units, config)

@@ -196,6 +196,34 @@ def test_skip_adapter_starts_as_identity(llama, ids):
         assert not torch.equal(llama(ids).logits, without)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
+@torch.no_grad()
+def test_dropped_keys_are_seen_by_nobody_else(family, ids):
+    """kv='drop': what a skipped token would have left at a layer changes nothing, and other layers still see it."""
+    model = tiny(family)
+    routing = dlr.attach(model, RouterConfig(always_keep=2, keep_first_tokens=0, kv="drop"))
+    assert routing.execution == "masked"
+    gates = torch.ones(3, 14, 4)
+    with routing.using(GivenPlan(gates)):
+        opened = model(ids, use_cache=False).logits
+    with routing.disabled():
+        assert torch.allclose(opened, model(ids, use_cache=False).logits, atol=1e-5)
+    gates[:, 5] = 0.0                                  # token 5 runs the prefix only, and leaves nothing behind it
+    with routing.using(GivenPlan(gates)):
+        before = model(ids, use_cache=False).logits
+        bump = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
+        handle = routing.layers[2].register_forward_pre_hook(
+            lambda m, a, k: ((a[0].index_add(1, torch.tensor([5]), bump.expand(3, 1, -1)), *a[1:]), k), with_kwargs=True)
+        after = model(ids, use_cache=False).logits
+        handle.remove()
+    assert torch.allclose(before[:, 6:], after[:, 6:], atol=1e-5)
+    assert not torch.allclose(before[:, 5], after[:, 5], atol=1e-3)
+    with pytest.raises(ValueError, match="kv='drop' has no cached form.*use_cache=False"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    with pytest.raises(NotRoutable, match="kv='drop' runs masked only"):
+        routing.execution = "compact"
+
+
 def test_two_pass_refuses_a_cache_with_the_remedy(llama, ids):
     dlr.attach(llama, RouterConfig(always_keep=2, strategy="two_pass"))
     with pytest.raises(ValueError, match="use_cache=False"):
