@@ -301,6 +301,17 @@ def test_skip_adapters_are_carried_past_skipped_layers(llama, ids):
         assert torch.allclose(masked, compact, atol=1e-5), kind
 
 
+def test_a_4_bit_base_is_run_by_rows(tmp_path, ids):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    tiny().save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
+    dlr.attach(model, OPEN, execution="compact")
+    for kind in PLANS:
+        masked, compact = both(model, GivenPlan(plan(kind, *ids.shape, 4)), ids)
+        assert torch.allclose(masked, compact, atol=1e-5), kind
+
+
 @torch.no_grad()
 def test_hidden_states_and_bfloat16(ids):
     model = tiny().to(torch.bfloat16)
