@@ -45,6 +45,27 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
     return found
 
 
+def folder_of(checkpoint: str | Path | None) -> Path:
+    """The folder of a checkpoint given by folder or label; None is the embedded router, or the first there is.
+
+    Raises:
+        FileNotFoundError: there is none; the message names those there are.
+    """
+    there = checkpoints()
+    if checkpoint is None or checkpoint == EMBEDDED:
+        if (NANO_ROUTER / CONFIG).is_file():
+            return NANO_ROUTER
+        if there and checkpoint is None:
+            return next(iter(there.values()))
+    elif str(checkpoint) in there:
+        return there[str(checkpoint)]
+    elif (Path(checkpoint) / CONFIG).is_file():
+        return Path(checkpoint)
+    wanted = "embedded router (dlr/nano/router)" if checkpoint in (None, EMBEDDED) else f"checkpoint {str(checkpoint)!r}"
+    raise FileNotFoundError(f"There is no {wanted}. There are: {', '.join(there) or 'none'}. "
+                            "python -m dlr run trains one; give its checkpoint folder.")
+
+
 def static_order(base: dict) -> list[int] | None:
     """Units in the order in which the best static plan drops them, from any finished run on this base model."""
     name = base.get("name") or "nano"
@@ -72,31 +93,15 @@ class Session:
 
     def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None):
         self.owned = model is None
-        self.name = "given model"
+        self.name, self.folder = "given model", None
         if self.owned:
-            folder = self._folder(checkpoint)
-            model = from_pretrained(folder)
+            self.folder = folder_of(checkpoint)
+            model = from_pretrained(self.folder)
             tokenizer = _tokenizer(model)
-            self.name = _label(folder)
+            self.name = _label(self.folder)
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
         self._curve: list[float] = list(self.routing.config.curve)
         self.note = ""
-
-    @staticmethod
-    def _folder(checkpoint: str | Path | None) -> Path:
-        there = checkpoints()
-        if checkpoint is None or checkpoint == EMBEDDED:
-            if (NANO_ROUTER / CONFIG).is_file():
-                return NANO_ROUTER
-            if there and checkpoint is None:
-                return next(iter(there.values()))
-        elif str(checkpoint) in there:
-            return there[str(checkpoint)]
-        elif (Path(checkpoint) / CONFIG).is_file():
-            return Path(checkpoint)
-        wanted = "embedded router (dlr/nano/router)" if checkpoint in (None, EMBEDDED) else f"checkpoint {str(checkpoint)!r}"
-        raise FileNotFoundError(f"There is no {wanted}. There are: {', '.join(there) or 'none'}. "
-                                "python -m dlr run trains one; give its checkpoint folder.")
 
     @property
     def context(self) -> int:
