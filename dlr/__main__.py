@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   python -m dlr run token_routing --params params/token_routing/tinyllama.yaml
   python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are skipped
   python -m dlr explore "Any text."                       what every token costs, in the terminal; --serve: in a browser
+  python -m dlr eval nano-router --tasks blimp            benchmark tasks through lm-evaluation-harness
 """
 QUICK = Path(__file__).resolve().parent.parent / "params" / "token_routing" / "quick.yaml"
 
@@ -22,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run notebooks of one or more phases", epilog=EXAMPLES,
                               formatter_class=argparse.RawDescriptionHelpFormatter)
     run.add_argument("phases", nargs="*", metavar="phase",
-                     help="base_model, baselines, sequence_routing, token_routing, pareto; none: the ten-minute tour")
+                     help="base_model, baselines, sequence_routing, token_routing, pareto, token_analysis; none: a tour")
     run.add_argument("--params", metavar="FILE", help="YAML file of settings that differ from the defaults")
     run.add_argument("--set", action="append", default=[], metavar="name=value", help="one setting; may be repeated")
     run.add_argument("--name", help="name of the run's folder (default: from the params file, or 'default')")
@@ -33,12 +34,19 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     from dlr import serve
     serve.add_parser(commands, argparse.RawDescriptionHelpFormatter)
+    from dlr import evalcommand
+    evalcommand.add_parser(commands)
     return top
 
 
 def explore(arguments) -> int:
     from dlr.serve import explore as command
     return command(arguments)
+
+
+def evaluation(arguments) -> int:
+    from dlr.evalcommand import evaluate_command
+    return evaluate_command(arguments)
 
 
 def run(arguments) -> int:
@@ -98,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     from dlr.workbook import say_error
     try:
-        return {"run": run, "sweep": sweep, "explore": explore}[arguments.command](arguments)
+        return {"run": run, "sweep": sweep, "explore": explore, "eval": evaluation}[arguments.command](arguments)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

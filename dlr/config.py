@@ -53,6 +53,7 @@ class RunConfig(BaseModel):
     eval_len: int = Field(256, ge=8)                   # tokens a document is cut to in calibration and evaluation
     calibration_docs: int = Field(160, ge=1)           # documents that choose the threshold
     eval_docs: int = Field(240, ge=1)                  # documents of the test split (243 in the embedded corpus)
+    static_docs: int = Field(32, ge=1)                 # calibration documents the search for the best static plan reads
 
     # router
     level: Literal["token", "sequence"] = "token"
@@ -196,6 +197,26 @@ class ParetoConfig(RunConfig):
     dropped: list[float] = [0.2, 0.4, 0.6]
 
 
+class LatencyConfig(BaseModel):
+    """06: time of dense, truncated, masked, two-pass and compact execution, under the plan of a trained router."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
+    checkpoint: str = ""                               # whose router's plan is recorded; '': the embedded router
+    layers: int = Field(0, ge=0)                       # caps the depth to what memory holds; 0: the whole model
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"      # auto: bfloat16 where the hardware has it
+    skips: list[float] = [0.25, 0.4, 0.5]
+    lengths: list[int] = [512]                         # tokens of a prefill
+    batches: list[int] = [1]                           # sequences of a prefill
+    context: int = Field(256, ge=1)                    # tokens in the cache before decoding
+    decode_batches: list[int] = [1]
+    decode_steps: int = Field(16, ge=1)                # steps a turn
+    repeats: int = Field(5, ge=1)                      # turns; medians and quartiles are taken over them
+    plan_docs: int = Field(16, ge=1)                   # test documents whose plan is recorded
+    seed: int = 0
+
+
 class BaseModelConfig(BaseModel):
     """00: pretraining of the embedded base model."""
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -231,7 +252,56 @@ class ExplorerConfig(BaseModel):
     seed: int = 0
 
 
+class TokenAnalysisConfig(BaseModel):
+    """07: what a trained router has learnt. Documents are those of the test split, in its order."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    checkpoint: str = ""                               # a checkpoint's folder; '' is the embedded router
+    untrained: bool = False                            # random router logits: what meaningless routing looks like
+    dataset: str = "embedded"
+    record_docs: int = Field(96, ge=1)                 # documents recorded token by token
+    eval_len: int = Field(192, ge=8)                   # tokens a recorded document is cut to
+    oracle_docs: int = Field(16, ge=1)                 # documents of the oracle's sample; as many calibration ones
+    probe_docs: int = Field(48, ge=3)                  # documents of the probes' sample
+    oracle_len: int = Field(96, ge=8)                  # tokens their documents are cut to
+    budgets: list[float] = [0.2, 0.4, 0.6]             # skip ratios at which the headroom is measured
+    weights: list[Literal["checkpoint", "base"]] = ["checkpoint"]      # with the checkpoint's LoRA, and without
+    calibration_docs: int = Field(96, ge=1)            # for checkpoints that were saved without a dial
+    frequency_docs: int = Field(400, ge=1)             # training documents in which tokens are counted
+    seed: int = 0
+
+
+class VariantSpec(BaseModel):
+    """One row of an evaluation: a checkpoint and what decides which layers run (dlr.variants.open_variant)."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    checkpoint: str = "nano"                           # checkpoint, run or phase; 'nano-router'; or a base model
+    variant: Literal["routed", "static", "stochastic", "dense", "base"] | None = None
+    skip: float | None = Field(None, ge=0.0, le=1.0)
+    order: str | None = None                           # run that holds the greedy static order
+    match: str | None = None                           # name of a routed row: its measured skip, task by task
+
+
+class EvaluationConfig(BaseModel):
+    """05: benchmark tasks through lm-evaluation-harness, every variant in one table."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    phase: str = ""                                    # every checkpoint of this phase's finished runs is a row
+    variants: list[VariantSpec] = []                   # rows beside those; none of either: the base model
+    model: str = "nano"                                # base model of the checkpoints, for the base row
+    tasks: list[str] = ["embedded"]                    # harness tasks, groups, tags; wikitext103, embedded
+    num_fewshot: int | None = Field(None, ge=0)        # examples before each question; None: the task's own
+    limit: float | None = Field(None, gt=0.0)          # rows of each task, or a share below 1
+    data_dir: str = ""                                 # folder of local files instead of the hub
+    batch_size: int = Field(16, ge=1)                  # requests a forward pass
+
+
 PHASES: dict[str, tuple[str, type[BaseModel]]] = {
     "base_model": ("00_base_model", BaseModelConfig), "baselines": ("01_baselines", BaselinesConfig),
     "sequence_routing": ("02_sequence_routing", SequenceConfig), "token_routing": ("03_token_routing", TokenConfig),
-    "pareto": ("04_pareto", ParetoConfig), "explorer": ("08_explorer", ExplorerConfig)}
+    "pareto": ("04_pareto", ParetoConfig), "evaluation": ("05_evaluation", EvaluationConfig),
+    "latency": ("06_latency", LatencyConfig), "token_analysis": ("07_token_analysis", TokenAnalysisConfig),
+    "explorer": ("08_explorer", ExplorerConfig)}

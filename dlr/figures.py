@@ -191,6 +191,10 @@ def redraw() -> list[Path]:
     for run in finished_runs("base_model").values():
         if "layer_harm" in run["metrics"]:
             made.append(save(layer_harm(run["metrics"]["layer_harm"], "Base model"), folder, "base_model_layers"))
+    from dlr.figures_analysis import redraw_all
+    made += redraw_all(folder)
+    from dlr import figures_evaluation
+    made += figures_evaluation.redraw(folder)
     plt.close("all")
     return made
 

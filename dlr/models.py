@@ -12,7 +12,7 @@ from dlr.config import RunConfig
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 NANO = Path(__file__).parent / "nano"
-NANO_ROUTER = NANO / "router"          # the router that travels with the embedded model
+NANO_ROUTER = NANO / "router"            # a trained, calibrated router for it
 # Names of attention and MLP projections in the families we know; PEFT takes those a model has.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",        # Llama and kin
                "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",                               # Phi-3, OPT

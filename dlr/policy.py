@@ -3,8 +3,6 @@
 A policy maps the states before layer K, `[b, s, d]`, to gates `[b, s, U]` (and logits, where it has them).
 """
 
-import weakref
-
 import torch
 
 from dlr.router import hard_gates, straight_through_gates
@@ -14,17 +12,28 @@ class Policy:
     """A source of gates. `reads_hidden` tells the two-pass strategy whether a first pass is needed."""
     reads_hidden = False
 
+    def check(self, routing, batch: int, length: int) -> None:
+        """Raises ValueError, before anything is computed, where this plan does not fit a pass of `[b, s]` tokens."""
+
     def __call__(self, routing, hidden: torch.Tensor, current) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError
 
 
 class RouterPolicy(Policy):
-    """The router's own plan: noisy and differentiable while `training`, deterministic otherwise."""
+    """The router's own plan: noisy and differentiable while `training`, deterministic otherwise.
+
+    With a cache, a step of one token a sequence follows `routing.decode_plan`:
+        'exact': every token by its own logits, as in one pass without a cache.
+        'consensus': the batch decides together, by its mean logits, as many units as its tokens would keep on average;
+            whole layers then drop out of the step. A sequence's text depends on its batch.
+        'prompt': the same decision, made once over the newest prefill and kept for every step that follows.
+    Below a few hundred rows a batched step reads every weight of a layer that any row runs, so that 'exact' saves
+    arithmetic but little time; the other two save both.
+    """
     reads_hidden = True
 
     def __init__(self, training: bool = False, temperature: float = 1.0, noise: bool = True):
         self.training, self.temperature, self.noise = training, temperature, noise
-        self._sequence_logits: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __call__(self, routing, hidden, current):
         config = routing.config
@@ -38,6 +47,8 @@ class RouterPolicy(Policy):
         if config.level == "sequence":
             pooled = (current.position < config.pool_tokens).unsqueeze(-1)
             gates = torch.where(pooled, torch.ones_like(gates), gates)
+        elif routing.decode_plan != "exact" and not self.training:
+            gates = self._together(routing, logits, gates, current)
         return gates, logits
 
     def _pooled(self, routing, hidden, current) -> torch.Tensor:
@@ -46,14 +57,33 @@ class RouterPolicy(Policy):
         Pooling the whole sequence, as the original did, would let later tokens decide how earlier ones are computed.
         A cached continuation uses the decision made when its cache was begun.
         """
-        if current.cache is not None and current.cache in self._sequence_logits:
-            logits = self._sequence_logits[current.cache]
-        else:
+        logits = routing.remembered(current.cache)
+        if logits is None:
             pool = (current.real & (current.position < routing.config.pool_tokens)).unsqueeze(-1).to(hidden.dtype)
             logits = routing.router((hidden * pool).sum(1) / pool.sum(1).clamp(min=1)).unsqueeze(1)
-            if current.cache is not None:
-                self._sequence_logits[current.cache] = logits
+        current.memory = logits
         return logits.expand(*hidden.shape[:2], -1)
+
+    def _together(self, routing, logits, gates, current) -> torch.Tensor:
+        """Gates of a decode step that the batch shares; a longer pass keeps its own and, for 'prompt', notes the sum."""
+        step = current.cache is not None and logits.shape[1] == 1
+        if routing.decode_plan == "prompt":
+            noted = routing.remembered(current.cache)
+            if step and noted is not None:
+                current.memory = noted
+                return noted.expand_as(gates)
+            current.memory = _shared_gates(logits, gates, current.real)
+            return gates
+        return _shared_gates(logits, gates, current.real).expand_as(gates) if step else gates
+
+
+def _shared_gates(logits: torch.Tensor, gates: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Gates `[U]`: the units with the highest mean logits, as many as real tokens keep on average. No host sync."""
+    weight = real.unsqueeze(-1).float()
+    total = weight.sum().clamp(min=1)
+    kept = ((gates * weight).sum() / total).round()
+    rank = ((logits.float() * weight).sum((0, 1)) / total).argsort(descending=True).argsort()
+    return (rank < kept).float()
 
 
 class StaticPlan(Policy):
@@ -62,9 +92,11 @@ class StaticPlan(Policy):
     def __init__(self, gates: torch.Tensor):
         self.gates = gates.float()
 
-    def __call__(self, routing, hidden, current):
+    def check(self, routing, batch, length):
         if self.gates.shape != (routing.units,):
             raise ValueError(f"A static plan for this model has {routing.units} gates; {tuple(self.gates.shape)} given.")
+
+    def __call__(self, routing, hidden, current):
         return self.gates.to(hidden.device).expand(*hidden.shape[:2], -1), None
 
 
@@ -124,8 +156,11 @@ class GivenPlan(Policy):
     def __init__(self, gates: torch.Tensor):
         self.gates = gates.float()
 
-    def __call__(self, routing, hidden, current):
-        expected = (*hidden.shape[:2], routing.units)
+    def check(self, routing, batch, length):
+        expected = (batch, length, routing.units)
         if tuple(self.gates.shape) != expected:
-            raise ValueError(f"This plan has shape {tuple(self.gates.shape)}; the pass needs [b, s, units] = {expected}.")
+            raise ValueError(f"This plan has shape {tuple(self.gates.shape)}; the pass needs [b, s, units] = {expected}. A "
+                             "pass that goes on from a cache needs the gates of its new tokens only.")
+
+    def __call__(self, routing, hidden, current):
         return self.gates.to(hidden.device), None

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dlr.compact import ATTENTION, MLP, CompactLayer, NotCompactable, compact_layers
 from dlr.config import RouterConfig
 from dlr.execution import blend_layer, gate_sublayer, needs_first_pass, run_first_pass
 from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router
+from dlr.rows import plan_rows
 
 NANO_NAME = "dlr-nano"            # what files call the embedded model, wherever it lies
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward")
-_HANDLES: "weakref.WeakKeyDictionary[nn.Module, Routing]" = weakref.WeakKeyDictionary()
+EXECUTIONS, DECODE_PLANS = ("masked", "compact"), ("exact", "consensus", "prompt")
+_HANDLE = "_dlr_routing"          # entry in the base model's __dict__
+_CACHE_OWNERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()        # cache to the routing that began it
 
 
 class NotRoutable(ValueError):
@@ -36,6 +38,11 @@ class Pass:
     gates: torch.Tensor | None = None       # [b, s, U]
     logits: torch.Tensor | None = None
     first_pass: bool = False
+    past: int | torch.Tensor = 0            # tokens in the cache before this pass
+    memory: torch.Tensor | None = None      # what later passes over the same cache are to know (see `Routing.remembered`)
+    compact: bool = False
+    keep: torch.Tensor | None = None        # [b, s, U] bool, in a compact pass: gates of real tokens
+    rows: list | None = None                # in a compact pass: `rows.Rows` a unit, None where all run it
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -65,7 +72,7 @@ def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    found = [next((getattr(layer, n) for n in names if hasattr(layer, n)), None) for names in (_ATTENTION, _MLP)]
+    found = [next((getattr(layer, n) for n in names if hasattr(layer, n)), None) for names in (ATTENTION, MLP)]
     if None in found or "residual" in found[0].forward.__code__.co_varnames:
         raise NotRoutable(f"unit='sublayer' needs layers with separate attention and MLP modules that leave the "
                           f"residual alone; {type(layer).__name__} has none. Use unit='layer'.")
@@ -82,8 +89,28 @@ class Routing:
     layers: nn.ModuleList
     policy: Policy
     plan: Plan | None = None
+    execution: str = "masked"            # outside training; training is always masked
+    decode_plan: str = "exact"           # how a step with a cache is planned, see `policy.RouterPolicy`
+    _memory: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)
+    _compact: list[CompactLayer] | None = None
     _pass: Pass | None = None
     _handles: list = field(default_factory=list)
+
+    def __setattr__(self, name, value):
+        if name == "execution":
+            self._set_execution(value)
+        elif name == "decode_plan" and value not in DECODE_PLANS:
+            raise ValueError(f"decode_plan={value!r} is not one of {', '.join(DECODE_PLANS)}.")
+        super().__setattr__(name, value)
+
+    def _set_execution(self, value: str) -> None:
+        if value not in EXECUTIONS:
+            raise ValueError(f"execution={value!r} is not one of {', '.join(EXECUTIONS)}.")
+        if value == "compact" and getattr(self, "_compact", None) is None:
+            try:
+                self._compact = compact_layers(self)
+            except NotCompactable as error:
+                raise NotRoutable(str(error)) from None
 
     @property
     def first(self) -> int:
@@ -124,16 +151,32 @@ class Routing:
         base = causal_lm(self.model)
         if hasattr(base, ROUTER_NAME):
             delattr(base, ROUTER_NAME)
-        _HANDLES.pop(base, None)
+        base.__dict__.pop(_HANDLE, None)
         return self.model
 
     # -- hooks ------------------------------------------------------------------------------------------------------
+    def _runs_compact(self) -> bool:
+        training = torch.is_grad_enabled() or self.decoder.training or getattr(self.policy, "training", False)
+        return self.execution == "compact" and not training
+
     def _before_decoder(self, module, args, kwargs):
         if self.policy is None or (self._pass is not None and self._pass.first_pass):
             return
-        self._pass = _new_pass(args, kwargs)
+        self._pass = current = _new_pass(args, kwargs)
+        self._own_cache(current.cache)
+        self.policy.check(self, *current.real.shape)
+        if self._runs_compact():
+            current.compact = True
+            for layer in self._compact:
+                layer.install()
         if needs_first_pass(self):
             run_first_pass(self, module, args, kwargs)
+
+    def _own_cache(self, cache) -> None:
+        """Refuses a cache that another router's plans have filled."""
+        if cache is not None and _CACHE_OWNERS.setdefault(cache, self) is not self:
+            raise ValueError("This key/value cache was begun by another router, whose plan decided what is in it; go on "
+                             "with that router, or start again with an empty cache.")
 
     def _before_first_routable(self, module, args, kwargs):
         current = self._pass
@@ -143,16 +186,33 @@ class Routing:
         gates, current.logits = self.policy(self, hidden, current)
         keep = current.position < self.config.keep_first_tokens
         current.gates = torch.where(keep.unsqueeze(-1), torch.ones_like(gates), gates)
+        if current.compact:
+            current.keep = (current.gates > 0.5) & current.real.unsqueeze(-1)
+            current.rows = plan_rows(current.gates, current.real)
         self.plan = Plan(current.gates, current.logits, current.real, self.first + self.config.keep_last,
                          self.units_per_layer)
 
     def _after_decoder(self, module, args, output):
-        if self._pass is not None and not self._pass.first_pass:
-            self._pass = None
+        current = self._pass
+        if current is None or current.first_pass:
+            return
+        self._pass = None
+        if current.compact:
+            for layer in self._compact:
+                layer.remove()
+        cache = current.cache if current.cache is not None else getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._own_cache(cache)
+            if current.memory is not None:
+                self._memory[cache] = current.memory
+
+    def remembered(self, cache) -> torch.Tensor | None:
+        """What an earlier pass over `cache` decided for the passes that go on from it."""
+        return None if cache is None else self._memory.get(cache)
 
     def gate(self, unit: int) -> torch.Tensor | None:
-        """Gate `[b, s, 1]` of one unit in the pass in progress, or None where the model runs dense."""
-        if self.policy is None or self._pass is None or self._pass.gates is None:
+        """Gate `[b, s, 1]` of one unit in the masked pass in progress, or None where there is nothing to blend."""
+        if self.policy is None or self._pass is None or self._pass.gates is None or self._pass.compact:
             return None
         return self._pass.gates[..., unit:unit + 1]
 
@@ -176,13 +236,14 @@ def _new_pass(args, kwargs) -> Pass:
     batch, length = (ids.shape if ids is not None else embeds.shape[:2])
     device = (ids if ids is not None else embeds).device
     cache = kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    past = cache.get_seq_length() if cache is not None else 0        # a tensor in static caches: not brought to the host
+    place = torch.arange(length, device=device) + past
     mask = kwargs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        mask = mask[:, :past + length].to(device)
-        return Pass(mask[:, -length:].bool(), mask.long().cumsum(1)[:, -length:] - 1, cache)
-    position = torch.arange(past, past + length, device=device).expand(batch, length)
-    return Pass(torch.ones(batch, length, dtype=torch.bool, device=device), position, cache)
+        place = place.clamp(max=mask.shape[1] - 1)
+        return Pass(mask[:, place].bool(), mask.long().cumsum(1)[:, place] - 1, cache, past=past)
+    real = torch.ones(batch, length, dtype=torch.bool, device=device)
+    return Pass(real, place.expand(batch, length), cache, past=past)
 
 
 def describe_base(model: nn.Module) -> dict:
@@ -193,16 +254,21 @@ def describe_base(model: nn.Module) -> dict:
             "layers": config.num_hidden_layers, "width": config.hidden_size, "vocabulary": config.vocab_size}
 
 
-def attach(model: nn.Module, config: RouterConfig | None = None) -> Routing:
+def attach(model: nn.Module, config: RouterConfig | None = None, execution: str | None = None) -> Routing:
     """Adds a fresh router to a causal LM (or a PEFT model around one) and returns its handle.
 
+    Args:
+        execution: how plans are carried out outside training. 'compact' computes only what they keep, 'masked' computes
+            everything and blends; same results. None: compact where the model's layers allow it.
+
     Raises:
-        NotRoutable: no decoder-only LM, no layer left to route, or a router is attached already.
+        NotRoutable: no decoder-only LM, no layer left to route, a router is attached already, or execution='compact'
+            was asked for and cannot be exact; the message says why.
     """
     config = config or RouterConfig()
     base = causal_lm(model)
     decoder, layers = decoder_and_layers(model)
-    if base in _HANDLES:
+    if _HANDLE in base.__dict__:
         raise NotRoutable(f"This {type(base).__name__} already has a router; call routing_of(model).detach() first.")
     if config.always_keep + config.keep_last >= len(layers):
         raise NotRoutable(f"always_keep={config.always_keep} and keep_last={config.keep_last} leave none of the model's "
@@ -213,16 +279,21 @@ def attach(model: nn.Module, config: RouterConfig | None = None) -> Routing:
     router.to(next(layers[config.always_keep].parameters()).device)
     routing = Routing(model, config.model_copy(update={"base": describe_base(model)}), router, decoder, layers,
                       RouterPolicy())
+    try:
+        routing.execution = execution or "compact"
+    except NotRoutable:
+        if execution is not None:
+            raise
     routing._install()
     base.add_module(ROUTER_NAME, router)
-    _HANDLES[base] = routing
+    base.__dict__[_HANDLE] = routing
     return routing
 
 
 def routing_of(model: nn.Module) -> Routing:
     """The handle of a model that has a router; raises NotRoutable where it has none."""
     try:
-        return _HANDLES[causal_lm(model)]
+        return causal_lm(model).__dict__[_HANDLE]
     except KeyError:
         raise NotRoutable(f"No router is attached to this {type(causal_lm(model)).__name__}; call dlr.attach(model).") \
             from None

@@ -23,7 +23,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, units: int, config: RouterConfig):
         super().__init__()
-        hidden = config.router_hidden
+        hidden, self.width = config.router_hidden, width
         self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                  nn.Linear(hidden, units))
         nn.init.normal_(self.net[-1].weight, std=0.01)

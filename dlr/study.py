@@ -20,9 +20,8 @@ from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPol
 from dlr.routed import Routing, attach
 from dlr.runs import write_atomically
 from dlr.trainer import DLRTrainer, seed_everything
+from dlr.variants import save_control
 from dlr.warmstart import warm_start
-
-GREEDY_BATCHES = 2        # calibration batches the greedy search looks at
 
 
 @dataclass
@@ -130,18 +129,31 @@ def best_static_order(bench: Bench) -> list[int]:
     """Greedy order in which a static plan drops the base model's layers; found once a base, data and shape."""
     config = bench.config
     key = f"{fingerprint(bench.base)} {bench.data_hash} {config.always_keep} {config.keep_last} {config.unit} " \
-          f"{config.eval_len} {config.bf16}"
+          f"{config.eval_len} {config.bf16} {config.static_docs}"
     path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if bench.order is None and path.is_file():
         bench.order = json.loads(path.read_text(encoding="utf-8"))
     if bench.order is None:
         routing = attach(bench.base, config.router())
         try:
-            bench.order = greedy_static_order(bench.base, routing, bench.calibration[:GREEDY_BATCHES], bf16=config.bf16)
+            batches = _first_documents(bench.calibration, config.static_docs)
+            bench.order = greedy_static_order(bench.base, routing, batches, bf16=config.bf16)
         finally:
             routing.detach()
         write_atomically(path, json.dumps(bench.order))
     return bench.order
+
+
+def _first_documents(batches: list[dict], count: int) -> list[dict]:
+    """The batches cut down to `count` documents, spread evenly over them (they are sorted by length)."""
+    rows = torch.linspace(0, sum(len(b["row"]) for b in batches) - 1, count).round().long().unique()
+    found, start = [], 0
+    for batch in batches:
+        mine = rows[(rows >= start) & (rows < start + len(batch["row"]))] - start
+        if len(mine):
+            found.append({name: tensor[mine] for name, tensor in batch.items()})
+        start += len(batch["row"])
+    return found
 
 
 def forced_share(bench: Bench, keep_first_tokens: int) -> float:
@@ -174,6 +186,7 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order
     forced = forced_share(bench, config.keep_first_tokens)
     fewer, more, share = static_pair(order, len(order), skip, forced)
     variant = train(bench, name, config, folder, MixedStaticPlan(fewer, more, share))
+    save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
     try:
         table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.bf16)
         return row_of(bench, variant, name, table, order=order)
@@ -184,6 +197,7 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order
 def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
     """LoRA at full depth with the same steps and data."""
     variant = train(bench, "dense LoRA", config, folder, LayerDrop(0.0))
+    save_control(variant.model, variant.routing, folder / "checkpoint", "dense")
     try:
         return measure(bench, variant, "dense LoRA", None)
     finally:
@@ -193,6 +207,7 @@ def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
 def stochastic_rows(bench: Bench, config: RunConfig, folder: Path, skips: list[float]) -> list[dict]:
     """LoRA under stochastic depth, evaluated at full depth and with each of `skips` dropped at random."""
     variant = train(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop or 0.5))
+    save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic")
     try:
         rows = [measure(bench, variant, "stochastic depth, full", None)]
         forced = forced_share(bench, config.keep_first_tokens)

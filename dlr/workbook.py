@@ -18,7 +18,10 @@ from dlr.runs import Run, finished_runs, project_root, results_folder
 # What DLR_PRESET=toy changes: every cell of every notebook runs, in seconds. For tests; never for results.
 TOY = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32, "calibration_docs": 4, "eval_docs": 4,
        "warm_tokens": 64, "warm_epochs": 1, "warm_rounds": 1, "penalties": [1.0], "dropped": [0.4],
-       "layers": 5, "width": 64, "vocab_size": 300, "save_steps": 2, "bf16": False}
+       "layers": 5, "width": 64, "vocab_size": 300, "save_steps": 2, "bf16": False,
+       "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1, "plan_docs": 2, "skips": [0.5],
+       "untrained": True, "record_docs": 6, "oracle_docs": 3, "probe_docs": 6, "oracle_len": 24, "budgets": [0.4],
+       "frequency_docs": 4, "limit": 2.0}
 
 
 def notebook_settings(phase: str, names: dict) -> BaseModel:

@@ -3,8 +3,14 @@
 import jupytext
 import nbformat
 import pytest
+import torch
 
-from dlr.config import PHASES
+import dlr
+from dlr.config import PHASES, RunConfig
+from dlr.data import load_documents, padded_batches
+from dlr.evaluate import evaluate, skip_ratio
+from dlr.models import NANO_ROUTER, load_base
+from dlr.policy import RouterPolicy
 from dlr.runs import finished_runs, project_root
 
 NAMES = [name for name, _ in PHASES.values()]
@@ -49,5 +55,21 @@ def test_recorded_skip_ratios_are_within_a_point_of_their_targets():
 def test_the_embedded_model_fits_its_room():
     nano = project_root() / "dlr" / "nano"
     files = [p for p in nano.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) <= 16e6
+    assert sum(p.stat().st_size for p in files if p.parent == nano) <= 16e6
+    assert sum(p.stat().st_size for p in files if p.parent != nano) <= 4e6
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
+
+
+@pytest.mark.slow
+def test_the_shipped_router_meets_its_budget_and_the_dial_on_the_test_split():
+    """Within a point where it was calibrated, within two anywhere on the dial, and compact equals masked."""
+    model, tokenizer = dlr.from_pretrained(NANO_ROUTER), load_base(RunConfig())[1]
+    routing, batches = dlr.routing_of(model), padded_batches(load_documents("embedded", "test"), tokenizer, 256, 16)
+    measured = {}
+    with torch.no_grad():
+        for skip in (0.0, 0.1, 0.25, 0.4, 0.6, 0.8):
+            with dlr.budget(model, skip=skip):
+                measured[skip] = skip_ratio(evaluate(model, routing, batches, RouterPolicy(), bf16=False, bar=False))
+    assert all(abs(found - skip) <= 0.02 for skip, found in measured.items()), measured
+    assert abs(measured[0.4] - 0.4) <= 0.01
+    assert list(measured.values()) == sorted(measured.values())

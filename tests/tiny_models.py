@@ -1,8 +1,11 @@
 """Tiny random models built from configurations; nothing here touches a network or a GPU."""
 
+import copy
+
 import torch
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config,
-                          OPTConfig, Phi3Config, Qwen2Config, Qwen3Config)
+from transformers import (AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, GPT2Config,
+                          GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, OPTConfig, Phi3Config,
+                          Qwen2Config, Qwen3Config, SmolLM3Config)
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
@@ -15,10 +18,16 @@ FAMILIES = {
                        pad_token_id=1),
     "opt": OPTConfig(vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=6, num_attention_heads=4,
                      max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=1, bos_token_id=0, eos_token_id=0),
+    "mistral": MistralConfig(**SMALL, sliding_window=None), "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=16),
+    "smollm3": SmolLM3Config(**SMALL), "granite": GraniteConfig(**SMALL, residual_multiplier=0.7),
+    "falcon": FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, pad_token_id=1,
+                           bos_token_id=0, eos_token_id=0),
+    "bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=6, n_head=4, pad_token_id=1, bos_token_id=0,
+                         eos_token_id=0),
 }
 
 
 def tiny(family: str = "llama", seed: int = 0):
     """A random model of six layers in evaluation mode."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()

@@ -1,0 +1,196 @@
+"""DLR checkpoints as a model of lm-evaluation-harness: log-likelihood and generation, routed, static, stochastic, dense.
+
+    python -m dlr eval CHECKPOINT --tasks blimp --data-dir DIR
+    python -m dlr.lm_eval run --model dlr --model_args checkpoint=CHECKPOINT --tasks blimp
+
+Scoring is the harness's own code (HFLM). This class feeds it batches whose rows it knows, so that padding and context can
+be told from scored tokens, and fails closed: a routed request on which the router did not run is an error.
+"""
+
+import hashlib
+import logging
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from dlr.metering import Meter, Watch, end_watch
+from dlr.progress import tqdm
+from dlr.routed import causal_lm
+from dlr.router import ROUTER_NAME
+from dlr.variants import Loaded, open_variant
+
+logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)     # a warning for each truncated request
+
+
+def key_of(request) -> str:
+    """A document's name: all requests of one document share it, in whatever order or batch they come."""
+    return f"{request.task_name}/{request.doc_id}"
+
+
+def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: list[str], decode) -> int:
+    """How many of `tokens` (what generate() appended to a row) the model made: those before the row's padding."""
+    for place, token in enumerate(tokens):
+        if token in eos and token != pad:
+            return place + 1
+        if token == pad:
+            ended = token not in eos or any(word in decode(tokens[:place]) for word in stop)
+            return place if ended else place + 1
+    return len(tokens)
+
+
+@register_model("dlr")
+class DLRLM(HFLM):
+    """Args: checkpoint (folder, run, phase or base model), variant, skip, order (see `dlr.variants.open_variant`);
+    batch_size, device, max_length as in the harness. `meter` holds what was measured since `restart_meter`.
+    """
+
+    def __init__(self, checkpoint: str = "nano", variant: str | None = None, skip: float | None = None,
+                 order: str | None = None, loaded: Loaded | None = None, batch_size: int | str = 16,
+                 device: str | None = None, max_length: int | None = None, max_batch_size: int | None = None, **options):
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1; 'auto' is not supported.")
+        if options.pop("logits_cache", False):
+            raise ValueError("logits_cache reuses logits between requests, which hides them from the router's watch; "
+                             "leave it out.")
+        skip = None if skip is None else float(skip)
+        self.loaded = loaded or open_variant(checkpoint, variant, skip, order)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        logger = logging.getLogger("lm_eval.models.huggingface")
+        logger.disabled = True                          # it warns that a model object was given; that is the point here
+        try:
+            super().__init__(pretrained=self.loaded.model.to(device), backend="causal", tokenizer=self.loaded.tokenizer,
+                             logits_cache=False, batch_size=int(batch_size), max_length=max_length, **options)
+        finally:
+            logger.disabled = False
+        routing = self.loaded.routing
+        if routing is None and hasattr(causal_lm(self.loaded.model), ROUTER_NAME):
+            raise ValueError("This model has a router attached, but was given as one without; its scores would be routed. "
+                             "Detach the router, or evaluate the 'dense' variant.")
+        self.watch = Watch(routing, self.loaded.policy) if self.loaded.policy is not None else None
+        if routing is not None and self.watch is None:
+            end_watch(routing)
+            routing.policy = None
+        self._keys: list[str] | None = None
+        self._key_of_context: dict[str, str] = {}
+        self._contexts: list[str] = []
+        self._rows: list[tuple[list[int], int, str]] | None = None
+        self.restart_meter()
+
+    def restart_meter(self) -> Meter:
+        """Begins to count anew; returns the new meter."""
+        self.meter = Meter(self.loaded.routing.units if self.loaded.routing is not None else 0)
+        return self.meter
+
+    def close(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+
+    @property
+    def _first(self) -> int:
+        routing = self.loaded.routing
+        return routing.config.keep_first_tokens if routing is not None else 0
+
+    # -- log-likelihood ---------------------------------------------------------------------------------------------
+    def loglikelihood(self, requests, disable_tqdm: bool = False):
+        self._keys = [key_of(request) for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._keys = None
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        """The harness's own batches, one by one: sorted by falling length, then by tokens."""
+        keys = self._keys if self._keys is not None else [None] * len(requests)
+        whole = [context + continuation for _, context, continuation in requests]
+        order = sorted(range(len(requests)), key=lambda i: (-len(whole[i]), tuple(whole[i])))
+        answers, size = [None] * len(requests), override_bs or self.batch_size
+        starts = range(0, len(order), size)
+        for start in tqdm(starts, desc="scoring", unit="batch", disable=disable_tqdm and len(starts) < 20):
+            chunk = order[start:start + size]
+            self._rows = [self._row(requests[i], keys[i]) for i in chunk]
+            try:
+                found = super()._loglikelihood_tokens([requests[i] for i in chunk], disable_tqdm=True,
+                                                      override_bs=len(chunk))
+            finally:
+                self._rows = None
+            for i, answer in zip(chunk, found):
+                answers[i] = answer
+        return answers
+
+    def _row(self, request, key: str | None) -> tuple[list[int], int, str]:
+        """(input tokens after the harness's truncation, how many of their logits are scored, document)."""
+        _, context, continuation = request
+        whole = context + continuation
+        if not continuation or len(continuation) > self.max_length:
+            raise ValueError(f"A continuation of {len(continuation)} tokens cannot be scored in a context of "
+                             f"{self.max_length}; the harness does not cut continuations.")
+        self.meter.requests += 1
+        self.meter.truncated += len(whole) > self.max_length + 1
+        return whole[-(self.max_length + 1):][:-1], len(continuation), key or _digest(whole)
+
+    def _model_call(self, inps, attn_mask=None, labels=None):
+        rows, width = self._rows, inps.shape[1]
+        if rows is None or [row[0] for row in rows] != [ids[:len(row[0])] for row, ids in zip(rows, inps.tolist())]:
+            raise RuntimeError("The harness sent a batch that is not the one it was given; its rows cannot be told apart.")
+        lengths = torch.tensor([len(row[0]) for row in rows])
+        scored_from = lengths - torch.tensor([row[1] for row in rows])
+        position = torch.arange(width).expand(len(rows), width)
+        real = position < lengths.unsqueeze(1)
+        if self.watch is not None:
+            self.watch.begin(real.to(inps.device), [row[2] for row in rows])
+        logits = super()._model_call(inps)
+        gates = self.watch.taken(len(rows))[0] if self.watch is not None else None
+        self.meter.add(gates, real & (position >= scored_from.unsqueeze(1)), real, position, self._first)
+        return logits
+
+    # -- generation -------------------------------------------------------------------------------------------------
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        for request in requests:
+            longest = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if longest >= self.max_length:
+                raise ValueError(f"{request.task_name} may generate {longest} tokens; that leaves no room for a prompt in "
+                                 f"this model's context of {self.max_length}. Set max_gen_toks lower (--gen_kwargs).")
+        self._key_of_context = {request.args[0]: key_of(request) for request in requests}
+        self.meter.requests += len(requests)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        self._contexts = list(strings)
+        if left_truncate_len:
+            self.meter.truncated += int((mask.sum(1) > left_truncate_len).sum())
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
+    def _model_generate(self, context, max_length, stop, **options):
+        routing, strategy = self.loaded.routing, None
+        if self.watch is not None:
+            self.watch.begin(None, [self._key_of_context.get(c) or _digest(list(c.encode())) for c in self._contexts])
+            strategy, routing.config.strategy = routing.config.strategy, "single_pass"     # two passes have no cache
+        try:
+            made = super()._model_generate(context, max_length, stop, **options)
+        finally:
+            if strategy is not None:
+                routing.config.strategy = strategy
+        self._measure_generation(made, options["attention_mask"].cpu().bool(), context.shape[1], stop)
+        return made
+
+    def _measure_generation(self, made, mask, width: int, stop: list[str]) -> None:
+        """Scored are the last prompt token and every generated token but the last: their logits chose the answer."""
+        eos = self.model.generation_config.eos_token_id
+        eos = set(eos if isinstance(eos, list) else [eos])
+        lengths = torch.tensor([generated_length(row[width:], eos, self.tokenizer.pad_token_id, stop,
+                                                 self.tokenizer.decode) for row in made.tolist()])
+        passes = self.watch.taken(len(made)) if self.watch is not None else [None] * (made.shape[1] - width)
+        position = mask.long().cumsum(1) - 1
+        last = torch.zeros_like(mask)
+        last[:, -1] = True
+        self.meter.add(passes[0], last, mask, position, self._first)
+        for step, gates in enumerate(passes[1:], 1):
+            alive = (lengths > step).unsqueeze(1)
+            self.meter.add(gates, alive, alive, position[:, -1:] + step, self._first)
+
+
+def _digest(values: list[int]) -> str:
+    return hashlib.sha256(" ".join(map(str, values)).encode()).hexdigest()[:16]

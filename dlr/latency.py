@@ -1,0 +1,261 @@
+"""Latency of a plan: dense, static truncation (the ceiling), masked, two-pass and compact, measured in turns.
+
+Every routed system runs its router, and then follows a recorded plan, so that all systems skip the same.
+"""
+
+import contextlib
+import itertools
+import statistics
+import time
+import weakref
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from dlr.config import RouterConfig, fast_bf16
+from dlr.flops import flops_per_token, router_flops
+from dlr.policy import Policy
+from dlr.progress import tqdm
+from dlr.routed import Routing, attach
+from dlr.shapes import random_model, recorded_gates
+
+SYSTEMS = ("dense", "truncation", "masked", "two-pass", "compact")
+
+
+class RecordedPlan(Policy):
+    """Runs the router, for its cost, and follows recorded gates `[n, U]`: token i of a batch's rows follows row i."""
+    reads_hidden = True
+
+    def __init__(self, gates: torch.Tensor):
+        self.gates, self.next = gates.float(), 0
+
+    def __call__(self, routing, hidden, current):
+        logits = routing.router(hidden)
+        batch, length = hidden.shape[:2]
+        index = (self.next + torch.arange(batch * length)) % len(self.gates)
+        if not current.first_pass:
+            self.next = int(index[-1]) + 1
+        return self.gates[index].view(batch, length, -1).to(hidden.device), logits
+
+
+class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
+    """Most bytes of tensors made inside the block and alive at once."""
+
+    def __enter__(self):
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        return super().__enter__()
+
+    def _freed(self, key: int, size: int) -> None:
+        self.now -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs))
+                 if isinstance(t, torch.Tensor)}
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in given and key not in self.known:
+                    self.known.add(key)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return out
+
+
+@dataclass
+class Subject:
+    """A model under measurement. `gates` `[n, U]` by skip ratio; `bound`-s follow from the layer counts."""
+    name: str
+    model: torch.nn.Module
+    routing: Routing
+    gates: dict[float, torch.Tensor]
+
+    @property
+    def layers(self) -> int:
+        return len(self.routing.layers)
+
+    def active(self, skip: float) -> float:
+        """Layers a token runs on average."""
+        return self.layers - self.routing.units * skip
+
+    def bound(self, skip: float) -> float:
+        """Speed-up over dense if time were proportional to the layers run."""
+        return self.layers / self.active(skip)
+
+    @contextlib.contextmanager
+    def as_system(self, system: str, skip: float):
+        """The model set up as one of SYSTEMS at one skip ratio."""
+        routing, config = self.routing, self.model.config
+        before = routing.execution, routing.config.strategy, config.num_hidden_layers
+        policy = None if system in ("dense", "truncation") else RecordedPlan(self.gates[skip])
+        routing.execution = "compact" if system == "compact" else "masked"
+        routing.config.strategy = "two_pass" if system == "two-pass" else "single_pass"
+        try:
+            with routing.using(policy), torch.no_grad():
+                yield
+        finally:
+            routing.execution, routing.config.strategy, config.num_hidden_layers = before
+
+
+def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int | None = None,
+            dtype: torch.dtype | None = None, device: str = "cpu", always_keep: int = 4, model=None) -> Subject:
+    """A model of shape `name` (or `model`) with a router, and the recorded plan stretched over its layers."""
+    dtype = dtype or (torch.bfloat16 if fast_bf16() else torch.float32)
+    model = model if model is not None else random_model(name, layers, dtype, device)
+    routing = attach(model, RouterConfig(always_keep=always_keep, keep_first_tokens=0))
+    return Subject(name, model, routing, {s: recorded_gates(logits, routing.units, s) for s in {0.0, *skips}})
+
+
+def _wait(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Prefill:
+    """One forward pass over `length` tokens with last-token logits. Times the layers apart from the whole."""
+    label = "prefill"
+    systems = SYSTEMS
+
+    def __init__(self, subject: Subject, batch: int, length: int):
+        self.subject, self.batch, self.length, self.steps = subject, batch, length, 1
+        generator = torch.Generator().manual_seed(1)
+        device = next(subject.model.parameters()).device
+        self.ids = torch.randint(2, subject.model.config.vocab_size, (batch, length), generator=generator).to(device)
+
+    def run(self, system: str) -> dict[str, float]:
+        """Seconds by part: 'layers' (embedding to final norm) and 'end to end'."""
+        marks = []
+        hook = self.subject.routing.decoder.register_forward_hook(lambda *a: marks.append(_wait(self.ids.device)))
+        start = _wait(self.ids.device)
+        self.subject.model(self.ids, use_cache=False, logits_to_keep=1)
+        end = _wait(self.ids.device)
+        hook.remove()
+        return {"layers": marks[-1] - start, "end to end": end - start}
+
+
+class Decode:
+    """`steps` greedy-shaped steps of one token a sequence after a context; seconds a step."""
+    label = "decode"
+    systems = ("dense", "truncation", "masked", "compact")            # two passes have no cached form
+
+    def __init__(self, subject: Subject, batch: int, length: int, steps: int = 16):
+        self.subject, self.batch, self.length, self.steps = subject, batch, length, steps
+        self.prompt = Prefill(subject, batch, length).ids
+        self.caches: dict[tuple, DynamicCache] = {}
+
+    def _context(self, layers: int) -> DynamicCache:
+        """A cache of `length` dense tokens, made once a depth and cropped back afterwards."""
+        if layers not in self.caches:
+            cache = DynamicCache(config=self.subject.model.config)
+            with self.subject.routing.disabled():
+                self.subject.model(self.prompt, past_key_values=cache, logits_to_keep=1)
+            self.caches[layers] = cache
+        return self.caches[layers]
+
+    def run(self, system: str) -> dict[str, float]:
+        """Seconds a step, 'end to end'."""
+        model = self.subject.model
+        cache = self._context(model.config.num_hidden_layers)
+        start = _wait(self.prompt.device)
+        for step in range(self.steps):
+            model(self.prompt[:, step:step + 1], past_key_values=cache, logits_to_keep=1)
+        end = _wait(self.prompt.device)
+        cache.crop(-self.steps)
+        return {"end to end": (end - start) / self.steps}
+
+
+def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
+    """(system, skip, depth): truncation runs at the two whole depths around the plan's active layers."""
+    chosen = []
+    for system, skip in itertools.product(systems, skips):
+        if system == "dense":
+            chosen.append((system, 0.0, subject.layers))
+        elif skip == 0.0 and system != "compact":
+            continue                                             # only compact execution claims to be free at 0 %
+        elif system == "truncation":
+            low = int(subject.active(skip))
+            chosen += [(system, skip, depth) for depth in {low, min(low + 1, subject.layers)}]
+        else:
+            chosen.append((system, skip, subject.layers))
+    return sorted(set(chosen), key=lambda v: (SYSTEMS.index(v[0]), v[1], v[2]))
+
+
+def measure(work, skips: list[float], systems: list[str] | None = None, repeats: int = 5) -> pd.DataFrame:
+    """Seconds of every system at every skip ratio, in turns: one row a system, skip and part.
+
+    Truncation lies between two whole depths where the plan's active layers are no whole number; its time is interpolated.
+
+    Columns: median, q1, q3 (seconds), speedup over dense, bound (layer count), share_of_bound, share_of_truncation.
+    """
+    subject = work.subject
+    variants = _variants(subject, systems or work.systems, skips)
+    times: dict[tuple, list[float]] = {}
+    for repeat in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}", unit="turn"):
+        for system, skip, depth in variants:
+            with subject.as_system(system, skip):
+                subject.model.config.num_hidden_layers = depth
+                for part, seconds in work.run(system).items():
+                    if repeat:                                            # the first turn warms up
+                        times.setdefault((system, skip, depth, part), []).append(seconds)
+    return _table(subject, work, times)
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return q1, median, q3
+
+
+def _table(subject: Subject, work, times: dict) -> pd.DataFrame:
+    rows, medians = [], {}
+    for (system, skip, depth, part), values in times.items():
+        if system == "truncation":                      # between two whole depths: the turns' times, interpolated
+            other = times.get((system, skip, depth + 1, part))
+            if depth != int(subject.active(skip)):
+                continue
+            share = subject.active(skip) - depth
+            values = [a + share * (b - a) for a, b in zip(values, other or values)]
+        q1, median, q3 = _quartiles(values)
+        medians[system, skip, part] = median
+        rows.append({"model": subject.name, "layers": subject.layers, "dtype": str(subject.model.dtype).split(".")[-1],
+                     "work": work.label, "part": part, "batch": work.batch, "length": work.length, "system": system,
+                     "skip": skip, "median": median, "q1": q1, "q3": q3, "turns": len(values)})
+    for row in rows:
+        skip, part = row["skip"], row["part"]
+        row["speedup"] = medians["dense", 0.0, part] / row["median"] if ("dense", 0.0, part) in medians else float("nan")
+        row["bound"] = subject.bound(skip)
+        row["share_of_bound"] = row["speedup"] / row["bound"]
+        row["share_of_truncation"] = medians.get(("truncation", skip, part), float("nan")) / row["median"]
+    return pd.DataFrame(rows)
+
+
+def counts(work: Prefill, skips: list[float], systems=("dense", "masked", "compact")) -> pd.DataFrame:
+    """FLOPs of a prefill, by the counter (with eager attention) and in closed form; memory over dense; K/V bytes."""
+    subject, model, rows = work.subject, work.subject.model, []
+    weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    own, dense_peak = model.config._attn_implementation, None
+    for system, skip in [(s, k) for s in systems for k in ([0.0] if s == "dense" else skips)]:
+        with subject.as_system(system, skip):
+            model.set_attn_implementation("eager")
+            with FlopCounterMode(display=False) as counter:
+                model(work.ids, use_cache=False, logits_to_keep=1)
+            model.set_attn_implementation(own)
+        with subject.as_system(system, skip), PeakMemory() as memory:
+            cache = model(work.ids, use_cache=True, logits_to_keep=1).past_key_values
+        kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        dense_peak = memory.peak if dense_peak is None else dense_peak
+        head = 2 * model.config.hidden_size * model.config.vocab_size
+        body = flops_per_token(model.config, subject.active(skip), work.length / 2) - head
+        body += 0 if system == "dense" else router_flops(subject.routing.router)
+        rows.append({"model": subject.name, "system": system, "skip": skip, "batch": work.batch, "length": work.length,
+                     "counted_gflop": counter.get_total_flops() / 1e9,
+                     "closed_form_gflop": float(body) * work.batch * work.length / 1e9, "kv_mb": kv / 1e6,
+                     "memory_over_dense": (weights + memory.peak) / (weights + dense_peak) - 1})
+    return pd.DataFrame(rows)

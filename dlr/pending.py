@@ -1,0 +1,101 @@
+"""Keys and values that are owed: a cache layer that fills itself when somebody looks.
+
+A decode step in which every token skips a layer need not read that layer's weights. The layer's inputs wait here; the
+one K/V product made when the layer next runs takes them along. Any other reader (another execution, a crop, a beam
+reordering, a copy of the cache) finds the whole cache, because reading completes it.
+"""
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+_BY_POSITION = ("position_embeddings", "position_ids", "cache_position")
+
+
+def positional(kwargs: dict) -> dict:
+    """The arguments of a layer's forward that go with positions, and so must wait with its inputs."""
+    return {name: kwargs[name] for name in _BY_POSITION if kwargs.get(name) is not None}
+
+
+def joined(parts: list):
+    """Tensors (or tuples of them) of several calls as those of one call over all their positions."""
+    if isinstance(parts[0], (tuple, list)):
+        return type(parts[0])(joined(list(column)) for column in zip(*parts))
+    if parts[0].dim() == 1:
+        return torch.cat(parts)
+    batch = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts], 1)
+
+
+class Projector:
+    """Makes the keys and values of waiting inputs; shared, never copied, by copies of a cache."""
+
+    def __init__(self, project):
+        self.project = project
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class PendingLayer(DynamicLayer):
+    """A DynamicLayer some of whose newest entries are still inputs. Made from one by `owe`."""
+
+    def owe(self, hidden: torch.Tensor, positions: dict) -> None:
+        """Adds inputs `[b, s, d]` whose keys and values are owed."""
+        self.waiting.append((hidden, positions))
+
+    def take(self) -> list:
+        """Hands over what waits, for the layer's own next run to project."""
+        taken, self.waiting = self.waiting, []
+        return taken
+
+    def complete(self) -> None:
+        """Projects what waits now."""
+        if self.waiting:
+            waiting = self.take()
+            self.projector.project(self, torch.cat([hidden for hidden, _ in waiting], 1),
+                                   {name: joined([p[name] for _, p in waiting]) for name in waiting[0][1]})
+
+    @property
+    def keys(self):
+        self.complete()
+        return self.__dict__["keys"]
+
+    @keys.setter
+    def keys(self, value):
+        self.__dict__["keys"] = value
+
+    @property
+    def values(self):
+        self.complete()
+        return self.__dict__["values"]
+
+    @values.setter
+    def values(self, value):
+        self.__dict__["values"] = value
+
+    def get_seq_length(self) -> int:
+        stored = self.__dict__["keys"]
+        there = stored.shape[-2] if self.is_initialized and stored.numel() else 0
+        return there + sum(hidden.shape[1] for hidden, _ in self.waiting)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.complete()
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.waiting = []
+        super().reset()
+
+
+def pending_layer(cache, index: int, project) -> PendingLayer | None:
+    """Layer `index` of `cache` as one that can owe, or None where the cache is of another kind."""
+    layers = getattr(cache, "layers", None)
+    if layers is None or getattr(cache, "offloading", False):
+        return None
+    if index >= len(layers) and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        layers.extend(DynamicLayer() for _ in range(index + 1 - len(layers)))
+    layer = layers[index] if index < len(layers) else None
+    if type(layer) is DynamicLayer:
+        layer.__class__ = PendingLayer
+        layer.waiting, layer.projector = [], Projector(project)
+    return layer if type(layer) is PendingLayer else None

@@ -1,0 +1,59 @@
+"""Models and plans to measure speed with: published shapes with random weights, and recorded plans stretched over them.
+
+Speed depends on shapes and on the plan, not on what the weights are.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from dlr.calibration import calibrate
+from dlr.checkpoint import from_pretrained
+from dlr.config import RunConfig
+from dlr.data import load_documents, padded_batches
+from dlr.evaluate import router_logits
+from dlr.models import NANO_ROUTER, load_base
+from dlr.routed import routing_of
+
+SHAPES = {
+    "tinyllama-1.1b": LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, max_position_embeddings=4096, rms_norm_eps=1e-5),
+    "qwen2.5-3b": Qwen2Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True),
+}
+
+
+def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu"):
+    """A model of a published shape with random weights; `layers` caps its depth to what memory holds."""
+    config = type(SHAPES[shape])(**SHAPES[shape].to_diff_dict())
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.layer_types = None if not hasattr(config, "layer_types") else ["full_attention"] * config.num_hidden_layers
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    rotary = type(model.model.rotary_emb)(config=config)
+    model.to_empty(device=device)
+    model.model.rotary_emb = rotary.to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.02, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+    model.tie_weights()
+    return model.eval()
+
+
+def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
+    """Router logits `[n, U]` of test documents, in reading order, by the router in folder `checkpoint`."""
+    model = from_pretrained(checkpoint or NANO_ROUTER)
+    _, tokenizer = load_base(RunConfig())
+    batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 8, limit=documents)
+    return router_logits(model, routing_of(model), batches, bf16=False)[0]
+
+
+def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:
+    """Gates `[n, units]` with the token and depth pattern of recorded router logits `[n, U]`, at exactly `skip`.
+
+    A model of another depth gets the pattern stretched over its layers.
+    """
+    wide = torch.nn.functional.interpolate(logits.float().unsqueeze(1), size=units, mode="linear", align_corners=True)[:, 0]
+    wide = wide + 1e-4 * torch.rand(wide.shape, generator=torch.Generator().manual_seed(0))      # no ties
+    return (wide > calibrate(wide, skip)).float()

@@ -1,0 +1,182 @@
+"""The measurements behind the token analysis: a routed model, its record, its oracle sample, its probes."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+import dlr.models as models
+from dlr import oracle
+from dlr.calibration import threshold_at
+from dlr.categories import frequencies
+from dlr.checkpoint import from_pretrained
+from dlr.config import RunConfig, TokenAnalysisConfig
+from dlr.data import Documents, load_documents, padded_batches
+from dlr.evaluate import calibrate_router, evaluate, paired_difference, perplexity
+from dlr.policy import RouterPolicy, ShuffledPlan
+from dlr.predictability import predictability
+from dlr.routed import NANO_NAME, Routing, attach, routing_of
+from dlr.runs import project_root
+
+ROWS = 8                  # texts a forward pass of the oracle's instruments
+DEPTHS = (0, 1, 2, 4, 8, 12)          # layers after which probes read the state, as far as the model has them
+
+
+@dataclass
+class Study:
+    """A routed model and the texts it is studied on."""
+    config: TokenAnalysisConfig
+    model: torch.nn.Module
+    routing: Routing
+    tokenizer: object
+    test: Documents
+    calibration: Documents
+
+    def batches(self, documents: Documents, limit: int, length: int, rows: int = ROWS) -> list[dict]:
+        return padded_batches(documents, self.tokenizer, max_len=length, batch_size=rows, limit=limit)
+
+
+def untrained(seed: int):
+    """The embedded base under a router of spread random logits: what token-dependence that means nothing looks like."""
+    model, _ = models.load_base(RunConfig(bf16=False))
+    routing = attach(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        last = routing.router.net[-1]
+        last.weight.copy_(torch.randn(last.weight.shape, generator=generator) * 2.0)
+        last.bias.zero_()
+    return model
+
+
+def open_study(config: TokenAnalysisConfig) -> Study:
+    """Loads the checkpoint (the embedded router unless another is named) and calibrates its dial where it has none.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+    """
+    folder = Path(config.checkpoint) if config.checkpoint else models.NANO_ROUTER
+    if not folder.exists() and (project_root() / folder).exists():       # notebooks run in notebooks/
+        folder = project_root() / folder
+    if not config.untrained and not config.checkpoint and not folder.is_dir():
+        raise FileNotFoundError("The embedded router (dlr/nano/router) is missing from this copy; name a checkpoint, "
+                                "for example --set checkpoint=results/token_routing/quick/DLR/checkpoint, or train "
+                                "one: python -m dlr run")
+    model = untrained(config.seed) if config.untrained else from_pretrained(folder)
+    routing = routing_of(model)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    base = routing.config.base.get("name", "")
+    tokenizer = AutoTokenizer.from_pretrained(str(models.NANO) if base in ("", NANO_NAME) else base)
+    study = Study(config, model, routing, tokenizer, load_documents(config.dataset, "test"),
+                  load_documents(config.dataset, "calibration"))
+    if not routing.config.curve or routing.config.calibrated_skip is None:
+        batches = study.batches(study.calibration, config.calibration_docs, config.eval_len)
+        calibrate_router(model, routing, batches, routing.config.calibrated_skip or 0.4, bf16=False)
+    return study
+
+
+def token_frequencies(study: Study) -> torch.Tensor:
+    """Counts `[V]` over documents of the training split."""
+    texts = load_documents(study.config.dataset, "train").texts[:study.config.frequency_docs]
+    return frequencies(texts, study.tokenizer)
+
+
+def shuffled_gap(study: Study) -> dict:
+    """The router's test perplexity, that of its plan dealt out again among tokens, and their paired difference."""
+    batches = study.batches(study.test, study.config.record_docs, study.config.eval_len, 16)
+    own, shuffled = (evaluate(study.model, study.routing, batches, policy, bf16=False, describe="shuffling the plan")
+                     for policy in (RouterPolicy(), ShuffledPlan(study.config.seed)))
+    return {"routed": perplexity(own), "shuffled": perplexity(shuffled), **paired_difference(shuffled, own)}
+
+
+def _instruments(study: Study, documents: Documents, adapters: bool) -> list[oracle.Instrument]:
+    batches = study.batches(documents, study.config.oracle_docs, study.config.oracle_len)
+    samples = [oracle.open_sample(study.model, study.routing, batch) for batch in batches]
+    return [oracle.Instrument(study.model, study.routing, sample, adapters) for sample in samples]
+
+
+def headroom(study: Study, weights: str) -> tuple[list[dict], dict]:
+    """Rows of `oracle.headroom_rows` on one set of weights ('checkpoint' or 'base'), and what made them.
+
+    The second value holds the static order, forward passes, and the oracle's plans by budget as tensors `[n, U]`.
+    """
+    adapters = weights == "checkpoint"
+    held = _instruments(study, study.calibration, adapters)
+    order = oracle.static_order(held)
+    test = _instruments(study, study.test, adapters)
+    thresholds = {budget: threshold_at(study.routing.config.curve, budget) for budget in study.config.budgets}
+    table, plans = oracle.headroom(test, order, thresholds)
+    rows = [{"weights": weights, **row} for row in oracle.headroom_rows(table)]
+    tensors = {f"{weights}.oracle.{budget}": torch.cat(plan).to(torch.uint8) for budget, plan in plans.items()}
+    return rows, {"order": order, "passes": sum(i.passes for i in held + test), "tensors": tensors}
+
+
+def benefits(study: Study) -> dict[str, torch.Tensor]:
+    """On the probe sample: what skipping each unit alone costs (kl, loss `[n, U]`) on the base model at full depth, the
+    router's gates `[n, U]`, document `[n]`, and states after several depths (`state.0` ...)."""
+    config, threshold, parts = study.config, study.routing.config.threshold, []
+    depths = tuple(d for d in DEPTHS if d <= len(study.routing.layers))
+    for batch in study.batches(study.test, config.probe_docs, config.oracle_len, 2 * ROWS):
+        sample = oracle.open_sample(study.model, study.routing, batch, depths)
+        kl, loss = oracle.single_skips(oracle.Instrument(study.model, study.routing, sample, adapters=False))
+        gates = oracle.router_plan(oracle.Instrument(study.model, study.routing, sample), threshold)
+        parts.append({"kl": kl, "loss": loss, "gates": gates.to(torch.uint8), "document": sample.document,
+                      **{f"state.{d}": s for d, s in sample.states.items()}})
+    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+
+
+def probe_rows(study: Study, found: dict[str, torch.Tensor]) -> list[dict]:
+    """Rows of `predictability`, by depth and kind of probe."""
+    states = {int(name.split(".")[1]): value.numpy() for name, value in found.items() if name.startswith("state.")}
+    return predictability(states, found["kl"].numpy(), found["document"].numpy(), study.config.seed)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> Path:
+    """Writes a safetensors file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def load_counts(path: Path) -> torch.Tensor:
+    """Token counts `[V]` written by `save_tensors`."""
+    from safetensors.torch import load_file
+    return load_file(path)["count"]
+
+
+def verdict(metrics: dict, always_keep: int) -> str:
+    """The two answers in words, from metrics.json alone: is the plan token-dependent, how much headroom is captured."""
+    gap, shares, between = metrics["shuffled"], metrics["variance"], metrics["between"]
+    known = metrics["information"]["category"]
+    depends = gap["low"] > 0
+    lines = [f"**{'The plan depends on the token' if depends else 'The plan is static in effect'}.** Shuffled among "
+             f"tokens it costs {gap['nll_difference']:+.4f} nats a token (95 % interval {gap['low']:+.4f} to "
+             f"{gap['high']:+.4f}), that is perplexity {gap['shuffled']:.2f} instead of {gap['routed']:.2f}."]
+    if shares["layers"] is not None:
+        lines[0] += (f" Of the plan's variance {shares['layers']:.0%} lies between layers, as in a static plan, "
+                     f"{shares['tokens']:.0%} in how many layers a token runs and {shares['within']:.0%} in which.")
+    lines.append(f"Categories explain {known['explained']:.1%} of the entropy of depth, after chance "
+                 f"({known['information']:.3f} bits, chance {known['chance']:.3f}); which token it is explains "
+                 f"{_percent(between['token'])} of the variance of depth, the rest is context.")
+    for flag in metrics["collapse"]["flags"]:
+        lines.append(f"Collapse: {flag}.")
+    for row in metrics["rows"]:
+        interval = f"{_percent(row['captured_low'])} to {_percent(row['captured_high'])}"
+        lines.append(f"At {row['skip']:.1%} skip ({row['weights']} weights) the oracle's KL is {row['oracle']:.3f}, "
+                     f"the best static plan's {row['static']:.3f}, the router's {row['routed']:.3f}: it captures "
+                     f"**{_percent(row['captured'])}** of the headroom (95 % interval {interval}).")
+    own = [row for row in metrics["probes"] if row["depth"] == always_keep]
+    if own:
+        lines.append("Of the variance of a layer's harm, probes explain from the router's own input "
+                     + " and ".join(f"{_percent(row['r2'])} ({row['probe']})" for row in own)
+                     + f", on documents held out (mean of layers, {own[0]['tokens']:,} tokens).")
+    return "\n\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "an unknown share" if value is None or value != value else f"{value:.0%}"

@@ -1,0 +1,115 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · Latency: is the time really saved?
+#
+# **Question.** How much faster is a pass that skips 25, 40 or 50 % of the routable layers, against the dense model and
+# against the ceiling, a model cut to the same number of layers?
+#
+# **Method.** Five systems take turns in one run, so that drift of the machine falls on all alike: *dense*; *truncation*
+# (the first layers only, as many as the plan keeps: the ceiling); *masked* (everything computed, then blended);
+# *two-pass* (the original hooks: a pass for the router, then a masked one); and *compact*. The plan is that of a trained
+# router, recorded on test documents; on another shape it is stretched over the layers. Every routed system runs its
+# router as well. Shapes of published models hold random weights: speed does not depend on what the weights are.
+#
+#     python -m dlr run latency --params params/latency/tinyllama.yaml
+
+# %% tags=["parameters"]
+run_name: str = "default"
+shape: str = "nano"
+checkpoint: str = ""
+layers: int = 0
+dtype: str = "auto"
+skips: list = [0.25, 0.4, 0.5]
+lengths: list = [512]
+batches: list = [1]
+context: int = 256
+decode_batches: list = [1]
+decode_steps: int = 16
+repeats: int = 5
+
+# %%
+import sys
+
+sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+
+from dlr.workbook import notebook_settings
+
+config = notebook_settings("latency", globals())
+
+# %% tags=["nbval-ignore-output"]
+import pandas as pd
+import torch
+
+from dlr import figures, figures_latency, latency, shapes
+from dlr.config import RunConfig
+from dlr.models import load_base
+from dlr.runs import Run, hardware, results_folder
+
+run = Run(results_folder() / "latency" / config.run_name)
+run.start(config.model_dump(), "recorded plan")
+hardware()
+
+# %% tags=["nbval-ignore-output"]
+device = "cuda" if torch.cuda.is_available() else "cpu"
+logits = shapes.recorded_logits(config.checkpoint, config.plan_docs)
+dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+model = load_base(RunConfig())[0].to(device) if config.shape == "nano" else None
+subject = latency.subject(config.shape, logits, config.skips, layers=config.layers or None, dtype=dtype, device=device,
+                          model=model)
+print(f"{subject.layers} layers, {subject.model.dtype}, {torch.get_num_threads()} threads")
+
+# %% [markdown]
+# ## Prefill
+#
+# One pass with last-token logits; *layers* is the time from the embedding to the last norm.
+
+# %% tags=["nbval-ignore-output"]
+tables = [latency.measure(latency.Prefill(subject, batch, length), [0.0, *config.skips], repeats=config.repeats)
+          for batch in config.batches for length in config.lengths]
+columns = ["part", "system", "skip", "median", "q1", "q3", "speedup", "bound", "share_of_bound", "share_of_truncation"]
+pd.concat(tables)[["batch", "length", *columns]].round(3)
+
+# %% [markdown]
+# ## Decoding
+#
+# Seconds a step, one token a sequence.
+
+# %% tags=["nbval-ignore-output"]
+steps = [latency.measure(latency.Decode(subject, batch, config.context, config.decode_steps), config.skips,
+                         repeats=config.repeats) for batch in config.decode_batches]
+pd.concat(steps)[["batch", "length", *columns]].round(3)
+
+# %% tags=["nbval-ignore-output"]
+table = pd.concat([*tables, *steps], ignore_index=True)
+picture = figures_latency.speedups(table, title=f"{config.shape}, {table['dtype'].iloc[0]}")
+figures.save(picture, run.folder, "speedups");
+
+# %% [markdown]
+# ## Operations and memory
+#
+# FLOPs of the same prefill by torch's counter (with eager attention, which it can count) and in closed form, without the
+# output head; most memory in use, relative to the dense model; bytes of keys and values, which skipping does not change.
+
+# %% tags=["nbval-ignore-output"]
+work = latency.Prefill(subject, 1, min(config.lengths))
+costs = latency.counts(work, config.skips)
+costs.round(3)
+
+# %%
+run.finish(table.to_dict("records"), costs=costs.to_dict("records"));
+
+# %% [markdown]
+# ## What it means
+#
+# `share_of_bound` compares with time proportional to the layers run; `share_of_truncation` with a model that has only so
+# many layers. Masked and two-pass execution save nothing, whatever the plan. What compact execution leaves on the table
+# are the keys and values of skipped tokens, and, on small layers, the gathering itself.

@@ -1,0 +1,79 @@
+"""The latency bench measures what it says: equal skips, the right systems, counted operations."""
+
+import pytest
+import torch
+from tiny_models import tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+import dlr
+from dlr import latency
+from dlr.config import RouterConfig
+from dlr.flops import flops_per_token
+from dlr.policy import StaticPlan
+from dlr.shapes import SHAPES, random_model, recorded_gates
+
+
+@pytest.fixture
+def subject():
+    logits = torch.randn(60, 12, generator=torch.Generator().manual_seed(0))
+    return latency.subject("tiny", logits, [0.25, 0.5], model=tiny(), always_keep=2)
+
+
+@pytest.mark.parametrize("skip", [0.0, 0.25, 0.4, 1.0])
+def test_a_recorded_plan_is_stretched_and_keeps_its_skip_and_its_order(skip):
+    logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    gates = recorded_gates(logits, 18, skip)
+    assert gates.shape == (50, 18)
+    assert 1 - gates.mean().item() == pytest.approx(skip, abs=1e-3)
+    gates = recorded_gates(torch.arange(12.0).expand(50, -1), 18, 0.5)
+    assert gates[:, :8].max() == 0 and gates[:, 10:].min() == 1
+
+
+def test_every_system_is_timed_in_turns_and_truncation_has_the_plans_depth(subject):
+    table = latency.measure(latency.Prefill(subject, 2, 15), [0.0, 0.25, 0.5], repeats=2)
+    assert set(table["system"]) == set(latency.SYSTEMS) and set(table["part"]) == {"layers", "end to end"}
+    assert (table["median"] > 0).all() and (table["q1"] <= table["q3"]).all()
+    assert subject.active(0.25) == 5 and subject.bound(0.5) == 6 / 4
+    assert subject.model.config.num_hidden_layers == 6
+    assert subject.routing.plan.skip_ratio == pytest.approx(0.5, abs=0.2)
+
+
+def test_decoding_leaves_the_context_as_it_was(subject):
+    work = latency.Decode(subject, 1, 10, steps=3)
+    table = latency.measure(work, [0.5], repeats=1)
+    assert set(table["system"]) == {"dense", "truncation", "masked", "compact"}
+    for depth, cache in work.caches.items():
+        assert cache.get_seq_length() == 10 and all(layer.keys.shape[-2] == 10 for layer in cache.layers[:depth])
+
+
+def test_compact_execution_counts_fewer_operations_and_the_same_keys(subject):
+    costs = latency.counts(latency.Prefill(subject, 1, 60), [0.0, 0.5]).set_index(["system", "skip"])
+    def saved(system, column):
+        return costs.loc[(system, 0.0), column] - costs.loc[(system, 0.5), column]
+
+    assert saved("masked", "counted_gflop") == 0
+    assert saved("compact", "counted_gflop") == pytest.approx(saved("compact", "closed_form_gflop"), rel=0.25)
+    assert (costs["counted_gflop"] > costs["closed_form_gflop"] * 0.99).all(), "the counter also sees masked attention"
+    assert costs["kv_mb"].nunique() == 1
+
+
+def test_closed_form_equals_the_counter(llama):
+    """Without routing, and with whole layers skipped; one token more adds its own row and nothing else."""
+    llama.set_attn_implementation("eager")
+    ids, length = torch.arange(2, 34).unsqueeze(0), 32
+    routing = dlr.attach(llama, RouterConfig(always_keep=2, keep_first_tokens=0), execution="compact")
+    for gates in (torch.ones(4), torch.tensor([0.0, 1, 0, 1]), torch.zeros(4)):
+        with torch.no_grad(), routing.using(StaticPlan(gates)), FlopCounterMode(display=False) as counter:
+            assert all(layer.keys.shape[2] == 32 for layer in llama(ids).past_key_values.layers), "owed keys are made"
+        expected = flops_per_token(llama.config, 2 + float(gates.sum()), length) * length
+        assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_published_shapes_are_the_published_ones():
+    config = SHAPES["tinyllama-1.1b"]
+    model = random_model("qwen2.5-3b", 1, torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == 151936 * 2048 + 2048 + (
+        2048 * (2048 + 2 * 256) + 2048 + 2 * 256 + 2048 * 2048 + 3 * 2048 * 11008 + 2 * 2048)
+    layer = 2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 5632 + 2 * 2048
+    assert config.num_hidden_layers * layer + 2 * 32000 * 2048 + 2048 == 1_100_048_384
+    assert model(torch.tensor([[5, 6]])).logits.isfinite().all()

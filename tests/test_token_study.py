@@ -1,0 +1,56 @@
+"""The token analysis says what it found, in both directions, and where its router is missing."""
+
+import pytest
+
+from dlr import models, token_study
+from dlr.config import PHASES, read_params, validated
+from dlr.runs import finished_runs, project_root
+from dlr.figures_analysis import draw
+
+
+def metrics(low, captured):
+    row = {"weights": "base", "skip": 0.4, "static": 0.3, "routed": 0.25, "oracle": 0.1, "captured": captured,
+           "captured_low": captured - 0.1, "captured_high": captured + 0.1}
+    return {"shuffled": {"nll_difference": low + 0.01, "low": low, "high": low + 0.02, "routed": 30.0, "shuffled": 31.0},
+            "variance": {"layers": 0.8, "tokens": 0.05, "within": 0.15}, "between": {"token": 0.4, "document": None},
+            "information": {"category": {"explained": 0.05, "information": 0.1, "chance": 0.02}},
+            "collapse": {"flags": ["no unit is routed by token"]}, "rows": [row],
+            "probes": [{"depth": 4, "probe": "linear", "r2": 0.12, "tokens": 4512}, {"depth": 8, "probe": "linear", "r2": 0.5, "tokens": 4512}]}
+
+
+def test_the_verdict_follows_the_numbers():
+    yes, no = token_study.verdict(metrics(0.005, 0.25), 4), token_study.verdict(metrics(-0.015, -0.2), 4)
+    assert "The plan depends on the token" in yes and "**25%**" in yes and "12% (linear)" in yes and "50%" not in yes
+    assert "static in effect" in no and "**-20%**" in no and "Collapse: no unit is routed by token." in no
+
+
+def test_a_missing_embedded_router_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "NANO_ROUTER", tmp_path / "router")
+    with pytest.raises(FileNotFoundError, match="dlr/nano/router.*--set checkpoint="):
+        token_study.open_study(validated({}, PHASES["token_analysis"][1]))
+
+
+def test_an_untrained_router_spreads_its_gates():
+    study = token_study.open_study(validated({"untrained": True, "calibration_docs": 2, "eval_len": 24},
+                                             PHASES["token_analysis"][1]))
+    assert study.routing.config.calibrated_skip == pytest.approx(0.4, abs=0.02)
+    found = token_study.shuffled_gap(token_study.Study(**{**vars(study), "config": study.config.model_copy(
+        update={"record_docs": 4})}))
+    assert found["low"] <= found["nll_difference"] <= found["high"]
+
+
+@pytest.mark.parametrize("path", sorted((project_root() / "params" / "token_analysis").glob("*.yaml")),
+                         ids=lambda p: p.name)
+def test_shipped_params_are_valid(path):
+    validated(read_params(path), PHASES["token_analysis"][1])
+
+
+def test_figures_of_committed_runs_are_drawn_from_their_records_alone(tmp_path, monkeypatch):
+    runs = finished_runs("token_analysis", project_root() / "results")
+    monkeypatch.setattr(token_study, "open_study", None)
+    for name in runs:
+        made = draw(project_root() / "results" / "token_analysis" / name, tmp_path)
+        assert {p.stem for p in made} == {"category_depth", "headroom", "predictability", "difficulty", "position", "words"}
+        for row in runs[name]["metrics"]["rows"]:
+            assert row["oracle"] <= row["static"] and row["captured_low"] <= row["captured"] <= row["captured_high"]
+    assert runs, "no committed run of token_analysis"
