@@ -243,6 +243,17 @@ class BaseModelConfig(BaseModel):
     seed: int = 0
 
 
+class ExplorerConfig(BaseModel):
+    """08: the explorer."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    checkpoint: str = ""                               # folder or label; empty: the embedded router
+    text: str = ""                                     # empty: the first example
+    skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
+    seed: int = 0
+
+
 class TokenAnalysisConfig(BaseModel):
     """07: what a trained router has learnt. Documents are those of the test split, in its order."""
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -294,4 +305,5 @@ PHASES: dict[str, tuple[str, type[BaseModel]]] = {
     "base_model": ("00_base_model", BaseModelConfig), "baselines": ("01_baselines", BaselinesConfig),
     "sequence_routing": ("02_sequence_routing", SequenceConfig), "token_routing": ("03_token_routing", TokenConfig),
     "pareto": ("04_pareto", ParetoConfig), "evaluation": ("05_evaluation", EvaluationConfig),
-    "latency": ("06_latency", LatencyConfig), "token_analysis": ("07_token_analysis", TokenAnalysisConfig)}
+    "latency": ("06_latency", LatencyConfig), "token_analysis": ("07_token_analysis", TokenAnalysisConfig),
+    "explorer": ("08_explorer", ExplorerConfig)}

@@ -1,0 +1,198 @@
+"""The explorer: what is on screen is the record, odd tokens are text, errors are said, models are given back."""
+
+import json
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import dlr
+from dlr import views
+from dlr.calibration import calibration_curve
+from dlr.config import RouterConfig
+from dlr.explorer import Explorer
+from dlr.explorer_tabs import STATIC, Comparison, Generator
+from dlr.models import NANO
+from dlr.session import Session, folder_of
+from tiny_models import SMALL
+
+HOSTILE = ["<script>alert('x')</script>", "&lt;b&gt; &amp;", "\"double\" 'single'", "a\nb\tc\r", "   leading", "naïve 日本語",
+           "\N{FAMILY}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}", "\N{RIGHT-TO-LEFT MARK}שלום\N{LEFT-TO-RIGHT MARK}",
+           "twice twice twice", "</style><img src=x onerror=alert(1)>", "$x^2$ [[0m \x1b[31m", ""]
+
+
+def small_session(seed=0):
+    """A tiny model with the embedded tokenizer and a calibrated router whose logits are spread."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 4096, "max_position_embeddings": 1024})).eval()
+    routing = dlr.attach(model, RouterConfig(always_keep=2))
+    with torch.no_grad():
+        routing.router.net[-1].weight.normal_(std=2.0)
+        routing.router.net[-1].bias.zero_()
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    session = Session(model=model, tokenizer=tokenizer)
+    routing.config.calibrated_skip, routing.config.threshold = 0.4, 0.0
+    logits = session.read("Some words to calibrate on, and a few more of them. " * 5).logits
+    routing.config.curve = session._curve = calibration_curve(logits)
+    routing.config.threshold = routing.config.curve[40]
+    return session
+
+
+@pytest.fixture(scope="module")
+def session():
+    return small_session()
+
+
+@pytest.fixture
+def explorer(session):
+    return Explorer(session=session, text="A first text, of some words.")
+
+
+def numbers(html: str) -> list[float]:
+    return [float(depth) for depth in re.findall(r'data-depth="([\d.]+)"', html)]
+
+
+def test_the_numbers_on_screen_are_those_of_the_record(explorer):
+    record = explorer.record
+    assert numbers(explorer.view.value) == record.active_layers.tolist()
+    assert f"{100 * record.skip_ratio:.1f} %" in explorer.view.value
+    assert f"{record.perplexity():,.2f} / {record.perplexity('dense'):,.2f}" in explorer.view.value
+    explorer.layers.value = (2, 4)
+    assert numbers(explorer.view.value) == views.grid(record)[:, 2:5].sum(1).tolist()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_odd_text_shows_as_text(explorer, text):
+    explorer.text.value = text
+    html = explorer.view.value
+    assert explorer.error is None
+    assert len(numbers(html)) == len(explorer.record) == explorer.session.length(text)
+    assert "<script" not in html and "<img" not in html and "\x1b" not in html
+    assert html.count("</style>") == 1
+    assert "\N{RIGHT-TO-LEFT MARK}" not in html and "\N{ZERO WIDTH JOINER}" not in html, "marks are spelled out"
+    if "日" in text:
+        assert "⟨" in html and "tokens" in html, "pieces of a character say what they join to"
+
+
+def test_a_text_longer_than_the_context_is_cut_and_says_so(explorer):
+    explorer.text.value = "word " * 1500
+    assert len(explorer.record) == 1024 and "Cut to 1,024 of" in explorer.view.value
+
+
+def test_the_slider_reroutes_without_the_model_and_settles_with_it(explorer, monkeypatch):
+    calls, settled = [], []
+    handle = explorer.session.model.register_forward_pre_hook(lambda *a: calls.append(1))
+    monkeypatch.setattr(explorer, "_settle_later", lambda: settled.append(1))
+    ratios = []
+    for budget in (0, 20, 60, 80):
+        explorer.budget.value = budget
+        ratios.append(explorer.record.skip_ratio)
+    assert not calls and len(settled) == 4
+    assert ratios == sorted(ratios) and ratios[0] == 0.0 < ratios[-1]
+    assert "recomputing" in explorer.view.value
+    gates = explorer.record.gates
+    explorer.settle()
+    assert calls and torch.equal(explorer.record.gates, gates) and "recomputing" not in explorer.view.value
+    handle.remove()
+
+
+def test_an_error_is_said_and_the_next_input_works(explorer, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of <memory>")
+
+    monkeypatch.setattr(explorer.session, "read", broken)
+    explorer.text.value = "anything"
+    assert "RuntimeError: out of &lt;memory&gt;" in explorer.view.value
+    assert explorer.export() == [] and "nothing to export" in explorer.downloads.value
+    monkeypatch.undo()
+    explorer.text.value = "anything else"
+    assert explorer.error is None and numbers(explorer.view.value) == explorer.record.active_layers.tolist()
+
+
+def test_exports_hold_the_live_view_and_reach_for_nothing(explorer, tmp_path):
+    files = {path.suffix: path for path in explorer.export(tmp_path)}
+    assert set(files) == {".html", ".png", ".pdf", ".csv", ".json"}
+    page = files[".html"].read_text(encoding="utf-8")
+    assert explorer.view.value in page
+    assert not re.search(r"<script|https?://|@import|url\(", page)
+    saved = json.loads(files[".json"].read_text(encoding="utf-8"))
+    assert str(explorer.record.meta["threshold"]) in json.dumps(saved)
+    assert files[".csv"].read_text(encoding="utf-8").count("\n") >= len(explorer.record)
+
+
+def test_two_explorers_do_not_disturb_each_other_and_close_gives_the_base_back():
+    ids = torch.arange(2, 40).unsqueeze(0)
+    first, second = Explorer(text="one"), Explorer(text="two")
+    assert first.session.model is not second.session.model
+    first.budget.value = 70
+    assert second.record.skip_ratio == pytest.approx(second.session.read("two").skip_ratio)
+    from dlr.config import RunConfig
+    from dlr.models import load_base
+    expected = load_base(RunConfig())[0](ids).logits
+    for explorer in (first, second):
+        model = explorer.session.model
+        base = explorer.session.close()
+        assert torch.equal(base(ids).logits, expected)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules()), type(model)
+
+
+def test_comparison_marks_the_tokens_that_differ(session):
+    both = Comparison(session=session, text="Words to compare, one by one.")
+    both.budgets["first"].value, both.budgets["second"].value = 60, 10
+    first, second = both.records
+    assert first.skip_ratio > second.skip_ratio
+    assert both.error is None and "dlr-x" in both.view.value
+    both.plan.value = STATIC
+    free = both.records[1].gates[1:]
+    assert (free == free[:1]).all(), "a static plan is the same for every token"
+
+
+def test_generation_shows_each_tokens_depth_and_can_be_stopped(session):
+    tab = Generator(session=session, prompt="The value")
+    tab.tokens.value, tab.temperature.value = 6, 0.0
+    tab.run()
+    assert tab.error is None and tab.progress.done
+    assert tab.start.disabled is False and "tokens/s" in tab.view.value
+    draw = tab._draw
+    tab._draw = lambda progress: (draw(progress), tab.halt())
+    tab.tokens.value = 50
+    tab.run()
+    assert tab.progress.done and len(numbers(tab.view.value)) < 60
+
+
+def test_an_unknown_checkpoint_names_those_there_are():
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'nowhere'.*embedded router"):
+        folder_of("nowhere")
+
+
+def test_views_need_no_model(session):
+    record = session.read("Just a record.")
+    half = replace(record, gates=torch.zeros_like(record.gates))
+    assert numbers(views.strip(half)) == [2.0] * len(half)
+    assert views.heatmap(half).count("dlr-c ") == len(half)
+
+
+@pytest.mark.slow
+def test_a_slider_move_redraws_256_tokens_at_once():
+    """The limit on a quiet machine is 0.3 s; shared ones get five times that."""
+    explorer = Explorer(text="the quick brown fox jumps over a lazy dog " * 17)
+    explorer.settle = explorer._settle_later.action = lambda: None
+    times = []
+    for budget in (30, 50, 20, 60, 45):
+        start = time.perf_counter()
+        explorer.budget.value = budget
+        times.append(time.perf_counter() - start)
+    assert 240 <= len(explorer.record) <= 280
+    print(f"{len(explorer.record)} tokens redrawn in {1000 * sorted(times)[2]:.0f} ms")
+    assert sorted(times)[2] < 1.5
+    explorer.close()
+
+
+def test_the_terminal_view_holds_every_token(capsys):
+    from dlr.__main__ import main
+    assert main(["explore", "Short <b>text</b>.", "--plain", "--skip", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "skipped" in out and all(piece in out for piece in ("Sh", "ort", "text", "layer  15"))
