@@ -65,7 +65,7 @@ def run(arguments) -> int:
     if tour:
         print("This trains three models on the embedded base: LoRA at full depth, the best static plan, and a token-level\n"
               "router; calibrates the router on held-out text, and evaluates it beside its controls on the test split.\n"
-              "About 8 minutes on two slow CPU cores, half that on fast ones.", flush=True)
+              "About 7 minutes on two CPU cores without fast bfloat16, half that on newer ones.", flush=True)
     for phase, parameters in plans:
         folder = results_folder() / phase / parameters["run_name"]
         if Run(folder).done and not arguments.force:
