@@ -170,10 +170,11 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
         parts.append(part | {"document": torch.full((len(ids),), index)})
     tensors = {key: torch.cat([part[key] for part in parts]) for key in TENSORS}
     config = routing.config
+    forced = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
     likely = torch.cat([tensors["top_dense"], tensors["top_routed"]]).unique().tolist()
     meta = {"model": name or describe_base(model)["name"], "policy": type(policy).__name__, "layers": len(routing.layers),
             "always_keep": config.always_keep, "keep_last": config.keep_last, "threshold": config.threshold,
-            "keep_first_tokens": config.keep_first_tokens, "units_per_layer": routing.units_per_layer,
+            "keep_first_tokens": forced, "units_per_layer": routing.units_per_layer,
             "text_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}
     return Record(**tensors, tokens=pieces(tokenizer, tensors["ids"].tolist()), meta=meta)

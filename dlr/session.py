@@ -1,0 +1,227 @@
+"""A routed model under observation: it reads texts into records, re-routes them at any budget, and measures their cost.
+
+    session = Session("results/token_routing/quick/DLR/checkpoint")
+    record = session.read("Any text.")            # two forward passes, dense and routed
+    session.at_skip(record, 0.3)                  # another budget from the kept logits, at once; no losses
+    session.losses(session.at_skip(record, 0.3))  # the same with its losses
+
+Every session loads its own copy of the model; `close` takes router and adapters off it again.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import peft                     # noqa: F401  takes seconds to import; paid here so that the first view need not
+import torch
+
+from dlr.calibration import DIAL, calibration_curve, threshold_at
+from dlr.checkpoint import CONFIG, from_pretrained
+from dlr.data import load_documents, padded_batches
+from dlr.evaluate import device_of, router_logits
+from dlr.flops import router_flops, text_flops
+from dlr.models import NANO, NANO_ROUTER
+from dlr.objective import frozen_base
+from dlr.policy import Policy, StaticPlan
+from dlr.record import Record, record
+from dlr.routed import NANO_NAME, causal_lm, routing_of
+from dlr.runs import METRICS, finished_runs, project_root, results_folder
+from dlr.tokens import piece_bytes
+from dlr.views import Cost
+
+CURVE_DOCUMENTS = 12            # calibration documents that make up for a missing curve
+EMBEDDED = "embedded router"
+
+
+def checkpoints(root: Path | None = None) -> dict[str, Path]:
+    """Label to folder of what can be explored: the embedded router first, then those of finished runs."""
+    found = {EMBEDDED: NANO_ROUTER} if (NANO_ROUTER / CONFIG).is_file() else {}
+    root = root or results_folder()
+    for metrics in sorted(root.glob(f"*/*/{METRICS}")):
+        for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
+            folder = config.parent
+            found[str(folder.relative_to(root).parent if folder.name == "checkpoint" else folder.relative_to(root))] = folder
+    return found
+
+
+def static_order(base: dict) -> list[int] | None:
+    """Units in the order in which the best static plan drops them, from any finished run on this base model."""
+    name = base.get("name") or "nano"
+    for phase in ("pareto", "token_routing"):
+        for root in (results_folder(), project_root() / "results"):
+            for run in finished_runs(phase, root).values():
+                if run["run"].get("settings", {}).get("model") not in ({"nano"} if name == NANO_NAME else {name}):
+                    continue
+                for row in run["metrics"]["rows"]:
+                    if row.get("order"):
+                        return row["order"]
+    return None
+
+
+class Session:
+    """One routed model and its tokenizer.
+
+    Args:
+        checkpoint: folder of a checkpoint, or a label of `checkpoints()`; the embedded router by default.
+        model, tokenizer: a routed model that is there already, instead of a checkpoint; `close` then leaves it alone.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint; the message names those there are.
+    """
+
+    def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None):
+        self.owned = model is None
+        self.name = "given model"
+        if self.owned:
+            folder = self._folder(checkpoint)
+            model = from_pretrained(folder)
+            tokenizer = _tokenizer(model)
+            self.name = _label(folder)
+        self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
+        self._curve: list[float] = list(self.routing.config.curve)
+        self.note = ""
+
+    @staticmethod
+    def _folder(checkpoint: str | Path | None) -> Path:
+        there = checkpoints()
+        if checkpoint is None or checkpoint == EMBEDDED:
+            if (NANO_ROUTER / CONFIG).is_file():
+                return NANO_ROUTER
+            if there and checkpoint is None:
+                return next(iter(there.values()))
+        elif str(checkpoint) in there:
+            return there[str(checkpoint)]
+        elif (Path(checkpoint) / CONFIG).is_file():
+            return Path(checkpoint)
+        wanted = "embedded router (dlr/nano/router)" if checkpoint in (None, EMBEDDED) else f"checkpoint {str(checkpoint)!r}"
+        raise FileNotFoundError(f"There is no {wanted}. There are: {', '.join(there) or 'none'}. "
+                                "python -m dlr run trains one; give its checkpoint folder.")
+
+    @property
+    def context(self) -> int:
+        """Tokens a text is cut to."""
+        return int(getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", 1024))
+
+    @property
+    def calibrated(self) -> float:
+        """The skip ratio the stored threshold was calibrated to, within the dial."""
+        return min(self.routing.config.calibrated_skip or 0.0, DIAL[-1])
+
+    def length(self, text: str) -> int:
+        """Tokens of `text`, the opening one included."""
+        return 1 + len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    # -- records ----------------------------------------------------------------------------------------------------
+    def read(self, text: str, policy: Policy | None = None, threshold: float | None = None) -> Record:
+        """The record of one text (two forward passes), cut to the model's context."""
+        config = self.routing.config
+        before, config.threshold = config.threshold, config.threshold if threshold is None else threshold
+        try:
+            found = record(self.model, self.routing, self.tokenizer, [text], max_len=self.context, policy=policy,
+                           name=self.name, bar=False)
+        finally:
+            config.threshold = before
+        likely = [*found.ids.tolist(), *map(int, found.meta["top_tokens"])]
+        return replace(found, meta=found.meta | {"text": text, "bytes": piece_bytes(self.tokenizer, likely)})
+
+    def threshold(self, skip: float) -> float:
+        """The threshold for a skip ratio: the stored one at the calibrated ratio, else along the calibration curve."""
+        config = self.routing.config
+        if config.calibrated_skip is not None and abs(skip - config.calibrated_skip) < 0.005:
+            return config.threshold
+        if not self._curve and skip > 0:
+            self._curve = self._measured_curve()
+        return threshold_at(self._curve or [0.0] * len(DIAL), skip)
+
+    def _measured_curve(self) -> list[float]:
+        documents = load_documents("embedded", "calibration")
+        batches = padded_batches(documents, self.tokenizer, min(256, self.context), 4, limit=CURVE_DOCUMENTS)
+        logits, forced = router_logits(self.model, self.routing, batches, bf16=False)
+        self.note = (f"This router has no stored calibration curve; its thresholds come from {CURVE_DOCUMENTS} documents of "
+                     "the embedded calibration split.")
+        return calibration_curve(logits, forced)
+
+    def at_skip(self, found: Record, skip: float) -> Record:
+        """`found` re-routed at another budget, from its logits alone; routed losses and predictions are unknown."""
+        return found.at_threshold(self.threshold(skip))
+
+    def losses(self, found: Record) -> Record:
+        """`found` with the routed losses and predictions at its own threshold (two forward passes)."""
+        return self.read(found.meta["text"], threshold=found.meta["threshold"])
+
+    def static(self, found: Record) -> tuple[Record, str]:
+        """The same text under the best static plan whose skip ratio is nearest to that of `found`, and what it is.
+
+        The plan runs on this checkpoint's own weights, which were healed under the router's plans.
+        """
+        units, order = self.routing.units, static_order(self.routing.config.base)
+        what = "best static plan (greedy order of a finished run on this base)"
+        if order is None or sorted(order) != list(range(units)):
+            order = found.gates.float().mean(0).argsort(stable=True).tolist()
+            what = "static plan of the layers this router keeps least here (no finished run tells the best static order)"
+        free = (found.position >= found.meta["keep_first_tokens"]).float().mean().item() or 1.0
+        gates = torch.ones(units)
+        gates[order[:min(units, round(found.skip_ratio * units / free))]] = 0.0
+        return self.read(found.meta["text"], policy=StaticPlan(gates)), what
+
+    # -- cost -------------------------------------------------------------------------------------------------------
+    def flops(self, found: Record) -> Cost:
+        """FLOPs of a text under its plan and dense; no times."""
+        config = causal_lm(self.model).config
+        layers = torch.full_like(found.active_layers, found.meta["layers"])
+        router = router_flops(self.routing.router) if found.meta["policy"] == "RouterPolicy" else 0
+        return Cost(text_flops(config, layers, found.position), text_flops(config, found.active_layers, found.position, router),
+                    execution=getattr(self.routing, "execution", "masked"))
+
+    @torch.no_grad()
+    def timed(self, found: Record, repeats: int = 3) -> Cost:
+        """`flops` with the milliseconds of one forward pass: base model, routed, and every layer with LoRA; interleaved,
+        medians of `repeats`."""
+        ids = found.ids[None].to(device_of(self.model))
+        config, times = self.routing.config, {"dense": [], "routed": [], "adapted": []}
+        before, config.threshold = config.threshold, found.meta["threshold"]
+        try:
+            for _ in range(repeats):
+                with frozen_base(self.model, self.routing):
+                    times["dense"].append(self._seconds(ids))
+                times["routed"].append(self._seconds(ids))
+                with self.routing.disabled():
+                    times["adapted"].append(self._seconds(ids))
+        finally:
+            config.threshold = before
+        medians = {f"ms_{name}": 1000 * statistics.median(values) for name, values in times.items()}
+        return replace(self.flops(found), **medians)
+
+    def _seconds(self, ids: torch.Tensor) -> float:
+        started = time.perf_counter()
+        self.model(input_ids=ids, use_cache=False)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def close(self):
+        """Takes router, hooks and adapters off; returns the base model, bit for bit what it was.
+
+        A model that was given from outside is left as it is.
+        """
+        if not self.owned or self.model is None:
+            return self.model
+        self.routing.detach()
+        base = self.model.unload() if hasattr(self.model, "unload") else self.model
+        self.model = None
+        return base
+
+
+def _tokenizer(model):
+    from transformers import AutoTokenizer
+    name = getattr(causal_lm(model).config, "_name_or_path", "") or str(NANO)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _label(folder: Path) -> str:
+    """The label of `checkpoints()`, or the last parts of the path: never a whole path, which would name a machine."""
+    for label, path in checkpoints().items():
+        if path.resolve() == folder.resolve():
+            return label
+    return "/".join(p for p in folder.parts[-3:] if p not in ("checkpoint", "/"))

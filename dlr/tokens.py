@@ -1,0 +1,124 @@
+"""Tokens as a person reads them: what is invisible made visible, byte pieces spelled out, widths and kinds.
+
+Pure functions of text; nothing here is HTML. Escaping is the views' business.
+"""
+
+import unicodedata
+from dataclasses import dataclass
+
+from dlr.record import Record
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MARKS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")          # control, format (direction marks, joiners), unassigned
+
+
+def visible(piece: str, spaces: bool = True) -> str:
+    """`piece` with a sign for every character that prints nothing or moves the cursor; spaces only where asked."""
+    out = []
+    for c in piece:
+        if c == " " and not spaces:
+            out.append(c)
+        elif c in MARKS:
+            out.append(MARKS[c])
+        elif unicodedata.category(c) in _UNSEEN:
+            out.append(f"‹{ord(c):04X}›")
+        else:
+            out.append(c)
+    return "".join(out)
+
+
+def width(text: str) -> int:
+    """Columns `text` takes in a fixed-width font (East Asian wide characters and emoji take two)."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Character to byte of byte-level BPE vocabularies (Radford et al. 2019)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}
+
+
+def piece_bytes(tokenizer, ids: list[int]) -> dict[str, str]:
+    """Token id to its bytes in hex ("F0 9F"), for those of `ids` that are no whole characters."""
+    alphabet, found = byte_alphabet(), {}
+    for i in set(ids):
+        name = tokenizer.convert_ids_to_tokens(i)
+        if name is None or REPLACEMENT not in tokenizer.decode([i], clean_up_tokenization_spaces=False):
+            continue
+        if name.startswith("<0x") and name.endswith(">"):
+            found[str(i)] = name[3:-1].upper()
+        elif all(c in alphabet for c in name):
+            found[str(i)] = " ".join(f"{alphabet[c]:02X}" for c in name)
+    return found
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One token for display: `text` keeps its spaces, `marked` shows them; `note` tells of bytes and what they join to."""
+    text: str
+    marked: str
+    note: str = ""
+
+
+def shown(record: Record) -> list[Shown]:
+    """Every token of a record, ready to be escaped and shown."""
+    spelled = record.meta.get("bytes", {})
+    out = [Shown(visible(t, spaces=False), visible(t)) for t in record.tokens]
+    start = 0
+    while start < len(out):
+        end = start
+        while end < len(out) and str(int(record.ids[end])) in spelled \
+                and record.document[end] == record.document[start]:
+            end += 1
+        if end > start:
+            _spell(record, spelled, out, start, end)
+        start = max(end, start + 1)
+    return out
+
+
+def _spell(record: Record, spelled: dict, out: list[Shown], start: int, end: int) -> None:
+    """Fills in the byte pieces `start` to `end`: their bytes, and the text they make together."""
+    parts = [bytes.fromhex(spelled[str(int(i))]) for i in record.ids[start:end]]
+    whole = visible(b"".join(parts).decode("utf-8", errors="replace"))
+    for place, part in zip(range(start, end), parts):
+        kept = part.decode("utf-8", errors="ignore") if len(part) > 1 else ""
+        text = visible(kept, spaces=False) + "⟨" + part.hex(" ").upper() + "⟩"
+        together = f", part of “{whole}” (tokens {int(record.position[start])}–{int(record.position[end - 1])})" \
+            if end - start > 1 else ""
+        out[place] = Shown(text, text, f"bytes {part.hex(' ').upper()}{together}")
+
+
+def kinds(record: Record) -> list[str]:
+    """One word or two on each token: opening, bytes, white space, number, punctuation, word start, word continuation."""
+    out = []
+    for i, token in enumerate(record.tokens):
+        core = token.strip()
+        before = record.tokens[i - 1][-1:] if i else ""
+        if record.position[i] == 0:
+            out.append("opening")
+        elif REPLACEMENT in token:
+            out.append("bytes")
+        elif not core:
+            out.append("white space")
+        elif core[0].isdigit():
+            out.append("number")
+        elif all(unicodedata.category(c)[0] in "PS" for c in core):
+            out.append("punctuation")
+        elif core[0].isalnum() and token[:1] == core[0] and before.isalnum() and record.position[i] > 1:
+            out.append("word continuation")
+        else:
+            out.append("word start")
+    return out
+
+
+def spans(layers: list[int]) -> str:
+    """[0, 1, 2, 5] as '0–2, 5'; 'none' where empty."""
+    groups: list[list[int]] = []
+    for layer in sorted(layers):
+        if groups and groups[-1][1] == layer - 1:
+            groups[-1][1] = layer
+        else:
+            groups.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in groups) or "none"
