@@ -68,7 +68,7 @@ _RULES = """
 .dlr-tile b{font-size:20px;font-weight:600;line-height:1.35;font-variant-numeric:tabular-nums;white-space:nowrap}
 .dlr-main{position:relative;padding-right:352px;min-height:392px;margin-bottom:16px}
 .dlr-strip{font-size:16px;line-height:2.05;max-height:352px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere}
-.dlr-t{background:var(--c);color:var(--t);border-radius:3px;padding:2px 1px 3px;margin-right:1px;
+.dlr-t{background:var(--c);color:var(--t);border-radius:3px;padding:2px 2px 3px;margin-right:1px;
  box-decoration-break:clone;-webkit-box-decoration-break:clone;cursor:help;outline:0}
 .dlr-t>bdi{unicode-bidi:isolate}
 .dlr-t sub{font-size:10px;line-height:0;vertical-align:-3px;opacity:.92;padding-left:1px;font-variant-numeric:tabular-nums}

@@ -14,7 +14,7 @@ from dlr.palette import LEVELS, stylesheet
 from dlr.record import Record
 from dlr.tokens import Shown, kinds, shown, spans, visible, width
 
-ROW_COLUMNS = 112              # fixed-width characters a line of the heatmap holds
+ROW_COLUMNS = 128              # fixed-width characters a line of the heatmap holds
 KEPT, RUN, SKIPPED = "k", "r", ""
 
 
@@ -34,7 +34,7 @@ class Look:
     """How a record is shown: layers `first` to `last` (inclusive), and whether the ramp spans this text's depths only."""
     first: int = 0
     last: int | None = None
-    fit: bool = False
+    fit: bool = True
 
     def layers(self, record: Record) -> range:
         last = record.meta["layers"] - 1 if self.last is None else min(self.last, record.meta["layers"] - 1)
@@ -59,7 +59,8 @@ def bounds(record: Record, look: Look = Look()) -> tuple[float, float]:
     """Depths at the two ends of the ramp."""
     layers, meta = look.layers(record), record.meta
     if look.fit:
-        found = depths(record, look)
+        found, free = depths(record, look), record.position >= meta["keep_first_tokens"]
+        found = found[free] if free.any() else found
         return float(found.min()), float(found.max())
     always = sum(i < meta["always_keep"] or i >= meta["layers"] - meta["keep_last"] for i in layers)
     return float(always), float(len(layers))
@@ -119,9 +120,11 @@ def strip(record: Record, look: Look = Look(), marked: set[int] = frozenset(), c
         ran = (table[i] > 0).nonzero().flatten().tolist()
         skipped = (table[i] < 1).nonzero().flatten().tolist()
         label = escape(f"{token.marked}: {found[i]:g} layers, position {int(record.position[i])}, {labels[i]}", quote=True)
-        text = token.text or "∅"
+        text, gap = token.text or "∅", ""
+        if text[0] == " " and text.strip():             # a word's own space stands before its box: lines break there
+            text, gap = text[1:], " "
         out.append(
-            f'<span class="dlr-t dlr-l{level(found[i], low, high)}{" dlr-x" if i in marked else ""}" tabindex=0 '
+            f'{gap}<span class="dlr-t dlr-l{level(found[i], low, high)}{" dlr-x" if i in marked else ""}" tabindex=0 '
             f'role=img aria-label="{label}" data-depth="{found[i]:g}"><bdi>{escape(text)}</bdi><sub>{found[i]:g}</sub>'
             f"{card(record, i, token, labels[i], ran, skipped) if cards else ''}</span>")
         if "\n" in record.tokens[i]:
@@ -158,7 +161,7 @@ def cell_height(layers: int) -> int:
     return max(4, min(11, 352 // max(layers, 1)))
 
 
-def _axis(layers: range, height: int) -> str:
+def axis(layers: range, height: int) -> str:
     step = 1 if height >= 9 else 2 if height >= 6 else 4
     marks = "".join(f'<text x=26 y={(i + 1) * height - 1.5} text-anchor=end>{layer}</text>'
                     for i, layer in enumerate(layers) if layer % step == 0)
@@ -194,10 +197,10 @@ def heatmap(record: Record, look: Look = Look()) -> str:
     low, high = bounds(record, look)
     found, meta, height = table.sum(1).tolist(), record.meta, cell_height(len(layers))
     always = [i < meta["always_keep"] or i >= meta["layers"] - meta["keep_last"] for i in layers]
-    axis, margin = _axis(layers, height), _margin(table.mean(0).tolist(), height)
+    left, margin = axis(layers, height), _margin(table.mean(0).tolist(), height)
     rows = []
     for line in lines_of(tokens):
-        cells = [axis]
+        cells = [left]
         for i in line:
             missing = [layer for layer, share in zip(layers, table[i].tolist()) if share < 1]
             hint = escape(f"{tokens[i].marked} · position {int(record.position[i])} · {found[i]:g} layers · "
