@@ -220,7 +220,7 @@ def heatmap(record: Record, look: Look = Look()) -> str:
 
 
 # -- cost line --------------------------------------------------------------------------------------------------------
-def _tile(label: str, value: str, note: str = "", hint: str = "") -> str:
+def cost_tile(label: str, value: str, note: str = "", hint: str = "") -> str:
     return (f'<div class=dlr-tile title="{escape(hint, quote=True)}"><span>{label}</span><b>{value}</b>'
             f"<small>{note}</small></div>")
 
@@ -231,19 +231,19 @@ def cost_line(record: Record, cost: Cost | None = None) -> str:
     dense, routed = record.perplexity("dense"), record.perplexity("routed")
     change = "" if math.isnan(routed) or math.isnan(dense) else f"{100 * (routed / dense - 1):+.1f} %"
     blank = "…" if len(record) > 1 else "–"
-    tiles = [_tile("skipped", f"{100 * record.skip_ratio:.1f} %", f"of {gates:,} routable gates",
+    tiles = [cost_tile("skipped", f"{100 * record.skip_ratio:.1f} %", f"of {gates:,} routable gates",
                    "1 − mean gate over all tokens and routable layers"),
-             _tile("layers a token", f"{float(record.active_layers.mean()):.2f}", f"of {total}, {len(record):,} tokens")]
+             cost_tile("layers a token", f"{float(record.active_layers.mean()):.2f}", f"of {total}, {len(record):,} tokens")]
     if cost is not None:
-        tiles.append(_tile("FLOPs against dense", f"{cost.flops_routed / cost.flops_dense:.3f} ×",
+        tiles.append(cost_tile("FLOPs against dense", f"{cost.flops_routed / cost.flops_dense:.3f} ×",
                            f"{cost.flops_routed / 1e9:.2f} of {cost.flops_dense / 1e9:.2f} G",
                            "closed form; skipped layers still make keys and values; the router counts"))
         note = "every layer is computed: no gain in time" if cost.execution == "masked" else f"{cost.execution} execution"
         adapted = "" if cost.ms_adapted is None else f"; all layers with LoRA: {cost.ms_adapted:.1f} ms"
-        tiles.append(_tile("milliseconds, routed / dense", f"{number(cost.ms_routed, 0)} / {number(cost.ms_dense, 0)}",
+        tiles.append(cost_tile("milliseconds, routed / dense", f"{number(cost.ms_routed, 0)} / {number(cost.ms_dense, 0)}",
                            note, "one forward pass of this text, medians of interleaved runs; dense is the base model "
                            f"without adapters; {cost.execution} execution{adapted}"))
-    tiles.append(_tile("perplexity, routed / dense", f"{number(routed, 2, blank)} / {number(dense, 2, '–')}",
+    tiles.append(cost_tile("perplexity, routed / dense", f"{number(routed, 2, blank)} / {number(dense, 2, '–')}",
                        change or ("recomputing…" if len(record) > 1 else "needs two tokens"),
                        "exp of the mean loss of the predicted tokens of this text"))
     return f'<div class=dlr-tiles>{"".join(tiles)}</div>'

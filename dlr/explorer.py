@@ -1,0 +1,214 @@
+"""The explorer: thin ipywidgets around the views. Everything on screen is a function of `self.record`.
+
+    from dlr.explorer import Explorer
+    Explorer()                                  # the embedded router; Explorer(checkpoint="...") for another
+
+Standard ipywidgets only. Moving the slider re-routes from kept logits at once; losses and times follow when it rests.
+"""
+
+import asyncio
+import functools
+
+import ipywidgets as W
+
+from dlr import views
+from dlr.calibration import DIAL
+from dlr.export import export, link
+from dlr.record import Record
+from dlr.session import Session, checkpoints
+
+SETTLE = 0.4                     # seconds without a change before the slower step starts
+EXAMPLES = {
+    "prose and a name": "The old lighthouse keeper, Mr. Abernathy, climbed the stairs every evening at six. He lit the lamp, "
+                        "wrote one line in his book, and waited for the ships that no longer came.",
+    "code": "def mean(values):\n    \"\"\"Returns the arithmetic mean of `values`.\"\"\"\n    total = 0.0\n    for value in "
+            "values:\n        total += value\n    return total / len(values)",
+    "documentation": "Parameters\n----------\nx : array_like, shape (n_samples, n_features)\n    The data to fit. If `None`, "
+                     "the default value is used.\n\nReturns\n-------\nself : object\n    Returns the instance itself.",
+    "repetition": "one two three four one two three four one two three four one two three four",
+    "numbers and rare words": "In 1987, 3,141 axolotls cost £59.26 each; the zeugma was antediluvian, the syzygy perspicuous.",
+    "odd characters": "<script>alert('hi')</script> &lt;b&gt; \"quotes\"\ttab\n  two spaces, naïve café, 日本語, "
+                      "\N{FAMILY} \N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}, "
+                      "\N{RIGHT-TO-LEFT MARK}שלום\N{LEFT-TO-RIGHT MARK} end.",
+}
+
+
+def guarded(method):
+    """A handler whose exceptions show as a message in the view; the next input works again."""
+    @functools.wraps(method)
+    def inner(self, *args):
+        try:
+            return method(self, *args)
+        except Exception as error:          # whatever the model raises must be seen, never swallowed by the widget
+            self.error = error
+            self.view.value = views.message(error)
+    return inner
+
+
+class Later:
+    """Runs `action` once its inputs have rested; at once where no event loop runs (tests, scripts)."""
+
+    def __init__(self, action, delay: float = SETTLE):
+        self.action, self.delay, self.handle = action, delay, None
+
+    def __call__(self) -> None:
+        self.cancel()
+        try:
+            self.handle = asyncio.get_running_loop().call_later(self.delay, self.action)
+        except RuntimeError:
+            self.action()
+
+    def cancel(self) -> None:
+        if self.handle is not None:
+            self.handle.cancel()
+            self.handle = None
+
+
+def labelled(widget, label: str):
+    """`widget` with a visible label above it."""
+    return W.VBox([W.HTML(f"<b style='font-size:12px'>{label}</b>"), widget])
+
+
+def budget_slider(session: Session) -> W.IntSlider:
+    return W.IntSlider(value=round(100 * session.calibrated), min=0, max=round(100 * DIAL[-1]), readout_format="d",
+                       layout=W.Layout(width="98%"))
+
+
+class Explorer(W.VBox):
+    """Any text in, the pattern out.
+
+    Args:
+        checkpoint: folder or label of a checkpoint; the embedded router by default.
+        text: what to show first.
+        session: a session to share; the explorer then does not close it.
+    """
+
+    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None):
+        self.error: Exception | None = None
+        self.record: Record | None = None
+        self.cost, self.note = None, ""
+        self._owned, self._quiet = session is None, False
+        self.session = session or Session(checkpoint)
+        self._build(next(iter(EXAMPLES.values())) if text is None else text)
+        self._read_later, self._settle_later = Later(self.read), Later(self.settle)
+        super().__init__([self.controls, self.view, self.downloads], layout=W.Layout(width="100%"))
+        self.text.observe(lambda _: self._read_later(), "value")
+        self.budget.observe(lambda _: self.reroute(), "value")
+        self.layers.observe(lambda _: self.show(), "value")
+        self.shade.observe(lambda _: self.show(), "value")
+        self.example.observe(self._pick_example, "value")
+        self.picker.observe(self._pick_checkpoint, "value")
+        self.save.on_click(lambda _: self.export())
+        self.read()
+
+    def _build(self, text: str) -> None:
+        wide = W.Layout(width="98%")
+        last = len(self.session.routing.layers) - 1
+        self.text = W.Textarea(text, placeholder="Type any text", layout=W.Layout(width="98%", height="104px"))
+        self.example = W.Dropdown(options=[("choose an example", None), *EXAMPLES.items()], layout=wide)
+        there = dict.fromkeys([self.session.name, *checkpoints()])
+        self.picker = W.Dropdown(options=list(there), value=self.session.name, layout=wide, disabled=not self._owned)
+        self.budget = budget_slider(self.session)
+        self.layers = W.IntRangeSlider(value=(0, last), min=0, max=last, layout=wide)
+        self.shade = W.ToggleButtons(options=[("this text's range", True), ("all depths", False)],
+                                     style={"button_width": "118px"})
+        self.formats = W.Dropdown(options=[("all formats", ("html", "png", "pdf", "csv", "json")), ("HTML page", ("html",)),
+                                           ("PNG and PDF", ("png", "pdf")), ("CSV and JSON", ("csv", "json"))],
+                                  layout=W.Layout(width="140px"))
+        self.save = W.Button(description="Export", icon="download", layout=W.Layout(width="100px"))
+        self.downloads, self.view = W.HTML(), W.HTML(layout=W.Layout(width="100%"))
+        for widget, tip in ((self.text, "text to explore"), (self.budget, "budget: share of routable gates to skip, percent"),
+                            (self.layers, "layers shown and counted"), (self.picker, "checkpoint"),
+                            (self.save, "write the view to files")):
+            widget.tooltip = tip
+        left = W.VBox([labelled(self.text, "Text"), labelled(self.example, "Examples")], layout=W.Layout(width="46%"))
+        middle = W.VBox([labelled(self.budget, "Budget: gates to skip, %"), labelled(self.layers, "Layers shown")],
+                        layout=W.Layout(width="27%"))
+        right = W.VBox([labelled(self.picker, "Checkpoint"), labelled(self.shade, "Shade"),
+                        W.HBox([self.formats, self.save])], layout=W.Layout(width="27%"))
+        self.controls = W.HBox([left, middle, right], layout=W.Layout(width="100%"))
+
+    @property
+    def look(self) -> views.Look:
+        return views.Look(*self.layers.value, fit=self.shade.value)
+
+    # -- record -> view -----------------------------------------------------------------------------------------------
+    @guarded
+    def read(self) -> None:
+        """Reads the text anew: both models, the plan at the slider's budget, then times."""
+        self._settle_later.cancel()
+        threshold = self.session.threshold(self.budget.value / 100)
+        self.record = self.session.read(self.text.value, threshold=threshold)
+        self.cost = self.session.timed(self.record)
+        tokens = self.session.length(self.text.value)
+        self.note = " ".join(filter(None, [
+            self.session.note, "" if self.text.value else "Type some text: an empty one holds its opening token only.",
+            f"Cut to {len(self.record):,} of {tokens:,} tokens, the model's context." if tokens > len(self.record) else ""]))
+        self.show()
+
+    @guarded
+    def reroute(self) -> None:
+        """Another budget, from the kept logits; losses and times follow when the slider rests."""
+        if self._quiet:
+            return
+        if self.record is None:
+            self.read()
+            return
+        self.record = self.session.at_skip(self.record, self.budget.value / 100)
+        self.cost = self.session.flops(self.record)
+        self.show()
+        self._settle_later()
+
+    @guarded
+    def settle(self) -> None:
+        """Losses and times at the slider's budget."""
+        self.record = self.session.losses(self.record)
+        self.cost = self.session.timed(self.record)
+        self.show()
+
+    @guarded
+    def show(self) -> None:
+        """Draws the record."""
+        if self.record is not None:
+            self.view.value = views.view(self.record, self.cost, self.look, self.note)
+            self.error = None
+
+    # -- controls -----------------------------------------------------------------------------------------------------
+    def _pick_example(self, change) -> None:
+        if change["new"] is not None:
+            self.text.value = change["new"]
+
+    @guarded
+    def _pick_checkpoint(self, change) -> None:
+        before, self.session = self.session, Session(change["new"])
+        before.close()
+        last, self._quiet = len(self.session.routing.layers) - 1, True
+        try:
+            self.layers.max = last
+            self.layers.value = (0, last)
+            self.budget.value = round(100 * self.session.calibrated)
+        finally:
+            self._quiet = False
+        self.read()
+
+    def export(self, folder=None) -> list:
+        """Writes the view; the links below it save the same files from the browser."""
+        try:
+            if self.record is None or self.error is not None:
+                raise ValueError("There is nothing to export: the view shows an error.")
+            made = export(self.record, self.view.value, folder, self.cost, self.look, self.formats.value)
+        except Exception as error:
+            self.downloads.value = views.message(error)
+            return []
+        from html import escape
+        place = "/".join(made[0].parent.parts[-3:])
+        self.downloads.value = f"Written to <code>{escape(place)}</code>: {' · '.join(map(link, made))}"
+        return made
+
+    def close(self) -> None:
+        """Closes the widgets and frees the model: hooks, router and adapters come off."""
+        for later in (self._read_later, self._settle_later):
+            later.cancel()
+        if self._owned:
+            self.session.close()
+        super().close()

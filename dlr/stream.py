@@ -1,0 +1,122 @@
+"""Continuations token by token, each token with its depth: the routed model and the dense one in turn, both cached.
+
+The two models run step by step alternately, each on its own cache and its own continuation, so that a busy machine
+slows both alike.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+
+from dlr.data import opening_token
+from dlr.evaluate import device_of
+from dlr.objective import frozen_base
+from dlr.session import Session
+from dlr.tokens import piece_bytes
+
+
+@dataclass
+class Side:
+    """One of the two continuations. `seconds` counts decoding steps only, the reading of the prompt apart."""
+    ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    depths: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
+    prompt_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Decoded tokens a second, NaN before the first."""
+        return self.steps / self.seconds if self.seconds else float("nan")
+
+
+@dataclass
+class Progress:
+    """What has been generated so far. `bytes` spells pieces that are no whole characters."""
+    prompt: str
+    routed: Side
+    dense: Side
+    layers: int
+    execution: str
+    bytes: dict[str, str] = field(default_factory=dict)
+    done: bool = False
+
+
+class _Stream:
+    """One model's cached decoding."""
+
+    def __init__(self, session: Session, prompt: list[int], dense: bool, generator: torch.Generator | None,
+                 temperature: float):
+        self.session, self.dense, self.generator, self.temperature = session, dense, generator, temperature
+        self.cache, self.side = DynamicCache(), Side()
+        self.next = torch.tensor([prompt], device=device_of(session.model))
+        self.stop_ids = {session.tokenizer.eos_token_id}
+
+    def _forward(self) -> torch.Tensor:
+        started = time.perf_counter()
+        logits = self.session.model(input_ids=self.next, past_key_values=self.cache, use_cache=True).logits[0, -1]
+        logits = logits.float().cpu()
+        spent = time.perf_counter() - started
+        if self.side.ids:
+            self.side.seconds, self.side.steps = self.side.seconds + spent, self.side.steps + 1
+        else:
+            self.side.prompt_seconds = spent
+        return logits
+
+    def step(self) -> bool:
+        """Decodes one token; False once the model has ended the text. A token's depth is known when it is read."""
+        if self.dense:
+            with frozen_base(self.session.model, self.session.routing):
+                logits = self._forward()
+        else:
+            logits = self._forward()
+            if self.side.ids:
+                self.side.depths.append(float(self.session.routing.plan.active_layers[0, -1]))
+        if self.temperature > 0:
+            chosen = int(torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=self.generator))
+        else:
+            chosen = int(logits.argmax())
+        self.side.ids.append(chosen)
+        self.side.pieces.append(self.session.tokenizer.decode([chosen], clean_up_tokenization_spaces=False))
+        self.next = torch.tensor([[chosen]], device=self.next.device)
+        return chosen not in self.stop_ids
+
+
+@torch.no_grad()
+def generate(session: Session, prompt: str, tokens: int = 60, threshold: float | None = None, temperature: float = 0.0,
+             seed: int = 0, dense: bool = True) -> Iterator[Progress]:
+    """Yields after every step; stop by not asking for more. Greedy at temperature 0.
+
+    A token's depth is that of the step which reads it, so the newest token's is still to come.
+
+    Raises:
+        ValueError: no room is left in the model's context, or a negative number of tokens or temperature.
+    """
+    if tokens < 1 or temperature < 0:
+        raise ValueError(f"tokens={tokens} must be 1 or more and temperature={temperature} 0 or more.")
+    ids = [opening_token(session.tokenizer), *session.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    room = session.context - len(ids)
+    if room < 1:
+        raise ValueError(f"The prompt has {len(ids):,} tokens and the model's context is {session.context:,}; shorten it.")
+    config, routing = session.routing.config, session.routing
+    streams = [_Stream(session, ids, side, torch.Generator().manual_seed(seed), temperature)
+               for side in ((False, True) if dense else (False,))]
+    progress = Progress(prompt, streams[0].side, streams[-1].side if dense else Side(), len(routing.layers),
+                        getattr(routing, "execution", "masked"))
+    going = [True] * len(streams)
+    for _ in range(min(tokens, room)):
+        before, config.threshold = config.threshold, config.threshold if threshold is None else threshold
+        try:
+            going = [alive and stream.step() for alive, stream in zip(going, streams)]
+        finally:
+            config.threshold = before                 # restored between steps: the consumer may use the session meanwhile
+        progress.bytes |= piece_bytes(session.tokenizer, [s.side.ids[-1] for s in streams])
+        yield progress
+        if not any(going):
+            break
+    progress.done = True
+    yield progress
