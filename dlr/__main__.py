@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   python -m dlr run token_routing --params params/token_routing/tinyllama.yaml
   python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are skipped
   python -m dlr eval nano-router --tasks blimp            benchmark tasks through lm-evaluation-harness
+  python -m dlr explore "Any text."                       what every token costs, in the terminal; --serve: in a browser
 """
 QUICK = Path(__file__).resolve().parent.parent / "params" / "token_routing" / "quick.yaml"
 
@@ -33,7 +34,14 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     from dlr import evalcommand
     evalcommand.add_parser(commands)
+    from dlr import serve
+    serve.add_parser(commands, argparse.RawDescriptionHelpFormatter)
     return top
+
+
+def explore(arguments) -> int:
+    from dlr.serve import explore as command
+    return command(arguments)
 
 
 def run(arguments) -> int:
@@ -94,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     from dlr.workbook import say_error
     try:
         from dlr.evalcommand import evaluate_command
-        return {"run": run, "sweep": sweep, "eval": evaluate_command}[arguments.command](arguments)
+        return {"run": run, "sweep": sweep, "eval": evaluate_command, "explore": explore}[arguments.command](arguments)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

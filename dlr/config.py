@@ -290,8 +290,20 @@ class EvaluationConfig(BaseModel):
     batch_size: int = Field(16, ge=1)                  # requests a forward pass
 
 
+class ExplorerConfig(BaseModel):
+    """08: the explorer."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    checkpoint: str = ""                               # folder or label; empty: the embedded router
+    text: str = ""                                     # empty: the first example
+    skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
+    seed: int = 0
+
+
 PHASES: dict[str, tuple[str, type[BaseModel]]] = {
     "base_model": ("00_base_model", BaseModelConfig), "baselines": ("01_baselines", BaselinesConfig),
     "sequence_routing": ("02_sequence_routing", SequenceConfig), "token_routing": ("03_token_routing", TokenConfig),
     "pareto": ("04_pareto", ParetoConfig), "evaluation": ("05_evaluation", EvaluationConfig),
-    "latency": ("06_latency", LatencyConfig), "token_analysis": ("07_token_analysis", TokenAnalysisConfig)}
+    "latency": ("06_latency", LatencyConfig), "token_analysis": ("07_token_analysis", TokenAnalysisConfig),
+    "explorer": ("08_explorer", ExplorerConfig)}

@@ -106,8 +106,8 @@ class Explorer(W.VBox):
         last = len(self.session.routing.layers) - 1
         self.text = W.Textarea(text, placeholder="Type any text", layout=W.Layout(width="98%", height="104px"))
         self.example = W.Dropdown(options=[("choose an example", None), *EXAMPLES.items()], layout=wide)
-        there = dict.fromkeys([self.session.name, *checkpoints()])
-        self.picker = W.Dropdown(options=list(there), value=self.session.name, layout=wide, disabled=not self._owned)
+        self._there = {self.session.name: self.session.folder} | checkpoints()
+        self.picker = W.Dropdown(options=list(self._there), value=self.session.name, layout=wide, disabled=not self._owned)
         self.budget = budget_slider(self.session)
         self.layers = W.IntRangeSlider(value=(0, last), min=0, max=last, layout=wide)
         self.shade = W.ToggleButtons(options=[("this text's range", True), ("all depths", False)],
@@ -180,7 +180,7 @@ class Explorer(W.VBox):
 
     @guarded
     def _pick_checkpoint(self, change) -> None:
-        before, self.session = self.session, Session(change["new"])
+        before, self.session = self.session, Session(self._there[change["new"]])
         before.close()
         last, self._quiet = len(self.session.routing.layers) - 1, True
         try:

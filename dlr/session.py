@@ -45,6 +45,27 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
     return found
 
 
+def folder_of(checkpoint: str | Path | None) -> Path:
+    """The folder of a checkpoint given by folder or label; None is the embedded router, or the first there is.
+
+    Raises:
+        FileNotFoundError: there is none; the message names those there are.
+    """
+    there = checkpoints()
+    if checkpoint is None or checkpoint == EMBEDDED:
+        if (NANO_ROUTER / CONFIG).is_file():
+            return NANO_ROUTER
+        if there and checkpoint is None:
+            return next(iter(there.values()))
+    elif str(checkpoint) in there:
+        return there[str(checkpoint)]
+    elif (Path(checkpoint) / CONFIG).is_file():
+        return Path(checkpoint)
+    wanted = "embedded router (dlr/nano/router)" if checkpoint in (None, EMBEDDED) else f"checkpoint {str(checkpoint)!r}"
+    raise FileNotFoundError(f"There is no {wanted}. There are: {', '.join(there) or 'none'}. "
+                            "python -m dlr run trains one; give its checkpoint folder.")
+
+
 def static_order(base: dict) -> list[int] | None:
     """Units in the order in which the best static plan drops them, from any finished run on this base model."""
     name = base.get("name") or "nano"
@@ -72,31 +93,15 @@ class Session:
 
     def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None):
         self.owned = model is None
-        self.name = "given model"
+        self.name, self.folder = "given model", None
         if self.owned:
-            folder = self._folder(checkpoint)
-            model = from_pretrained(folder)
+            self.folder = folder_of(checkpoint)
+            model = from_pretrained(self.folder)
             tokenizer = _tokenizer(model)
-            self.name = _label(folder)
+            self.name = _label(self.folder)
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
         self._curve: list[float] = list(self.routing.config.curve)
         self.note = ""
-
-    @staticmethod
-    def _folder(checkpoint: str | Path | None) -> Path:
-        there = checkpoints()
-        if checkpoint is None or checkpoint == EMBEDDED:
-            if (NANO_ROUTER / CONFIG).is_file():
-                return NANO_ROUTER
-            if there and checkpoint is None:
-                return next(iter(there.values()))
-        elif str(checkpoint) in there:
-            return there[str(checkpoint)]
-        elif (Path(checkpoint) / CONFIG).is_file():
-            return Path(checkpoint)
-        wanted = "embedded router (dlr/nano/router)" if checkpoint in (None, EMBEDDED) else f"checkpoint {str(checkpoint)!r}"
-        raise FileNotFoundError(f"There is no {wanted}. There are: {', '.join(there) or 'none'}. "
-                                "python -m dlr run trains one; give its checkpoint folder.")
 
     @property
     def context(self) -> int:
@@ -138,8 +143,8 @@ class Session:
         documents = load_documents("embedded", "calibration")
         batches = padded_batches(documents, self.tokenizer, min(256, self.context), 4, limit=CURVE_DOCUMENTS)
         logits, forced = router_logits(self.model, self.routing, batches, bf16=False)
-        self.note = (f"This router has no stored calibration curve; its thresholds come from {CURVE_DOCUMENTS} documents of "
-                     "the embedded calibration split.")
+        self.note = (f"{self.note} This router has no stored calibration curve; its thresholds come from {CURVE_DOCUMENTS} documents of "
+                     "the embedded calibration split.").strip()
         return calibration_curve(logits, forced)
 
     def at_skip(self, found: Record, skip: float) -> Record:
@@ -225,3 +230,37 @@ def _label(folder: Path) -> str:
         if path.resolve() == folder.resolve():
             return label
     return "/".join(p for p in folder.parts[-3:] if p not in ("checkpoint", "/"))
+
+
+def stand_in() -> Session:
+    """The embedded model with an untrained router whose logits are spread at random: its plans mean nothing.
+
+    It lets every view be tried, and notebooks be tested, before there is a trained router.
+    """
+    from dlr.config import RouterConfig, RunConfig
+    from dlr.models import load_base
+    from dlr.routed import attach
+    model, tokenizer = load_base(RunConfig(bf16=False))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    routing = attach(model, RouterConfig())
+    with torch.no_grad():
+        routing.router.net[-1].weight.normal_(std=2.0)
+        routing.router.net[-1].bias.zero_()
+    torch.random.set_rng_state(state)
+    session = Session(model=model, tokenizer=tokenizer)
+    session.owned, session.name = True, "untrained router"
+    session.note = "This router is untrained: its plans are random and mean nothing."
+    return session
+
+
+def open_session(checkpoint: str = "") -> Session:
+    """The session of a notebook: `checkpoint`, or the embedded router; under DLR_PRESET=toy, a stand-in where there is
+    none."""
+    import os
+    try:
+        return Session(checkpoint or None)
+    except FileNotFoundError:
+        if os.environ.get("DLR_PRESET") != "toy":
+            raise
+        return stand_in()

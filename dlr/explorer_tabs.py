@@ -1,0 +1,211 @@
+"""The explorer's other tabs: two plans side by side, and generation; and the three together.
+
+    from dlr.explorer_tabs import Workbench
+    Workbench()
+"""
+
+import asyncio
+from pathlib import Path
+
+import ipywidgets as W
+
+from dlr import views
+from dlr.explorer import EXAMPLES, Explorer, Later, budget_slider, guarded, labelled
+from dlr.export import link, page
+from dlr.record import Record
+from dlr.runs import results_folder, write_atomically
+from dlr.session import Session, checkpoints
+from dlr.stream import Progress, generate
+from dlr.views_compare import comparison
+from dlr.views_stream import stream
+
+ROUTER, STATIC = "router", "best static plan at the same skip"
+
+
+class Comparison(W.VBox):
+    """Two checkpoints, two budgets, or the router against its best static plan, on one text.
+
+    Args:
+        checkpoint: of the first side; the second starts with the same one.
+        session: a session to share; it is not closed with the comparison.
+    """
+
+    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None):
+        self.error, self.records, self._owned = None, None, session is None
+        self._sessions = {"first": session or Session(checkpoint)}
+        self._sessions["second"] = self._sessions["first"]
+        self._build(next(iter(EXAMPLES.values())) if text is None else text)
+        super().__init__([self.controls, self.view, self.downloads], layout=W.Layout(width="100%"))
+        self._later = Later(self.read)
+        for widget in (self.text, self.budgets["first"], self.budgets["second"], self.plan):
+            widget.observe(lambda _: self._later(), "value")
+        self.picker.observe(lambda _: self._pick(), "value")
+        self.save.on_click(lambda _: self.export())
+        self.read()
+
+    def _build(self, text: str) -> None:
+        first, wide = self._sessions["first"], W.Layout(width="98%")
+        self.text = W.Textarea(text, layout=W.Layout(width="98%", height="104px"), tooltip="text to compare on")
+        self.budgets = {side: budget_slider(first) for side in ("first", "second")}
+        self.budgets["second"].value = max(0, self.budgets["first"].value - 15)
+        self._there = {first.name: first.folder} | checkpoints()
+        self.picker = W.Dropdown(options=list(self._there), value=first.name, layout=wide)
+        self.plan = W.Dropdown(options=[ROUTER, STATIC], value=ROUTER, layout=wide)
+        self.save = W.Button(description="Export HTML", icon="download")
+        self.view, self.downloads = W.HTML(layout=W.Layout(width="100%")), W.HTML()
+        sides = W.VBox([labelled(self.budgets["first"], f"First: {ROUTER}, budget %"),
+                        labelled(self.budgets["second"], "Second: budget %")], layout=W.Layout(width="27%"))
+        right = W.VBox([labelled(self.picker, "Second: checkpoint"), labelled(self.plan, "Second: plan"), self.save],
+                       layout=W.Layout(width="27%"))
+        self.controls = W.HBox([W.VBox([labelled(self.text, "Text")], layout=W.Layout(width="46%")), sides, right])
+
+    @guarded
+    def _pick(self) -> None:
+        first, before = self._sessions["first"], self._sessions["second"]
+        self._sessions["second"] = first if self.picker.value == first.name else Session(self._there[self.picker.value])
+        if before is not first:
+            before.close()
+        self.read()
+
+    def _side(self, side: str) -> Record:
+        session = self._sessions[side]
+        return session.read(self.text.value, threshold=session.threshold(self.budgets[side].value / 100))
+
+    @guarded
+    def read(self) -> None:
+        """Records both sides and draws them."""
+        first = self._side("first")
+        self.budgets["second"].disabled = static = self.plan.value == STATIC
+        one, two = self._sessions["first"], self._sessions["second"]
+        if static:
+            base = first if two is one else two.read(self.text.value)
+            second, note = two.static(base)
+            names = (f"{one.name}, router", "best static plan" if note.startswith("best") else "static plan")
+            note = f"Second: {note}, on the router’s own weights; whole layers, so its skip ratio is only near the first’s."
+        else:
+            second, note = self._side("second"), ""
+            names = tuple(f"{s.name}, {self.budgets[side].value} %" for side, s in self._sessions.items())
+        self.records = (first, second)
+        self.view.value = comparison(first, second, names, (one.flops(first), two.flops(second)),
+                                     note=" ".join(filter(None, [one.note, note])))
+        self.error = None
+
+    def export(self, folder=None):
+        """The comparison as one HTML file; returns its path."""
+        try:
+            folder = Path(folder or results_folder() / "explorer" / "exports" / self.records[0].meta["text_hash"])
+            write_atomically(folder / "comparison.html", page(self.view.value, "Comparison"))
+            self.downloads.value = f"Written: {link(folder / 'comparison.html')}"
+            return folder / "comparison.html"
+        except Exception as error:
+            self.downloads.value = views.message(error)
+
+    def close(self) -> None:
+        """Closes the widgets and frees the models it loaded."""
+        self._later.cancel()
+        first, second = self._sessions["first"], self._sessions["second"]
+        if second is not first:
+            second.close()
+        if self._owned:
+            first.close()
+        super().close()
+
+
+class Generator(W.VBox):
+    """A prompt in; its continuation token by token, each with its depth, dense beside routed.
+
+    Args:
+        session: a session to share; it is not closed with the tab.
+    """
+
+    def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None):
+        self.error, self.progress, self._task, self._stopped = None, None, None, False
+        self._owned, self.session = session is None, session or Session(checkpoint)
+        self.prompt = W.Textarea(prompt, layout=W.Layout(width="98%", height="72px"), tooltip="prompt")
+        self.budget = budget_slider(self.session)
+        self.tokens = W.IntSlider(value=60, min=5, max=400, layout=W.Layout(width="98%"))
+        self.temperature = W.FloatSlider(value=0.8, min=0.0, max=1.5, step=0.1, layout=W.Layout(width="98%"))
+        self.start = W.Button(description="Generate", icon="play", button_style="primary")
+        self.stop = W.Button(description="Stop", icon="stop", disabled=True)
+        self.view = W.HTML(layout=W.Layout(width="100%"))
+        left = W.VBox([labelled(self.prompt, "Prompt"), W.HBox([self.start, self.stop])], layout=W.Layout(width="46%"))
+        right = [W.VBox([labelled(w, t) for w, t in column], layout=W.Layout(width="27%")) for column in (
+            ((self.budget, "Budget: gates to skip, %"), (self.tokens, "Tokens")), ((self.temperature, "Temperature"),))]
+        super().__init__([W.HBox([left, *right]), self.view], layout=W.Layout(width="100%"))
+        self.start.on_click(lambda _: self.run())
+        self.stop.on_click(lambda _: self.halt())
+
+    def run(self) -> None:
+        """Starts; in a kernel as a task of its event loop, so that Stop is heard, elsewhere to the end at once."""
+        self._stopped = False
+        self.start.disabled, self.stop.disabled = True, False
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._stream())
+        except RuntimeError:
+            asyncio.run(self._stream())
+
+    def halt(self) -> None:
+        """Ends the generation after the token in progress."""
+        self._stopped = True
+
+    async def _stream(self) -> None:
+        try:
+            steps = generate(self.session, self.prompt.value, self.tokens.value,
+                             self.session.threshold(self.budget.value / 100), self.temperature.value)
+            for progress in steps:
+                self._draw(progress)
+                if self._stopped:
+                    progress.done = True
+                    self._draw(progress)
+                    break
+                await asyncio.sleep(0.005)          # lets the kernel hear the stop button
+            self.error = None
+        except Exception as error:                  # shown in the view; the next run works
+            self.error, self.view.value = error, views.message(error)
+        finally:
+            self.start.disabled, self.stop.disabled = False, True
+
+    def _draw(self, progress: Progress) -> None:
+        self.progress = progress
+        config = self.session.routing.config
+        self.view.value = stream(progress, config.always_keep + config.keep_last)
+
+    def close(self) -> None:
+        """Stops, closes the widgets and frees the model."""
+        self.halt()
+        if self._task is not None:
+            self._task.cancel()
+        if self._owned:
+            self.session.close()
+        super().close()
+
+
+class Workbench(W.Tab):
+    """Explore, Compare and Generate as tabs, on one model; the later two are made when first opened.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint; the message names those there are.
+    """
+
+    def __init__(self, checkpoint=None, text: str | None = None):
+        self.explorer = Explorer(checkpoint, text)
+        self.comparison: Comparison | None = None
+        self.generator: Generator | None = None
+        super().__init__([self.explorer, W.VBox(), W.VBox()], titles=("Explore", "Compare", "Generate"))
+        self.observe(lambda _: self._open(), "selected_index")
+
+    def _open(self) -> None:
+        """Builds the tab just chosen, each on the checkpoint the explorer has then."""
+        source = self.explorer.session.folder
+        if self.selected_index == 1 and self.comparison is None:
+            self.comparison = Comparison(source, self.explorer.text.value)
+        elif self.selected_index == 2 and self.generator is None:
+            self.generator = Generator(source)
+        self.children = (self.explorer, self.comparison or W.VBox(), self.generator or W.VBox())
+
+    def close(self) -> None:
+        """Closes every tab and frees every model."""
+        for tab in (self.explorer, self.comparison, self.generator):
+            if tab is not None:
+                tab.close()
+        super().close()
