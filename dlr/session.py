@@ -8,6 +8,7 @@
 Every session loads its own copy of the model; `close` takes router and adapters off it again.
 """
 
+import contextlib
 import statistics
 import time
 from dataclasses import replace
@@ -25,7 +26,7 @@ from dlr.models import NANO, NANO_ROUTER
 from dlr.objective import frozen_base
 from dlr.policy import Policy, StaticPlan
 from dlr.record import Record, record
-from dlr.routed import NANO_NAME, causal_lm, routing_of
+from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of
 from dlr.runs import METRICS, finished_runs, project_root, results_folder
 from dlr.tokens import piece_bytes
 from dlr.views import Cost
@@ -100,6 +101,8 @@ class Session:
             tokenizer = _tokenizer(model)
             self.name = _label(self.folder)
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
+        with contextlib.suppress(NotRoutable):              # where it cannot run compact, it stays masked
+            self.routing.execution = "compact"
         self._curve: list[float] = list(self.routing.config.curve)
         self.note = ""
 
@@ -177,7 +180,7 @@ class Session:
         layers = torch.full_like(found.active_layers, found.meta["layers"])
         router = router_flops(self.routing.router) if found.meta["policy"] == "RouterPolicy" else 0
         return Cost(text_flops(config, layers, found.position), text_flops(config, found.active_layers, found.position, router),
-                    execution=getattr(self.routing, "execution", "masked"))
+                    execution=self.routing.execution)
 
     @torch.no_grad()
     def timed(self, found: Record, repeats: int = 3) -> Cost:
