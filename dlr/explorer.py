@@ -91,6 +91,7 @@ class Explorer(W.VBox):
         self.session = session or Session(checkpoint)
         self._build(next(iter(EXAMPLES.values())) if text is None else text)
         self._read_later, self._settle_later = Later(self.read), Later(self.settle)
+        self._time_later = Later(self.measure)
         super().__init__([self.controls, self.view, self.downloads], layout=W.Layout(width="100%"))
         self.text.observe(lambda _: self._read_later(), "value")
         self.budget.observe(lambda _: self.reroute(), "value")
@@ -136,15 +137,17 @@ class Explorer(W.VBox):
     @guarded
     def read(self) -> None:
         """Reads the text anew: both models, the plan at the slider's budget, then times."""
-        self._settle_later.cancel()
+        for later in (self._read_later, self._settle_later, self._time_later):
+            later.cancel()
         threshold = self.session.threshold(self.budget.value / 100)
         self.record = self.session.read(self.text.value, threshold=threshold)
-        self.cost = self.session.timed(self.record)
+        self.cost = self.session.flops(self.record)
         tokens = self.session.length(self.text.value)
         self.note = " ".join(filter(None, [
             self.session.note, "" if self.text.value else "Type some text: an empty one holds its opening token only.",
             f"Cut to {len(self.record):,} of {tokens:,} tokens, the model's context." if tokens > len(self.record) else ""]))
         self.show()
+        self._time_later()
 
     @guarded
     def reroute(self) -> None:
@@ -156,13 +159,22 @@ class Explorer(W.VBox):
             return
         self.record = self.session.at_skip(self.record, self.budget.value / 100)
         self.cost = self.session.flops(self.record)
+        self._time_later.cancel()
         self.show()
         self._settle_later()
 
     @guarded
     def settle(self) -> None:
-        """Losses and times at the slider's budget."""
+        """Losses at the slider's budget; times follow."""
+        self._settle_later.cancel()
         self.record = self.session.losses(self.record)
+        self.show()
+        self._time_later()
+
+    @guarded
+    def measure(self) -> None:
+        """Times of this text at this budget."""
+        self._time_later.cancel()
         self.cost = self.session.timed(self.record)
         self.show()
 
@@ -207,7 +219,7 @@ class Explorer(W.VBox):
 
     def close(self) -> None:
         """Closes the widgets and frees the model: hooks, router and adapters come off."""
-        for later in (self._read_later, self._settle_later):
+        for later in (self._read_later, self._settle_later, self._time_later):
             later.cancel()
         if self._owned:
             self.session.close()

@@ -58,6 +58,7 @@ explorer = Explorer(session=session, text=config.text or EXAMPLES["prose and a n
 if config.skip >= 0:
     explorer.budget.value = round(100 * config.skip)
     explorer.settle()
+explorer.measure()
 explorer
 
 # %% [markdown]
