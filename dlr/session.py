@@ -16,6 +16,7 @@ from pathlib import Path
 
 import peft                     # noqa: F401  takes seconds to import; paid here so that the first view need not
 import torch
+from transformers.utils import logging as bars
 
 from dlr.calibration import DIAL, calibration_curve, threshold_at
 from dlr.checkpoint import CONFIG, from_pretrained
@@ -97,7 +98,8 @@ class Session:
         self.name, self.folder = "given model", None
         if self.owned:
             self.folder = folder_of(checkpoint)
-            model = from_pretrained(self.folder)
+            with _no_bars():
+                model = from_pretrained(self.folder)
             tokenizer = _tokenizer(model)
             self.name = _label(self.folder)
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
@@ -219,6 +221,18 @@ class Session:
         base = self.model.unload() if hasattr(self.model, "unload") else self.model
         self.model = None
         return base
+
+
+@contextlib.contextmanager
+def _no_bars():
+    """Without transformers' bar, which would stay on the page of a model that loads in a second."""
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _tokenizer(model):
