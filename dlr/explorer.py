@@ -117,7 +117,7 @@ class Explorer(W.VBox):
                                            ("PNG and PDF", ("png", "pdf")), ("CSV and JSON", ("csv", "json"))],
                                   layout=W.Layout(width="140px"))
         self.save = W.Button(description="Export", icon="download", layout=W.Layout(width="100px"))
-        self.downloads, self.view = W.HTML(), W.HTML(layout=W.Layout(width="100%"))
+        self.downloads, self.view = W.HTML(), W.HTML(layout=W.Layout(width="auto", margin="6px 0"))
         for widget, tip in ((self.text, "text to explore"), (self.budget, "budget: share of routable gates to skip, percent"),
                             (self.layers, "layers shown and counted"), (self.picker, "checkpoint"),
                             (self.save, "write the view to files")):

@@ -83,7 +83,7 @@ _RULES = """
 .dlr-card table{border-collapse:collapse;width:100%;margin:6px 0 0;font-size:12.5px;background:none;color:inherit}
 .dlr-card td,.dlr-card th{padding:1px 6px 1px 0;text-align:left;vertical-align:top;border:0;background:none;font-weight:400;
  color:inherit}
-.dlr-card th{color:var(--muted)}
+.dlr-card th{color:var(--muted);white-space:nowrap;padding-right:12px}
 .dlr-card .n{text-align:right;font-variant-numeric:tabular-nums}
 .dlr-card code,.dlr-heat bdi{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:none;color:inherit;
  padding:0;border:0}

@@ -120,12 +120,13 @@ def strip(record: Record, look: Look = Look(), marked: set[int] = frozenset(), c
         ran = (table[i] > 0).nonzero().flatten().tolist()
         skipped = (table[i] < 1).nonzero().flatten().tolist()
         label = escape(f"{token.marked}: {found[i]:g} layers, position {int(record.position[i])}, {labels[i]}", quote=True)
-        text, gap = token.text or "∅", ""
+        hint = "" if cards else f' title="{label}"'
+        text, gap = (token.text if token.text.strip() else token.marked) or "∅", ""
         if text[0] == " " and text.strip():             # a word's own space stands before its box: lines break there
             text, gap = text[1:], " "
         out.append(
             f'{gap}<span class="dlr-t dlr-l{level(found[i], low, high)}{" dlr-x" if i in marked else ""}" tabindex=0 '
-            f'role=img aria-label="{label}" data-depth="{found[i]:g}"><bdi>{escape(text)}</bdi><sub>{found[i]:g}</sub>'
+            f'role=img aria-label="{label}"{hint} data-depth="{found[i]:g}"><bdi>{escape(text)}</bdi><sub>{found[i]:g}</sub>'
             f"{card(record, i, token, labels[i], ran, skipped) if cards else ''}</span>")
         if "\n" in record.tokens[i]:
             out.append("<br>")

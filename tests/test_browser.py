@@ -144,6 +144,10 @@ def use_the_explorer(driver, folder: Path, name: str) -> None:
     driver.get((folder / f"{name}.html").resolve().as_uri())
     assert driver.execute_script("return document.querySelector('.dlr-strip').textContent") == live
     shot(driver, folder, f"{name}-6-exported-page")
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                           {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    shot(driver, folder, f"{name}-7-exported-page-dark")
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def open_tab(driver, label: str) -> None:
@@ -163,7 +167,7 @@ def test_the_explorer_on_the_voila_page(folder, tmp_path, monkeypatch):
         assert [u for u in outside if not u.startswith((address, "data:", "blob:"))] == []
         open_tab(driver, "Compare")
         wait(lambda: inner(driver, ".dlr-sums"), what="the comparison")
-        shot(driver, folder, "voila-7-compare")
+        shot(driver, folder, "voila-8-compare")
         open_tab(driver, "Generate")
         button = wait(lambda: driver.find_element(By.XPATH, "//button[contains(., 'Generate')]"))
         wait(button.is_displayed)
@@ -171,7 +175,7 @@ def test_the_explorer_on_the_voila_page(folder, tmp_path, monkeypatch):
         wait(lambda: "generating…" in driver.page_source, what="the first token")
         driver.find_element(By.XPATH, "//button[contains(., 'Stop')]").click()
         wait(lambda: "finished" in driver.page_source, what="the end")
-        shot(driver, folder, "voila-8-generate")
+        shot(driver, folder, "voila-9-generate")
 
 
 def test_the_explorer_in_jupyterlab(folder, tmp_path):
