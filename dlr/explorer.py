@@ -45,6 +45,13 @@ def guarded(method):
     return inner
 
 
+class Quiet:
+    """A short text in place of a widget, for pages and notebooks that do not run it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: run this cell for the live view"
+
+
 class Later:
     """Runs `action` once its inputs have rested; at once where no event loop runs (tests, scripts)."""
 
@@ -74,7 +81,7 @@ def budget_slider(session: Session) -> W.IntSlider:
                        layout=W.Layout(width="98%"))
 
 
-class Explorer(W.VBox):
+class Explorer(Quiet, W.VBox):
     """Any text in, the pattern out.
 
     Args:

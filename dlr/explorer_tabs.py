@@ -10,7 +10,7 @@ from pathlib import Path
 import ipywidgets as W
 
 from dlr import views
-from dlr.explorer import EXAMPLES, Explorer, Later, budget_slider, guarded, labelled
+from dlr.explorer import EXAMPLES, Explorer, Later, Quiet, budget_slider, guarded, labelled
 from dlr.export import link, page
 from dlr.record import Record
 from dlr.runs import results_folder, write_atomically
@@ -22,7 +22,7 @@ from dlr.views_stream import stream
 ROUTER, STATIC = "router", "best static plan at the same skip"
 
 
-class Comparison(W.VBox):
+class Comparison(Quiet, W.VBox):
     """Two checkpoints, two budgets, or the router against its best static plan, on one text.
 
     Args:
@@ -111,7 +111,7 @@ class Comparison(W.VBox):
         super().close()
 
 
-class Generator(W.VBox):
+class Generator(Quiet, W.VBox):
     """A prompt in; its continuation token by token, each with its depth, dense beside routed.
 
     Args:
@@ -180,7 +180,7 @@ class Generator(W.VBox):
         super().close()
 
 
-class Workbench(W.Tab):
+class Workbench(Quiet, W.Tab):
     """Explore, Compare and Generate as tabs, on one model; the later two are made when first opened.
 
     Raises:

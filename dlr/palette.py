@@ -91,7 +91,7 @@ _RULES = """
 .dlr-key{display:flex;flex-wrap:wrap;gap:2px 10px;align-items:center;margin:8px 0 0;font-size:12px;color:var(--muted)}
 .dlr-key i{display:inline-block;min-width:22px;padding:0 4px;text-align:center;font-style:normal;border-radius:3px;
  background:var(--c);color:var(--t);font-variant-numeric:tabular-nums;margin-right:2px}
-.dlr-heat{max-height:620px;overflow:auto;padding-top:2px}
+.dlr-heat{max-height:620px;overflow:auto;padding-top:2px;contain:inline-size}
 .dlr-row{display:flex;width:max-content;margin-bottom:12px}
 .dlr-c{flex:0 0 auto;min-width:21px;text-align:center;margin-right:1px;padding:0}
 .dlr-c bdi{display:block;font-size:12px;line-height:19px;height:19px;white-space:pre;padding:0 1px}

@@ -43,7 +43,8 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
     for metrics in sorted(root.glob(f"*/*/{METRICS}")):
         for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
             folder = config.parent
-            found[str(folder.relative_to(root).parent if folder.name == "checkpoint" else folder.relative_to(root))] = folder
+            named = folder.parent if folder.name == "checkpoint" else folder
+            found[str(named.relative_to(root))] = folder
     return found
 
 
@@ -148,7 +149,8 @@ class Session:
         documents = load_documents("embedded", "calibration")
         batches = padded_batches(documents, self.tokenizer, min(256, self.context), 4, limit=CURVE_DOCUMENTS)
         logits, forced = router_logits(self.model, self.routing, batches, bf16=False)
-        self.note = (f"{self.note} This router has no stored calibration curve; its thresholds come from {CURVE_DOCUMENTS} documents of "
+        self.note = (f"{self.note} This router has no stored calibration curve; its thresholds come from "
+                     f"{CURVE_DOCUMENTS} documents of "
                      "the embedded calibration split.").strip()
         return calibration_curve(logits, forced)
 

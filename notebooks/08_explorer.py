@@ -45,7 +45,7 @@ from dlr.session import open_session
 
 run = Run(results_folder() / "explorer" / config.run_name)
 session = open_session(config.checkpoint)
-run.start(config.model_dump(), session.name)
+run.start(config.model_dump(), session.name);
 
 # %% [markdown]
 # ## Explore
