@@ -10,8 +10,8 @@ EXAMPLES = """examples:
   python -m dlr run token_routing --set target_skip=0.3   the same at another budget
   python -m dlr run token_routing --params params/token_routing/tinyllama.yaml
   python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are skipped
-  python -m dlr eval nano-router --tasks blimp            benchmark tasks through lm-evaluation-harness
   python -m dlr explore "Any text."                       what every token costs, in the terminal; --serve: in a browser
+  python -m dlr eval nano-router --tasks blimp            benchmark tasks through lm-evaluation-harness
 """
 QUICK = Path(__file__).resolve().parent.parent / "params" / "token_routing" / "quick.yaml"
 
@@ -32,16 +32,21 @@ def parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     sweep.add_argument("file", help="YAML file with phase, grid and common settings")
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    from dlr import evalcommand
-    evalcommand.add_parser(commands)
     from dlr import serve
     serve.add_parser(commands, argparse.RawDescriptionHelpFormatter)
+    from dlr import evalcommand
+    evalcommand.add_parser(commands)
     return top
 
 
 def explore(arguments) -> int:
     from dlr.serve import explore as command
     return command(arguments)
+
+
+def evaluation(arguments) -> int:
+    from dlr.evalcommand import evaluate_command
+    return evaluate_command(arguments)
 
 
 def run(arguments) -> int:
@@ -101,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     from dlr.workbook import say_error
     try:
-        from dlr.evalcommand import evaluate_command
-        return {"run": run, "sweep": sweep, "eval": evaluate_command, "explore": explore}[arguments.command](arguments)
+        return {"run": run, "sweep": sweep, "explore": explore, "eval": evaluation}[arguments.command](arguments)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

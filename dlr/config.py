@@ -243,6 +243,17 @@ class BaseModelConfig(BaseModel):
     seed: int = 0
 
 
+class ExplorerConfig(BaseModel):
+    """08: the explorer."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    run_name: RunName = "default"
+    checkpoint: str = ""                               # folder or label; empty: the embedded router
+    text: str = ""                                     # empty: the first example
+    skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
+    seed: int = 0
+
+
 class TokenAnalysisConfig(BaseModel):
     """07: what a trained router has learnt. Documents are those of the test split, in its order."""
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -288,17 +299,6 @@ class EvaluationConfig(BaseModel):
     limit: float | None = Field(None, gt=0.0)          # rows of each task, or a share below 1
     data_dir: str = ""                                 # folder of local files instead of the hub
     batch_size: int = Field(16, ge=1)                  # requests a forward pass
-
-
-class ExplorerConfig(BaseModel):
-    """08: the explorer."""
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    run_name: RunName = "default"
-    checkpoint: str = ""                               # folder or label; empty: the embedded router
-    text: str = ""                                     # empty: the first example
-    skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
-    seed: int = 0
 
 
 PHASES: dict[str, tuple[str, type[BaseModel]]] = {

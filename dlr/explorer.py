@@ -173,7 +173,6 @@ class Explorer(Quiet, W.VBox):
     @guarded
     def settle(self) -> None:
         """Losses at the slider's budget; times follow."""
-        self._settle_later.cancel()
         self.record = self.session.losses(self.record)
         self.show()
         self._time_later()

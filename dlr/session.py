@@ -249,37 +249,3 @@ def _label(folder: Path) -> str:
         if path.resolve() == folder.resolve():
             return label
     return "/".join(p for p in folder.parts[-3:] if p not in ("checkpoint", "/"))
-
-
-def stand_in() -> Session:
-    """The embedded model with an untrained router whose logits are spread at random: its plans mean nothing.
-
-    It lets every view be tried, and notebooks be tested, before there is a trained router.
-    """
-    from dlr.config import RouterConfig, RunConfig
-    from dlr.models import load_base
-    from dlr.routed import attach
-    model, tokenizer = load_base(RunConfig(bf16=False))
-    state = torch.random.get_rng_state()
-    torch.manual_seed(5)
-    routing = attach(model, RouterConfig())
-    with torch.no_grad():
-        routing.router.net[-1].weight.normal_(std=2.0)
-        routing.router.net[-1].bias.zero_()
-    torch.random.set_rng_state(state)
-    session = Session(model=model, tokenizer=tokenizer)
-    session.owned, session.name = True, "untrained router"
-    session.note = "This router is untrained: its plans are random and mean nothing."
-    return session
-
-
-def open_session(checkpoint: str = "") -> Session:
-    """The session of a notebook: `checkpoint`, or the embedded router; under DLR_PRESET=toy, a stand-in where there is
-    none."""
-    import os
-    try:
-        return Session(checkpoint or None)
-    except FileNotFoundError:
-        if os.environ.get("DLR_PRESET") != "toy":
-            raise
-        return stand_in()

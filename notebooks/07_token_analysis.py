@@ -20,9 +20,6 @@
 # best static plan (KL from the dense model, measured on finished plans), and probes that predict each layer's harm.
 #
 #     python -m dlr run token_analysis --params params/token_analysis/nano.yaml
-#
-# The outputs below are those of `params/token_analysis/sweep-0.6.yaml`, a router of the frontier sweep that was trained
-# for 60 % skip.
 
 # %% tags=["parameters"]
 run_name: str = "default"

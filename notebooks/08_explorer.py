@@ -11,14 +11,16 @@
 # %% [markdown]
 # # 08 · The explorer: what every token costs
 #
-# **Question.** Which layers does each token of a text run, what does that save, and what does it do to the predictions?
+# **Question.** Which layers does each token of *this* text run, what does skipping the others cost it, and how does that
+# change with the budget?
 #
-# **Method.** One forward pass of the base model and one of the routed model make a *record*; every view below is a
-# function of it. Moving the budget only moves the threshold on the router's kept logits, so the plan is redrawn at once;
-# losses and times are measured again when the slider rests. The same explorer without JupyterLab:
+# **Method.** A routed model reads the text twice, dense and routed; everything on screen is a function of that record.
+# Shade and number are the layers a token ran; hover over a token, or move to it with Tab, for its losses and what both
+# models predict next. The budget slider re-routes from the kept logits at once; losses and times follow when it rests.
+# The same without JupyterLab:
 #
-#     python -m dlr explore --serve
 #     python -m dlr explore "Any text."
+#     python -m dlr explore --serve
 
 # %% tags=["parameters"]
 run_name: str = "default"
@@ -36,78 +38,41 @@ from dlr.workbook import notebook_settings
 
 config = notebook_settings("explorer", globals())
 
-# %% tags=["nbval-ignore-output"]
-from dlr import figures
-from dlr.explorer import EXAMPLES, Explorer
-from dlr.figures_explorer import token_map
-from dlr.runs import Run, results_folder
-from dlr.session import open_session
-
-run = Run(results_folder() / "explorer" / config.run_name)
-session = open_session(config.checkpoint)
-run.start(config.model_dump(), session.name);
-
 # %% [markdown]
-# ## Explore
+# ## The live view
 #
-# Type a text, choose an example, move the budget. Hover over a token, or Tab to it, for its layers, losses and the five
-# likeliest next tokens of both models.
+# Three tabs: *Explore* one text; *Compare* two budgets, two checkpoints, or the router with its best static plan;
+# *Generate* a continuation and watch each token's depth as it comes.
 
 # %% tags=["nbval-ignore-output"]
-explorer = Explorer(session=session, text=config.text or EXAMPLES["prose and a name"])
+from dlr.explorer_tabs import Workbench
+
+workbench = Workbench(config.checkpoint or None, config.text or None)
+explorer = workbench.explorer
 if config.skip >= 0:
     explorer.budget.value = round(100 * config.skip)
     explorer.settle()
-explorer.measure()
-explorer
+workbench
 
 # %% [markdown]
-# The same as a picture, for pages that do not run widgets:
+# ## The same view as a picture
+#
+# For pages that show no widgets, and for papers; *Export* writes it as PNG and PDF, beside a self-contained HTML page and
+# the record as CSV and JSON.
 
 # %% tags=["nbval-ignore-output"]
+from dlr.figures_explorer import token_map
+
 picture = token_map(explorer.record)
-figures.save(picture, run.folder, "token_map");
-
-# %% [markdown]
-# ## Compare
-#
-# Two budgets, two checkpoints, or the router against the best static plan on the router's own weights. Orange: only the
-# first runs the layer; blue: only the second.
 
 # %% tags=["nbval-ignore-output"]
-from dlr.explorer_tabs import STATIC, Comparison, Generator
-
-comparison = Comparison(session=session, text=explorer.text.value)
-comparison.plan.value = STATIC
-comparison
-
-# %% [markdown]
-# ## Generate
-#
-# A continuation token by token, each with its depth; the base model writes its own beside it, step by step in turn, so
-# that the two rates are fair.
-
-# %% tags=["nbval-ignore-output"]
-Generator(session=session)
-
-# %% [markdown]
-# ## This text at other budgets
-
-# %% tags=["nbval-ignore-output"]
-import pandas as pd
-
-rows = []
-for percent in (0, 20, 40, 60):
-    record = session.losses(session.at_skip(explorer.record, percent / 100))
-    cost = session.flops(record)
-    rows.append({"variant": f"budget {percent} %", "skip": record.skip_ratio, "layers": float(record.active_layers.mean()),
-                 "flops": cost.flops_routed / cost.flops_dense, "perplexity": record.perplexity(),
-                 "perplexity_dense": record.perplexity("dense"), "kl": float(record.kl.nanmean())})
-run.finish(rows, checkpoint=session.name)
-pd.DataFrame(rows).round(3)
+record = explorer.record
+print(f"{explorer.session.name}: {100 * record.skip_ratio:.1f} % skipped, {float(record.active_layers.mean()):.2f} layers a "
+      f"token, perplexity {record.perplexity():.2f} routed, {record.perplexity('dense'):.2f} dense, {len(record)} tokens")
 
 # %% [markdown]
 # ## What it means
 #
-# One text is an illustration, not a measurement: 04 holds the numbers over many documents, with their intervals and
-# controls. Where the columns of the heatmap hardly differ, the router is nearly a static plan, and the comparison shows it.
+# One text is an anecdote: notebook 07 tells what holds over many. What to look for here: layers that are pale for every
+# token are a static plan; columns of different height are where the router looks at the token; and a token whose routed
+# loss stands far above its dense one is where the budget was spent badly.

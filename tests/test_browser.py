@@ -189,7 +189,6 @@ def test_the_explorer_in_jupyterlab(folder, tmp_path):
         from selenium.webdriver.common.by import By
         driver.find_element(By.XPATH, "//div[contains(@class,'lm-MenuBar-itemLabel')][text()='Run']").click()
         wait(lambda: driver.find_element(By.CSS_SELECTOR, "li[data-command='runmenu:run-all']")).click()
-        wait(lambda: inner(driver, TEXT) is not None and driver.find_elements(By.CSS_SELECTOR, TEXT) and
-             inner(driver, ".dlr-sums"), what="the explorer and the comparison")
+        wait(lambda: driver.find_elements(By.CSS_SELECTOR, TEXT) and inner(driver, STRIP), what="the explorer")
         driver.execute_script("document.querySelector('textarea').scrollIntoView()")
         use_the_explorer(driver, folder, "lab")

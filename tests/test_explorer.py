@@ -1,243 +1,205 @@
-"""The explorer as its widgets see it: values in, views and files out."""
+"""The explorer: what is on screen is the record, odd tokens are text, errors are said, models are given back."""
 
-import asyncio
-import hashlib
-import statistics
+import json
+import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from test_views import HOSTILE
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import dlr
 from dlr import views
-from dlr.__main__ import main
-from dlr.explorer import EXAMPLES, Explorer
-from dlr.explorer_tabs import STATIC, Comparison, Generator, Workbench
-from dlr.models import NANO_ROUTER
-from dlr.routed import NotRoutable, causal_lm
-from dlr.session import EMBEDDED, Session, checkpoints, folder_of, stand_in
-from dlr.stream import generate
+from dlr.calibration import calibration_curve
+from dlr.config import RouterConfig
+from dlr.explorer import Explorer
+from dlr.explorer_tabs import STATIC, Comparison, Generator
+from dlr.models import NANO
+from dlr.session import Session, folder_of
+from tiny_models import SMALL
 
-pytestmark = pytest.mark.skipif(not (NANO_ROUTER / "router_config.json").is_file(),
-                                reason="the embedded router (dlr/nano/router) is not there")
-TEXT = "The old keeper climbed the stairs and lit the lamp."
+HOSTILE = ["<script>alert('x')</script>", "&lt;b&gt; &amp;", "\"double\" 'single'", "a\nb\tc\r", "   leading", "naïve 日本語",
+           "\N{FAMILY}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}", "\N{RIGHT-TO-LEFT MARK}שלום\N{LEFT-TO-RIGHT MARK}",
+           "twice twice twice", "</style><img src=x onerror=alert(1)>", "$x^2$ [[0m \x1b[31m", ""]
+
+
+def small_session(seed=0):
+    """A tiny model with the embedded tokenizer and a calibrated router whose logits are spread."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 4096, "max_position_embeddings": 1024})).eval()
+    routing = dlr.attach(model, RouterConfig(always_keep=2))
+    with torch.no_grad():
+        routing.router.net[-1].weight.normal_(std=2.0)
+        routing.router.net[-1].bias.zero_()
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    session = Session(model=model, tokenizer=tokenizer)
+    routing.config.calibrated_skip, routing.config.threshold = 0.4, 0.0
+    logits = session.read("Some words to calibrate on, and a few more of them. " * 5).logits
+    routing.config.curve = session._curve = calibration_curve(logits)
+    routing.config.threshold = routing.config.curve[40]
+    return session
 
 
 @pytest.fixture(scope="module")
-def shared():
-    session = Session()
-    yield session
-    session.close()
+def session():
+    return small_session()
 
 
-def digest(model) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+@pytest.fixture
+def explorer(session):
+    return Explorer(session=session, text="A first text, of some words.")
 
 
-def test_the_view_follows_text_budget_layers_and_shade(shared):
-    explorer = Explorer(text=TEXT, session=shared)
-    first = explorer.view.value
-    assert explorer.error is None and "keeper"[-2:] in first and views.view(
-        explorer.record, explorer.cost, explorer.look, explorer.note) == first
-    explorer.budget.value = 60
-    assert explorer.view.value != first and explorer.record.skip_ratio > 0.4
-    assert explorer.record.loss_routed[:-1].isfinite().all(), "losses follow once the slider rests"
-    explorer.budget.value = 0
-    assert explorer.record.skip_ratio == 0.0
-    explorer.layers.value = (4, 9)
-    assert "of layers 4–9" in explorer.view.value
-    explorer.shade.value = False
-    explorer.text.value = "Other words."
-    assert explorer.record.meta["text"] == "Other words." and explorer.error is None
-    explorer.example.value = EXAMPLES["code"]
-    assert explorer.text.value == EXAMPLES["code"]
+def numbers(html: str) -> list[float]:
+    return [float(depth) for depth in re.findall(r'data-depth="([\d.]+)"', html)]
 
 
-def test_moving_the_slider_keeps_the_router_s_logits_and_agrees_with_a_fresh_reading(shared):
-    found = shared.read(TEXT)
-    for skip in (0.2, 0.5):
-        quick = shared.at_skip(found, skip)
-        fresh = shared.read(TEXT, threshold=shared.threshold(skip))
-        assert torch.equal(quick.gates, fresh.gates)
-        assert torch.equal(shared.losses(quick).loss_routed[:-1], fresh.loss_routed[:-1])
-        with dlr.budget(shared.model, skip):
-            assert torch.equal(shared.read(TEXT).gates, fresh.gates)
+def test_the_numbers_on_screen_are_those_of_the_record(explorer):
+    record = explorer.record
+    assert numbers(explorer.view.value) == record.active_layers.tolist()
+    assert f"{100 * record.skip_ratio:.1f} %" in explorer.view.value
+    assert f"{record.perplexity():,.2f} / {record.perplexity('dense'):,.2f}" in explorer.view.value
+    explorer.layers.value = (2, 4)
+    assert numbers(explorer.view.value) == views.grid(record)[:, 2:5].sum(1).tolist()
 
 
-def test_while_the_slider_moves_unknown_numbers_are_shown_as_unknown(shared):
-    explorer = Explorer(text=TEXT, session=shared)
-
-    async def drag():
-        explorer.budget.value = 30
-        during = explorer.view.value
-        await asyncio.sleep(1.2)
-        return during
-
-    during = asyncio.run(drag())
-    assert "recomputing…" in during and "recomputing…" not in explorer.view.value
-
-
-@pytest.mark.parametrize("text", [*HOSTILE, "", "word " * 1500])
-def test_any_text_is_shown_without_an_error(shared, text):
-    explorer = Explorer(text="x", session=shared)
+@pytest.mark.parametrize("text", HOSTILE)
+def test_odd_text_shows_as_text(explorer, text):
     explorer.text.value = text
-    assert explorer.error is None and explorer.view.value.count("data-depth") == len(explorer.record)
-    if len(text) > 5000:
-        assert len(explorer.record) == shared.context == 1024 and "Cut to 1,024" in explorer.view.value
-    if not text:
-        assert "Type some text" in explorer.view.value
+    html = explorer.view.value
+    assert explorer.error is None
+    assert len(numbers(html)) == len(explorer.record) == explorer.session.length(text)
+    assert "<script" not in html and "<img" not in html and "\x1b" not in html
+    assert html.count("</style>") == 1
+    assert "\N{RIGHT-TO-LEFT MARK}" not in html and "\N{ZERO WIDTH JOINER}" not in html, "marks are spelled out"
+    if "日" in text:
+        assert "⟨" in html and "tokens" in html, "pieces of a character say what they join to"
 
 
-def test_an_exception_in_the_model_is_said_and_the_next_input_works(shared):
-    explorer = Explorer(text=TEXT, session=shared)
-
-    def fail(module, args):
-        raise RuntimeError("<b>broken</b> layer")
-
-    handle = shared.routing.layers[2].register_forward_pre_hook(fail)
-    try:
-        explorer.text.value = "This one fails."
-    finally:
-        handle.remove()
-    assert isinstance(explorer.error, RuntimeError) and "role=alert" in explorer.view.value
-    assert "&lt;b&gt;broken&lt;/b&gt; layer" in explorer.view.value
-    assert explorer.export("unused") == [] and "nothing to export" in explorer.downloads.value
-    explorer.text.value = "This one works."
-    assert explorer.error is None and "role=alert" not in explorer.view.value
+def test_a_text_longer_than_the_context_is_cut_and_says_so(explorer):
+    explorer.text.value = "word " * 1500
+    assert len(explorer.record) == 1024 and "Cut to 1,024 of" in explorer.view.value
 
 
-def test_two_explorers_do_not_disturb_each_other_and_closing_one_frees_its_model():
-    first, second = Explorer(text=TEXT), Explorer(text=TEXT)
-    assert causal_lm(first.session.model) is not causal_lm(second.session.model)
-    before = second.view.value
+def test_the_slider_reroutes_without_the_model_and_settles_with_it(explorer, monkeypatch):
+    calls, settled = [], []
+    handle = explorer.session.model.register_forward_pre_hook(lambda *a: calls.append(1))
+    monkeypatch.setattr(explorer, "_settle_later", lambda: settled.append(1))
+    ratios = []
+    for budget in (0, 20, 60, 80):
+        explorer.budget.value = budget
+        ratios.append(explorer.record.skip_ratio)
+    assert not calls and len(settled) == 4
+    assert ratios == sorted(ratios) and ratios[0] == 0.0 < ratios[-1]
+    assert "recomputing" in explorer.view.value
+    gates = explorer.record.gates
+    explorer.settle()
+    assert calls and torch.equal(explorer.record.gates, gates) and "recomputing" not in explorer.view.value
+    handle.remove()
+
+
+def test_an_error_is_said_and_the_next_input_works(explorer, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of <memory>")
+
+    monkeypatch.setattr(explorer.session, "read", broken)
+    explorer.text.value = "anything"
+    assert "RuntimeError: out of &lt;memory&gt;" in explorer.view.value
+    assert explorer.export() == [] and "nothing to export" in explorer.downloads.value
+    monkeypatch.undo()
+    explorer.text.value = "anything else"
+    assert explorer.error is None and numbers(explorer.view.value) == explorer.record.active_layers.tolist()
+
+
+def test_exports_hold_the_live_view_and_reach_for_nothing(explorer, tmp_path):
+    files = {path.suffix: path for path in explorer.export(tmp_path)}
+    assert set(files) == {".html", ".png", ".pdf", ".csv", ".json"}
+    page = files[".html"].read_text(encoding="utf-8")
+    assert explorer.view.value in page
+    assert not re.search(r"<script|https?://|@import|url\(", page)
+    saved = json.loads(files[".json"].read_text(encoding="utf-8"))
+    assert str(explorer.record.meta["threshold"]) in json.dumps(saved)
+    assert files[".csv"].read_text(encoding="utf-8").count("\n") >= len(explorer.record)
+
+
+def test_two_explorers_do_not_disturb_each_other_and_close_gives_the_base_back():
+    ids = torch.arange(2, 40).unsqueeze(0)
+    first, second = Explorer(text="one"), Explorer(text="two")
+    assert first.session.model is not second.session.model
     first.budget.value = 70
-    assert second.view.value == before and second.record.skip_ratio < first.record.skip_ratio
-    base = causal_lm(first.session.model)
-    fresh, _ = dlr.models.load_base(dlr.RunConfig(bf16=False))
-    session = first.session
-    first.close()
-    assert session.model is None and digest(base) == digest(fresh)
-    with pytest.raises(NotRoutable):
-        dlr.routing_of(base)
-    hooks = [h for m in base.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    assert not hooks
-    ids = torch.tensor([[0, 300, 301, 302]])
-    assert torch.equal(base(ids).logits, fresh(ids).logits)
-    second.text.value = "Still alive."
-    assert second.error is None
-    second.close()
+    assert second.record.skip_ratio == pytest.approx(second.session.read("two").skip_ratio)
+    from dlr.config import RunConfig
+    from dlr.models import load_base
+    expected = load_base(RunConfig())[0](ids).logits
+    for explorer in (first, second):
+        model = explorer.session.model
+        base = explorer.session.close()
+        assert torch.equal(base(ids).logits, expected)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules()), type(model)
 
 
-def test_exports_are_the_live_view(shared, tmp_path):
-    explorer = Explorer(text=" ".join(HOSTILE[:4]), session=shared)
-    made = explorer.export(tmp_path / "out")
-    assert [p.suffix for p in made] == [".html", ".png", ".pdf", ".csv", ".json"]
-    assert explorer.view.value in made[0].read_text(encoding="utf-8")
-    assert explorer.downloads.value.count("<a download=") == 5 and str(tmp_path) not in explorer.downloads.value
+def test_comparison_marks_the_tokens_that_differ(session):
+    both = Comparison(session=session, text="Words to compare, one by one.")
+    both.budgets["first"].value, both.budgets["second"].value = 60, 10
+    first, second = both.records
+    assert first.skip_ratio > second.skip_ratio
+    assert both.error is None and "dlr-x" in both.view.value
+    both.plan.value = STATIC
+    free = both.records[1].gates[1:]
+    assert (free == free[:1]).all(), "a static plan is the same for every token"
 
 
-def test_compare_budgets_and_the_best_static_plan(shared):
-    comparison = Comparison(text=TEXT, session=shared)
-    assert comparison.error is None
-    comparison.budgets["second"].value = comparison.budgets["first"].value
-    assert "0 of" in comparison.view.value and torch.equal(*(r.gates for r in comparison.records))
-    comparison.plan.value = STATIC
-    first, second = comparison.records
-    free = second.position > 0
-    assert second.gates[free].unique(dim=0).shape[0] == 1 and abs(first.skip_ratio - second.skip_ratio) < 1 / 12
-    assert "best static plan" in comparison.view.value and comparison.error is None
-
-
-def test_generation_streams_depths_stops_and_runs_again(shared):
-    tab = Generator(session=shared, prompt="The")
+def test_generation_shows_each_tokens_depth_and_can_be_stopped(session):
+    tab = Generator(session=session, prompt="The value")
     tab.tokens.value, tab.temperature.value = 6, 0.0
     tab.run()
-    ids = tab.progress.routed.ids
-    assert tab.error is None and 1 <= len(ids) <= 6 and tab.progress.done
-    assert tab.progress.routed.rate > 0 and tab.progress.dense.rate > 0
-    prompt = torch.tensor([[0, *shared.tokenizer("The", add_special_tokens=False)["input_ids"]]])
-    shared.model.generation_config.eos_token_id = shared.tokenizer.eos_token_id
-    expected = shared.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
-    assert expected[0, prompt.shape[1]:].tolist() == ids
-    tab.prompt.value = "word " * 1500
+    assert tab.error is None and tab.progress.done
+    assert tab.start.disabled is False and "tokens/s" in tab.view.value
+    draw = tab._draw
+    tab._draw = lambda progress: (draw(progress), tab.halt())
+    tab.tokens.value = 50
     tab.run()
-    assert isinstance(tab.error, ValueError) and "context" in tab.view.value and not tab.start.disabled
-    steps = generate(shared, "A", 50)
-    for _ in range(3):
-        progress = next(steps)
-    assert len(progress.routed.ids) == 3 and len(progress.routed.depths) == 2
-    tab.prompt.value = "The"
-
-    async def stop_early():
-        tab.tokens.value = 400
-        tab.run()
-        await asyncio.sleep(0.3)
-        tab.halt()
-        await asyncio.sleep(0.5)
-
-    asyncio.run(stop_early())
-    assert tab.progress.done and len(tab.progress.routed.ids) < 400 and tab.stop.disabled
+    assert tab.progress.done and len(numbers(tab.view.value)) < 60
 
 
-def test_the_workbench_opens_its_tabs_when_chosen():
-    bench = Workbench(text="Tabs.")
-    assert bench.comparison is None and bench.generator is None
-    bench.selected_index = 1
-    bench.selected_index = 2
-    assert bench.comparison.error is None and bench.generator is not None
-    bench.close()
-
-
-def test_checkpoints_are_the_embedded_router_and_those_of_finished_runs(tmp_path):
-    import shutil
-    for run, finished in (("done", True), ("half", False)):
-        shutil.copytree(NANO_ROUTER, tmp_path / "token_routing" / run / "DLR" / "checkpoint")
-        if finished:
-            (tmp_path / "token_routing" / run / "metrics.json").write_text('{"rows": []}')
-    found = checkpoints(tmp_path)
-    assert list(found) == [EMBEDDED, "token_routing/done/DLR"]
-    assert folder_of(None) == NANO_ROUTER
-    with pytest.raises(FileNotFoundError, match="There are: embedded router"):
-        Session("no/such/folder")
+def test_an_unknown_checkpoint_names_those_there_are():
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'nowhere'.*embedded router"):
+        folder_of("nowhere")
 
 
 def test_a_router_without_a_curve_says_where_its_thresholds_come_from():
-    session = stand_in()
-    found = session.at_skip(session.read(TEXT), 0.5)
-    assert abs(found.skip_ratio - 0.5) < 0.2 and "no stored calibration curve" in session.note
-    session.close()
+    session = small_session()
+    session._curve = []
+    found = session.at_skip(session.read("Some text without a curve."), 0.5)
+    assert abs(found.skip_ratio - 0.5) < 0.3 and "no stored calibration curve" in session.note
 
 
-def test_the_command_prints_the_strip_and_writes_files(tmp_path, capsys):
-    assert main(["explore", TEXT, "--plain", "--skip", "0.3", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "skipped" in said and "keeper"[-2:] in said and "\x1b" not in said
-    assert (tmp_path / "tokens.html").is_file()
-    assert main(["explore", TEXT, "--checkpoint", "nowhere"]) == 2
-    assert "embedded router" in capsys.readouterr().err
+def test_views_need_no_model(session):
+    record = session.read("Just a record.")
+    half = replace(record, gates=torch.zeros_like(record.gates))
+    assert numbers(views.strip(half)) == [2.0] * len(half)
+    assert views.heatmap(half).count("dlr-c ") == len(half)
 
 
 @pytest.mark.slow
-def test_a_slider_move_redraws_256_tokens_far_faster_than_reading_them(shared):
-    explorer = Explorer(text="word and other words " * 100, session=shared)
-    text = shared.tokenizer.decode(explorer.record.ids[1:256].tolist())
-    explorer.text.value = text
-    redraw, whole = [], []
-    for percent in (10, 30, 50, 20, 60):
-        started = time.perf_counter()
-        explorer.record = shared.at_skip(explorer.record, percent / 100)
-        explorer.show()
-        redraw.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        explorer.record = shared.losses(shared.at_skip(explorer.record, percent / 100))
-        explorer.show()
-        whole.append(time.perf_counter() - started)
-    assert 240 <= len(explorer.record) <= 270
-    # 0.3 s and 2 s on two idle cores; here the machine may be three times as slow.
-    assert statistics.median(redraw) < 0.9 and statistics.median(whole) < 6
-    assert statistics.median(redraw) < statistics.median(whole)
-    print(f"redraw {1000 * statistics.median(redraw):.0f} ms, with losses {statistics.median(whole):.2f} s")
+def test_a_slider_move_redraws_256_tokens_at_once():
+    """The limit on a quiet machine is 0.3 s; shared ones get five times that."""
+    explorer = Explorer(text="the quick brown fox jumps over a lazy dog " * 17)
+    explorer.settle = explorer._settle_later.action = lambda: None
+    times = []
+    for budget in (30, 50, 20, 60, 45):
+        start = time.perf_counter()
+        explorer.budget.value = budget
+        times.append(time.perf_counter() - start)
+    assert 240 <= len(explorer.record) <= 280
+    print(f"{len(explorer.record)} tokens redrawn in {1000 * sorted(times)[2]:.0f} ms")
+    assert sorted(times)[2] < 1.5
+    explorer.close()
+
+
+def test_the_terminal_view_holds_every_token(capsys):
+    from dlr.__main__ import main
+    assert main(["explore", "Short <b>text</b>.", "--plain", "--skip", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "skipped" in out and all(piece in out for piece in ("Sh", "ort", "text", "layer  15"))

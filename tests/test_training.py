@@ -1,6 +1,7 @@
 """Gradients, accumulation, padding, distillation and resumption."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -189,9 +190,11 @@ def _start(folder, pause):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_after", [5, 9])
+@pytest.mark.parametrize("kill_after", [5, None])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, kill_after):
-    """kill -9 between checkpoints, then resume: bitwise what an uninterrupted run ends with."""
+    """kill -9 between checkpoints or at a random step, then resume: bitwise what an uninterrupted run ends with."""
+    kill_after = kill_after or random.randint(1, 10)
+    print(f"killed after step {kill_after}")
     assert _start(tmp_path / "whole", 0).wait(120) == 0
     process = _start(tmp_path / "killed", 0.15)
     for line in process.stdout:
