@@ -45,6 +45,13 @@ def guarded(method):
     return inner
 
 
+class Quiet:
+    """A short text in place of a widget, for pages and notebooks that do not run it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: run this cell for the live view"
+
+
 class Later:
     """Runs `action` once its inputs have rested; at once where no event loop runs (tests, scripts)."""
 
@@ -74,7 +81,7 @@ def budget_slider(session: Session) -> W.IntSlider:
                        layout=W.Layout(width="98%"))
 
 
-class Explorer(W.VBox):
+class Explorer(Quiet, W.VBox):
     """Any text in, the pattern out.
 
     Args:
@@ -91,6 +98,7 @@ class Explorer(W.VBox):
         self.session = session or Session(checkpoint)
         self._build(next(iter(EXAMPLES.values())) if text is None else text)
         self._read_later, self._settle_later = Later(self.read), Later(self.settle)
+        self._time_later = Later(self.measure)
         super().__init__([self.controls, self.view, self.downloads], layout=W.Layout(width="100%"))
         self.text.observe(lambda _: self._read_later(), "value")
         self.budget.observe(lambda _: self.reroute(), "value")
@@ -116,7 +124,7 @@ class Explorer(W.VBox):
                                            ("PNG and PDF", ("png", "pdf")), ("CSV and JSON", ("csv", "json"))],
                                   layout=W.Layout(width="140px"))
         self.save = W.Button(description="Export", icon="download", layout=W.Layout(width="100px"))
-        self.downloads, self.view = W.HTML(), W.HTML(layout=W.Layout(width="100%"))
+        self.downloads, self.view = W.HTML(), W.HTML(layout=W.Layout(width="auto", margin="6px 0"))
         for widget, tip in ((self.text, "text to explore"), (self.budget, "budget: share of routable gates to skip, percent"),
                             (self.layers, "layers shown and counted"), (self.picker, "checkpoint"),
                             (self.save, "write the view to files")):
@@ -136,15 +144,17 @@ class Explorer(W.VBox):
     @guarded
     def read(self) -> None:
         """Reads the text anew: both models, the plan at the slider's budget, then times."""
-        self._settle_later.cancel()
+        for later in (self._read_later, self._settle_later, self._time_later):
+            later.cancel()
         threshold = self.session.threshold(self.budget.value / 100)
         self.record = self.session.read(self.text.value, threshold=threshold)
-        self.cost = self.session.timed(self.record)
+        self.cost = self.session.flops(self.record)
         tokens = self.session.length(self.text.value)
         self.note = " ".join(filter(None, [
             self.session.note, "" if self.text.value else "Type some text: an empty one holds its opening token only.",
             f"Cut to {len(self.record):,} of {tokens:,} tokens, the model's context." if tokens > len(self.record) else ""]))
         self.show()
+        self._time_later()
 
     @guarded
     def reroute(self) -> None:
@@ -156,13 +166,21 @@ class Explorer(W.VBox):
             return
         self.record = self.session.at_skip(self.record, self.budget.value / 100)
         self.cost = self.session.flops(self.record)
+        self._time_later.cancel()
         self.show()
         self._settle_later()
 
     @guarded
     def settle(self) -> None:
-        """Losses and times at the slider's budget."""
+        """Losses at the slider's budget; times follow."""
         self.record = self.session.losses(self.record)
+        self.show()
+        self._time_later()
+
+    @guarded
+    def measure(self) -> None:
+        """Times of this text at this budget."""
+        self._time_later.cancel()
         self.cost = self.session.timed(self.record)
         self.show()
 
@@ -207,7 +225,7 @@ class Explorer(W.VBox):
 
     def close(self) -> None:
         """Closes the widgets and frees the model: hooks, router and adapters come off."""
-        for later in (self._read_later, self._settle_later):
+        for later in (self._read_later, self._settle_later, self._time_later):
             later.cancel()
         if self._owned:
             self.session.close()

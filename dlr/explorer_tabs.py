@@ -10,7 +10,7 @@ from pathlib import Path
 import ipywidgets as W
 
 from dlr import views
-from dlr.explorer import EXAMPLES, Explorer, Later, budget_slider, guarded, labelled
+from dlr.explorer import EXAMPLES, Explorer, Later, Quiet, budget_slider, guarded, labelled
 from dlr.export import link, page
 from dlr.record import Record
 from dlr.runs import results_folder, write_atomically
@@ -22,7 +22,7 @@ from dlr.views_stream import stream
 ROUTER, STATIC = "router", "best static plan at the same skip"
 
 
-class Comparison(W.VBox):
+class Comparison(Quiet, W.VBox):
     """Two checkpoints, two budgets, or the router against its best static plan, on one text.
 
     Args:
@@ -52,7 +52,7 @@ class Comparison(W.VBox):
         self.picker = W.Dropdown(options=list(self._there), value=first.name, layout=wide)
         self.plan = W.Dropdown(options=[ROUTER, STATIC], value=ROUTER, layout=wide)
         self.save = W.Button(description="Export HTML", icon="download")
-        self.view, self.downloads = W.HTML(layout=W.Layout(width="100%")), W.HTML()
+        self.view, self.downloads = W.HTML(layout=W.Layout(width="auto", margin="6px 0")), W.HTML()
         sides = W.VBox([labelled(self.budgets["first"], f"First: {ROUTER}, budget %"),
                         labelled(self.budgets["second"], "Second: budget %")], layout=W.Layout(width="27%"))
         right = W.VBox([labelled(self.picker, "Second: checkpoint"), labelled(self.plan, "Second: plan"), self.save],
@@ -111,7 +111,7 @@ class Comparison(W.VBox):
         super().close()
 
 
-class Generator(W.VBox):
+class Generator(Quiet, W.VBox):
     """A prompt in; its continuation token by token, each with its depth, dense beside routed.
 
     Args:
@@ -127,7 +127,7 @@ class Generator(W.VBox):
         self.temperature = W.FloatSlider(value=0.8, min=0.0, max=1.5, step=0.1, layout=W.Layout(width="98%"))
         self.start = W.Button(description="Generate", icon="play", button_style="primary")
         self.stop = W.Button(description="Stop", icon="stop", disabled=True)
-        self.view = W.HTML(layout=W.Layout(width="100%"))
+        self.view = W.HTML(layout=W.Layout(width="auto", margin="6px 0"))
         left = W.VBox([labelled(self.prompt, "Prompt"), W.HBox([self.start, self.stop])], layout=W.Layout(width="46%"))
         right = [W.VBox([labelled(w, t) for w, t in column], layout=W.Layout(width="27%")) for column in (
             ((self.budget, "Budget: gates to skip, %"), (self.tokens, "Tokens")), ((self.temperature, "Temperature"),))]
@@ -180,7 +180,7 @@ class Generator(W.VBox):
         super().close()
 
 
-class Workbench(W.Tab):
+class Workbench(Quiet, W.Tab):
     """Explore, Compare and Generate as tabs, on one model; the later two are made when first opened.
 
     Raises:

@@ -66,24 +66,24 @@ _RULES = """
 .dlr-tile span,.dlr-tile small{display:block}
 .dlr-tile span{font-size:12px;color:var(--muted)}
 .dlr-tile b{font-size:20px;font-weight:600;line-height:1.35;font-variant-numeric:tabular-nums;white-space:nowrap}
-.dlr-main{position:relative;padding-right:352px;min-height:392px;margin-bottom:16px}
-.dlr-strip{font-size:16px;line-height:2.05;max-height:352px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere}
+.dlr-main{position:relative;padding-right:352px;min-height:132px;margin-bottom:18px}
+.dlr-strip{font-size:17px;line-height:2.05;max-height:390px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere}
 .dlr-t{background:var(--c);color:var(--t);border-radius:3px;padding:2px 2px 3px;margin-right:1px;
  box-decoration-break:clone;-webkit-box-decoration-break:clone;cursor:help;outline:0}
 .dlr-t>bdi{unicode-bidi:isolate}
 .dlr-t sub{font-size:10px;line-height:0;vertical-align:-3px;opacity:.92;padding-left:1px;font-variant-numeric:tabular-nums}
 .dlr-t:hover,.dlr-t:focus{outline:2px solid var(--fg);outline-offset:0}
 .dlr-t.dlr-x{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px}
-.dlr-card{position:absolute;top:0;right:0;width:336px;height:392px;overflow:auto;background:var(--card);color:var(--fg);
+.dlr-card{position:absolute;top:0;right:0;width:336px;max-height:460px;overflow:auto;background:var(--card);color:var(--fg);
  border:1px solid var(--line);border-radius:8px;padding:12px 14px;font-size:12.5px;line-height:1.45;white-space:normal}
-.dlr-t>.dlr-card{display:none;z-index:2;cursor:default}
+.dlr-t>.dlr-card{display:none;z-index:2;cursor:default;box-shadow:0 6px 22px #0005}
 .dlr-t:hover>.dlr-card{display:block;z-index:3}
 .dlr-t:focus>.dlr-card{display:block}
 .dlr-card q{font-size:18px;font-weight:600;quotes:"“" "”";overflow-wrap:anywhere}
 .dlr-card table{border-collapse:collapse;width:100%;margin:6px 0 0;font-size:12.5px;background:none;color:inherit}
 .dlr-card td,.dlr-card th{padding:1px 6px 1px 0;text-align:left;vertical-align:top;border:0;background:none;font-weight:400;
  color:inherit}
-.dlr-card th{color:var(--muted)}
+.dlr-card th{color:var(--muted);white-space:nowrap;padding-right:12px}
 .dlr-card .n{text-align:right;font-variant-numeric:tabular-nums}
 .dlr-card code,.dlr-heat bdi{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:none;color:inherit;
  padding:0;border:0}
@@ -91,7 +91,7 @@ _RULES = """
 .dlr-key{display:flex;flex-wrap:wrap;gap:2px 10px;align-items:center;margin:8px 0 0;font-size:12px;color:var(--muted)}
 .dlr-key i{display:inline-block;min-width:22px;padding:0 4px;text-align:center;font-style:normal;border-radius:3px;
  background:var(--c);color:var(--t);font-variant-numeric:tabular-nums;margin-right:2px}
-.dlr-heat{max-height:620px;overflow:auto;padding-top:2px}
+.dlr-heat{max-height:620px;overflow:auto;padding-top:2px;contain:inline-size}
 .dlr-row{display:flex;width:max-content;margin-bottom:12px}
 .dlr-c{flex:0 0 auto;min-width:21px;text-align:center;margin-right:1px;padding:0}
 .dlr-c bdi{display:block;font-size:12px;line-height:19px;height:19px;white-space:pre;padding:0 1px}
@@ -114,8 +114,7 @@ _RULES = """
 .dlr-two .dlr-main{padding-right:0;min-height:0;margin:0}
 .dlr-two .dlr-card{position:static;width:auto;height:auto;margin:6px 0}
 .dlr-two .dlr-strip{position:relative}
-.dlr-two .dlr-t>.dlr-card{position:absolute;left:0;right:0;top:auto;width:336px;height:auto;line-height:1.45;
- box-shadow:0 4px 18px #0006}
+.dlr-two .dlr-t>.dlr-card{position:absolute;left:0;right:0;top:auto;width:336px}
 .dlr-sums{border-collapse:collapse;margin:0 0 16px;font-size:13px;font-variant-numeric:tabular-nums}
 .dlr .dlr-sums td,.dlr .dlr-sums th{padding:4px 14px 4px 0;border:0;border-bottom:1px solid var(--line);text-align:right;
  background:none;color:var(--fg);font-size:13px}

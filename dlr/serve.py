@@ -23,6 +23,17 @@ EXAMPLES = """examples:
 """
 
 
+# Voilà's own page without the style sheets it takes from a network.
+TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
+{% import "spinner.macro.html.j2" as spinner %}
+{%- block notebook_css -%}
+{% if frontend == "voila" %}{{ resources.include_js("static/voila-style.js") }}{% endif %}
+{{ spinner.css() }}<style>.jp-mod-noOutputs.jp-mod-noInput{display:none}</style>
+{{ super.super() }}
+{%- endblock notebook_css -%}
+"""
+
+
 def add_parser(commands, formatter) -> None:
     """The `explore` command's arguments."""
     explore = commands.add_parser("explore", help="see what every token of a text costs", epilog=EXAMPLES,
@@ -91,13 +102,19 @@ def server(checkpoint: str | None = None, port: int = 0):
     with tempfile.TemporaryDirectory(prefix="dlr-explore-") as folder:
         book, log = Path(folder) / "explorer.ipynb", Path(folder) / "log.txt"
         book.write_text(notebook(checkpoint), encoding="utf-8")
+        template = Path(folder) / "share" / "voila" / "templates" / "dlr"
+        template.mkdir(parents=True)
+        (template / "index.html.j2").write_text(TEMPLATE, encoding="utf-8")
+        (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
         paths = [str(project_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("w") as out:
             process = subprocess.Popen(
                 [sys.executable, "-m", "voila", str(book), f"--port={port}", f"--Voila.ip={HOST}", "--no-browser",
                  "--Voila.open_browser=False", "--VoilaConfiguration.show_tracebacks=True",
-                 "--VoilaExecutor.timeout=120", "--Voila.mathjax_url="],
-                stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+                 "--VoilaExecutor.timeout=120", "--template=dlr"],
+                stdout=out, stderr=subprocess.STDOUT, env=os.environ | {
+                    "PYTHONPATH": os.pathsep.join(paths),
+                    "JUPYTER_PATH": os.pathsep.join([f"{folder}/share", *filter(None, [os.environ.get("JUPYTER_PATH")])])})
         try:
             _await(process, f"http://{HOST}:{port}/voila/static/", log)
             yield f"http://{HOST}:{port}/"

@@ -8,6 +8,7 @@
 Every session loads its own copy of the model; `close` takes router and adapters off it again.
 """
 
+import contextlib
 import statistics
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import peft                     # noqa: F401  takes seconds to import; paid here so that the first view need not
 import torch
+from transformers.utils import logging as bars
 
 from dlr.calibration import DIAL, calibration_curve, threshold_at
 from dlr.checkpoint import CONFIG, from_pretrained
@@ -25,7 +27,7 @@ from dlr.models import NANO, NANO_ROUTER
 from dlr.objective import frozen_base
 from dlr.policy import Policy, StaticPlan
 from dlr.record import Record, record
-from dlr.routed import NANO_NAME, causal_lm, routing_of
+from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of
 from dlr.runs import METRICS, finished_runs, project_root, results_folder
 from dlr.tokens import piece_bytes
 from dlr.views import Cost
@@ -41,7 +43,8 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
     for metrics in sorted(root.glob(f"*/*/{METRICS}")):
         for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
             folder = config.parent
-            found[str(folder.relative_to(root).parent if folder.name == "checkpoint" else folder.relative_to(root))] = folder
+            named = folder.parent if folder.name == "checkpoint" else folder
+            found[str(named.relative_to(root))] = folder
     return found
 
 
@@ -96,10 +99,13 @@ class Session:
         self.name, self.folder = "given model", None
         if self.owned:
             self.folder = folder_of(checkpoint)
-            model = from_pretrained(self.folder)
+            with _no_bars():
+                model = from_pretrained(self.folder)
             tokenizer = _tokenizer(model)
             self.name = _label(self.folder)
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
+        with contextlib.suppress(NotRoutable):              # where it cannot run compact, it stays masked
+            self.routing.execution = "compact"
         self._curve: list[float] = list(self.routing.config.curve)
         self.note = ""
 
@@ -143,8 +149,9 @@ class Session:
         documents = load_documents("embedded", "calibration")
         batches = padded_batches(documents, self.tokenizer, min(256, self.context), 4, limit=CURVE_DOCUMENTS)
         logits, forced = router_logits(self.model, self.routing, batches, bf16=False)
-        self.note = (f"This router has no stored calibration curve; its thresholds come from {CURVE_DOCUMENTS} documents of "
-                     "the embedded calibration split.")
+        self.note = (f"{self.note} This router has no stored calibration curve; its thresholds come from "
+                     f"{CURVE_DOCUMENTS} documents of "
+                     "the embedded calibration split.").strip()
         return calibration_curve(logits, forced)
 
     def at_skip(self, found: Record, skip: float) -> Record:
@@ -177,7 +184,7 @@ class Session:
         layers = torch.full_like(found.active_layers, found.meta["layers"])
         router = router_flops(self.routing.router) if found.meta["policy"] == "RouterPolicy" else 0
         return Cost(text_flops(config, layers, found.position), text_flops(config, found.active_layers, found.position, router),
-                    execution=getattr(self.routing, "execution", "masked"))
+                    execution=self.routing.execution)
 
     @torch.no_grad()
     def timed(self, found: Record, repeats: int = 3) -> Cost:
@@ -216,6 +223,18 @@ class Session:
         base = self.model.unload() if hasattr(self.model, "unload") else self.model
         self.model = None
         return base
+
+
+@contextlib.contextmanager
+def _no_bars():
+    """Without transformers' bar, which would stay on the page of a model that loads in a second."""
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _tokenizer(model):

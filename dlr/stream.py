@@ -106,7 +106,7 @@ def generate(session: Session, prompt: str, tokens: int = 60, threshold: float |
     streams = [_Stream(session, ids, side, torch.Generator().manual_seed(seed), temperature)
                for side in ((False, True) if dense else (False,))]
     progress = Progress(prompt, streams[0].side, streams[-1].side if dense else Side(), len(routing.layers),
-                        getattr(routing, "execution", "masked"))
+                        routing.execution)
     going = [True] * len(streams)
     for _ in range(min(tokens, room)):
         before, config.threshold = config.threshold, config.threshold if threshold is None else threshold

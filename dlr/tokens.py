@@ -6,8 +6,10 @@ Pure functions of text; nothing here is HTML. Escaping is the views' business.
 import unicodedata
 from dataclasses import dataclass
 
+from dlr.categories import categories, partition, stop_words
 from dlr.record import Record
 
+stop_words()                    # read once here: what it imports takes a second, which no first view should wait for
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MARKS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")          # control, format (direction marks, joiners), unassigned
@@ -91,26 +93,12 @@ def _spell(record: Record, spelled: dict, out: list[Shown], start: int, end: int
 
 
 def kinds(record: Record) -> list[str]:
-    """One word or two on each token: opening, bytes, white space, number, punctuation, word start, word continuation."""
-    out = []
-    for i, token in enumerate(record.tokens):
-        core = token.strip()
-        before = record.tokens[i - 1][-1:] if i else ""
-        if record.position[i] == 0:
-            out.append("opening")
-        elif REPLACEMENT in token:
-            out.append("bytes")
-        elif not core:
-            out.append("white space")
-        elif core[0].isdigit():
-            out.append("number")
-        elif all(unicodedata.category(c)[0] in "PS" for c in core):
-            out.append("punctuation")
-        elif core[0].isalnum() and token[:1] == core[0] and before.isalnum() and record.position[i] > 1:
-            out.append("word continuation")
-        else:
-            out.append("word start")
-    return out
+    """One label a token: 'opening', 'bytes', or the first category it belongs to (see `dlr.categories.partition`)."""
+    if bool((record.position == 0).all()):                 # no text: nothing to rank
+        return ["opening"] * len(record)
+    labels = partition(categories(record)).tolist()
+    return ["opening" if p == 0 else "bytes" if REPLACEMENT in t else label
+            for p, t, label in zip(record.position.tolist(), record.tokens, labels)]
 
 
 def spans(layers: list[int]) -> str:

@@ -102,7 +102,7 @@ def card(record: Record, i: int, token: Shown, kind: str, ran: list[int], skippe
     return (
         f"<span class=dlr-card role=note><q><bdi>{escape(token.marked)}</bdi></q>"
         f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · {kind}"
-        f"</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{len(ran) if not skipped else float(record.active_layers[i]):g}"
+        f"</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{float(record.active_layers[i]):g}"
         f" of {record.meta['layers']}</b><br>ran {spans(ran)}<br>skipped {spans(skipped)}</td></tr>"
         f"<tr><th>loss</th><td colspan=3>dense {dense} · routed {routed} nats{ahead}</td></tr>"
         f"<tr><th>KL</th><td colspan=3>{kl} nats, dense to routed</td></tr></table>"
@@ -120,12 +120,13 @@ def strip(record: Record, look: Look = Look(), marked: set[int] = frozenset(), c
         ran = (table[i] > 0).nonzero().flatten().tolist()
         skipped = (table[i] < 1).nonzero().flatten().tolist()
         label = escape(f"{token.marked}: {found[i]:g} layers, position {int(record.position[i])}, {labels[i]}", quote=True)
-        text, gap = token.text or "∅", ""
+        hint = "" if cards else f' title="{label}"'
+        text, gap = (token.text if token.text.strip() else token.marked) or "∅", ""
         if text[0] == " " and text.strip():             # a word's own space stands before its box: lines break there
             text, gap = text[1:], " "
         out.append(
             f'{gap}<span class="dlr-t dlr-l{level(found[i], low, high)}{" dlr-x" if i in marked else ""}" tabindex=0 '
-            f'role=img aria-label="{label}" data-depth="{found[i]:g}"><bdi>{escape(text)}</bdi><sub>{found[i]:g}</sub>'
+            f'role=img aria-label="{label}"{hint} data-depth="{found[i]:g}"><bdi>{escape(text)}</bdi><sub>{found[i]:g}</sub>'
             f"{card(record, i, token, labels[i], ran, skipped) if cards else ''}</span>")
         if "\n" in record.tokens[i]:
             out.append("<br>")
@@ -225,11 +226,18 @@ def cost_tile(label: str, value: str, note: str = "", hint: str = "") -> str:
             f"<small>{note}</small></div>")
 
 
+def said_execution(execution: str) -> str:
+    """What an execution means for the times beside it."""
+    if execution == "masked":
+        return "every layer is computed: no gain in time"
+    return f"{execution} execution, LoRA not merged"
+
+
 def cost_line(record: Record, cost: Cost | None = None) -> str:
     """Measured skip, depth, FLOPs, milliseconds and perplexity for this very text."""
     gates, total = record.gates.numel(), record.meta["layers"]
     dense, routed = record.perplexity("dense"), record.perplexity("routed")
-    change = "" if math.isnan(routed) or math.isnan(dense) else f"{100 * (routed / dense - 1):+.1f} %"
+    change = "" if math.isnan(routed) or math.isnan(dense) else f"{100 * (routed / dense - 1):+.1f} %".replace("-", "−")
     blank = "…" if len(record) > 1 else "–"
     tiles = [cost_tile("skipped", f"{100 * record.skip_ratio:.1f} %", f"of {gates:,} routable gates",
                    "1 − mean gate over all tokens and routable layers"),
@@ -238,7 +246,7 @@ def cost_line(record: Record, cost: Cost | None = None) -> str:
         tiles.append(cost_tile("FLOPs against dense", f"{cost.flops_routed / cost.flops_dense:.3f} ×",
                            f"{cost.flops_routed / 1e9:.2f} of {cost.flops_dense / 1e9:.2f} G",
                            "closed form; skipped layers still make keys and values; the router counts"))
-        note = "every layer is computed: no gain in time" if cost.execution == "masked" else f"{cost.execution} execution"
+        note = said_execution(cost.execution)
         adapted = "" if cost.ms_adapted is None else f"; all layers with LoRA: {cost.ms_adapted:.1f} ms"
         tiles.append(cost_tile("milliseconds, routed / dense", f"{number(cost.ms_routed, 0)} / {number(cost.ms_dense, 0)}",
                            note, "one forward pass of this text, medians of interleaved runs; dense is the base model "

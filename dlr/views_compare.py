@@ -26,6 +26,11 @@ def agreement(first: Record, second: Record) -> float:
     return (grid(first) == grid(second)).float().mean().item()
 
 
+def minus(text: str) -> str:
+    """`text` with a minus sign for its hyphen."""
+    return text.replace("-", "−")
+
+
 def sums(first: Record, second: Record, names: tuple[str, str], costs: tuple[Cost, Cost] | None = None) -> str:
     """The two cost lines as a table, with the second minus the first."""
     rows = []
@@ -40,7 +45,7 @@ def sums(first: Record, second: Record, names: tuple[str, str], costs: tuple[Cos
             continue
         change = pair[1] - pair[0]
         rows.append(f"<tr><td>{label}</td><td>{number(pair[0], digits)}</td><td>{number(pair[1], digits)}</td>"
-                    f"<td>{'…' if math.isnan(change) else f'{change:+.{digits}f}'}</td></tr>")
+                    f"<td>{'…' if math.isnan(change) else minus(f'{change:+.{digits}f}')}</td></tr>")
     heads = "".join(f'<th><span class=dlr-swatch style="background:{colour}"></span>{escape(name)}</th>'
                     for colour, name in zip((RUN_A, RUN_B), names))
     return f"<table class=dlr-sums><tr><th></th>{heads}<th>second − first</th></tr>{''.join(rows)}</table>"
@@ -71,7 +76,7 @@ def difference(first: Record, second: Record, look: Look = Look()) -> str:
             cells.append(f'<div class=dlr-c title="{hint}"><bdi>{escape(tokens[i].marked or "∅")}</bdi>'
                          f'<svg viewBox="0 0 1 {len(layers)}" height={len(layers) * height} preserveAspectRatio=none>'
                          f'{_both_path(a, b)}</svg><b style="background:none;color:var(--fg)">'
-                         f'{f"{change[i]:+g}" if change[i] else "="}</b></div>')
+                         f'{minus(f"{change[i]:+g}") if change[i] else "="}</b></div>')
         rows.append(f'<div class=dlr-row>{"".join(cells)}</div>')
     key = "".join(f'<span><span class=dlr-swatch style="background:{c}"></span>{t}</span>' for c, t in (
         (RUN_A, "only the first runs it"), (RUN_B, "only the second"), ("var(--kept)", "both"), ("var(--faint)", "neither")))

@@ -4,7 +4,7 @@ from html import escape
 
 from dlr.stream import Progress, Side
 from dlr.tokens import visible
-from dlr.views import cost_tile, framed, level, number
+from dlr.views import cost_tile, framed, level, number, said_execution
 
 
 def _piece(piece: str, token_id: int, spelled: dict[str, str]) -> str:
@@ -30,7 +30,7 @@ def stream(progress: Progress, always: float) -> str:
     """Both continuations and their rates. `always`: layers that every token runs."""
     routed, dense = progress.routed, progress.dense
     mean = sum(routed.depths) / len(routed.depths) if routed.depths else None
-    note = "every layer is computed: no gain in time" if progress.execution == "masked" else f"{progress.execution} execution"
+    note = said_execution(progress.execution)
     tiles = [cost_tile("routed tokens/s", number(routed.rate, 1), note),
              cost_tile("dense tokens/s", number(dense.rate, 1), "base model without adapters, interleaved"),
              cost_tile("layers a token", number(mean, 2), f"of {progress.layers}"),

@@ -51,6 +51,7 @@ workbench = Workbench(config.checkpoint or None, config.text or None)
 explorer = workbench.explorer
 if config.skip >= 0:
     explorer.budget.value = round(100 * config.skip)
+    explorer.settle()
 workbench
 
 # %% [markdown]

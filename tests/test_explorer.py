@@ -168,6 +168,13 @@ def test_an_unknown_checkpoint_names_those_there_are():
         folder_of("nowhere")
 
 
+def test_a_router_without_a_curve_says_where_its_thresholds_come_from():
+    session = small_session()
+    session._curve = []
+    found = session.at_skip(session.read("Some text without a curve."), 0.5)
+    assert abs(found.skip_ratio - 0.5) < 0.3 and "no stored calibration curve" in session.note
+
+
 def test_views_need_no_model(session):
     record = session.read("Just a record.")
     half = replace(record, gates=torch.zeros_like(record.gates))

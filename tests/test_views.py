@@ -1,0 +1,181 @@
+"""Views: what they show is what the record holds, any text stays text, and every colour can be read."""
+
+import html
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from test_record import model, tokenizer                       # noqa: F401  fixtures
+from test_routed import half_skipping
+
+from dlr import terminal, views
+from dlr.config import RouterConfig
+from dlr.export import export, page, rows, to_json
+from dlr.palette import LEVELS, contrast, ink, ramp, stylesheet
+from dlr.record import Record
+from dlr.session import Session
+from dlr.tokens import shown, spans, visible, width
+from dlr.views_compare import agreement, comparison, differing
+
+HOSTILE = ["<script>alert(1)</script>", "&lt;b&gt; &amp;amp;", "\"double\" 'single' `back`", "a\nb\n\nc", "tab\there",
+           "    leading and trailing   ", "\N{GRINNING FACE}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}",
+           "\N{RIGHT-TO-LEFT MARK}שלום\N{RIGHT-TO-LEFT OVERRIDE} x", "the the the the", "日本語 ñ é", "\x1b[31mred\x07",
+           "</div></span></style>", "<|endoftext|>", "\N{REPLACEMENT CHARACTER}", "$x_1$ \\frac"]
+
+
+class Page(HTMLParser):
+    """The tags of a page, and whether every opened one that needs it is closed in order."""
+    VOID = {"br", "meta", "rect", "path"}
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.open, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture
+def session(model, tokenizer):                                  # noqa: F811
+    half_skipping(model, RouterConfig(always_keep=2))
+    return Session(model=model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "", " ", " ".join(HOSTILE)])
+def test_any_text_stays_text_in_every_view(session, text):
+    found = session.read(text)
+    for made in (views.view(found, session.flops(found)), page(views.view(found)),
+                 comparison(found, session.static(found)[0], ("<b>one</b>", "two & three"))):
+        seen = Page(made)
+        assert not seen.open
+        assert not {"script", "img", "iframe", "object"} & set(seen.tags)
+        assert not [name for name, _ in seen.attributes if name.startswith("on")]
+        assert not re.search(r"https?://|url\(|@import", made)
+        for token in shown(found):
+            assert token.text.strip() in seen.text
+    plain = terminal.view(found, colour=True)
+    assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", plain) and "\x07" not in plain
+
+
+def test_what_the_view_shows_is_what_the_saved_record_holds(session, tmp_path):
+    found = session.read(" ".join(HOSTILE[:6]))
+    saved = Record.load(found.save(tmp_path / "text"))
+    seen = views.view(saved, session.flops(saved))
+    assert seen == views.view(found, session.flops(found))
+    depths = [float(d) for d in re.findall(r'data-depth="([\d.]+)"', seen)]
+    assert depths == saved.active_layers.tolist()
+    assert f"{100 * saved.skip_ratio:.1f} %" in seen and f"{saved.perplexity():,.2f} / {saved.perplexity('dense'):,.2f}" in seen
+    cards = seen.split("<span class=dlr-card")[1:]
+    for i, card in enumerate(cards[:-1]):
+        assert f"dense {float(saved.loss_dense[i]):.3f} · routed {float(saved.loss_routed[i]):.3f} nats" in card
+        assert f"{float(saved.kl[i]):.3f} nats, dense to routed" in card
+        assert f"id {int(saved.ids[i])} · position {i} · " in card
+        for which in ("dense", "routed"):
+            for chance in getattr(saved, f"top_{which}_probability")[i].tolist():
+                assert f"{100 * chance:.1f} %" in card
+    for i, row in enumerate(rows(saved)):
+        assert row["active_layers"] == sum(row["layers"]) == float(saved.active_layers[i])
+    assert '"tokens"' in to_json(saved) and "NaN" not in to_json(saved)
+
+
+def test_the_heatmap_draws_every_gate_once(session):
+    found = session.read("some words to cut into pieces")
+    columns = re.findall(r'<div class="dlr-c [^"]*" title="([^"]*)">.*?</svg><b>([\d.]+)</b>', views.heatmap(found))
+    assert len(columns) == len(found)
+    for i, (hint, total) in enumerate(columns):
+        missing = [2 + u for u, gate in enumerate(found.gates[i].tolist()) if not gate]
+        assert html.unescape(hint).endswith(f"skipped {spans(missing)}")
+        assert float(total) == float(found.active_layers[i])
+    drawn = re.findall(r"M0 (\d+)h1", views.heatmap(found))
+    assert len(drawn) == int(found.active_layers.sum())
+
+
+def test_a_layer_range_counts_and_shows_only_its_layers(session):
+    found = session.read("some words to cut into pieces")
+    look = views.Look(3, 4)
+    assert torch.equal(views.depths(found, look), found.gates[:, 1:3].sum(1).float())
+    assert 'viewBox="0 0 1 2"' in views.heatmap(found, look)
+    total = sum(views.depths(found, views.Look(i, i)) for i in range(6))
+    assert torch.equal(total, found.active_layers)
+
+
+def test_sublayer_records_show_halves(model, tokenizer):         # noqa: F811
+    half_skipping(model, RouterConfig(always_keep=2, unit="sublayer"))
+    found = Session(model=model, tokenizer=tokenizer).read("halves of layers")
+    assert torch.allclose(views.depths(found, views.Look()), found.active_layers)
+    assert any("h1v0.45" in part for part in views.heatmap(found).split("<path"))
+
+
+def test_bytes_of_a_split_character_are_spelled_and_joined(session):
+    found = session.read("x\N{GRINNING FACE}y")
+    tokens = shown(found)
+    split = [t for t in tokens if t.note]
+    assert len(split) > 1 and all("\N{GRINNING FACE}" in t.note for t in split)
+    spelled = bytes.fromhex("".join(re.search(r"⟨([0-9A-F ]+)⟩", t.text)[1].replace(" ", "") for t in split))
+    assert spelled.decode() == "\N{GRINNING FACE}"
+
+
+def test_every_shade_can_be_read_and_order_is_kept():
+    for dark in (False, True):
+        colours = ramp(dark)
+        assert len(set(colours)) == LEVELS
+        assert all(contrast(c, ink(c)) >= 4.5 for c in colours)
+    assert "@media (prefers-color-scheme:dark)" in stylesheet() and 'data-jp-theme-light="false"' in stylesheet()
+    levels = [views.level(d, 4, 16) for d in range(4, 17)]
+    assert levels == sorted(set(levels)) and levels[0] == 0 and levels[-1] == LEVELS - 1
+
+
+def test_tokens_can_be_reached_by_keyboard_and_are_described(session):
+    found = session.read("reach me")
+    strip = views.strip(found)
+    assert strip.count("tabindex=0") == strip.count("aria-label=") == len(found)
+
+
+def test_the_difference_of_two_plans_is_marked(session):
+    first = session.read("two plans for the same text")
+    assert not differing(first, first) and agreement(first, first) == 1.0
+    second = session.at_skip(first, 0.0)
+    changed = {i for i in range(len(first)) if not first.gates[i].all()}
+    assert differing(first, second) == changed
+    made = comparison(first, second, ("one", "two"))
+    assert made.count("dlr-x") - stylesheet().count("dlr-x") == 2 * len(changed)
+    assert "not subtracted" in comparison(first, session.read("another text"), ("one", "two"))
+
+
+def test_the_page_is_the_view_and_files_appear_whole(session, tmp_path):
+    found = session.read(" ".join(HOSTILE))
+    seen = views.view(found)
+    made = {p.suffix: p for p in export(found, seen, tmp_path / "out")}
+    assert seen in made[".html"].read_text(encoding="utf-8")
+    assert made[".png"].read_bytes().startswith(b"\x89PNG") and made[".pdf"].read_bytes().startswith(b"%PDF")
+    assert not list((tmp_path / "out").glob(".*"))
+    with pytest.raises(ValueError, match="html, png"):
+        export(found, seen, tmp_path, formats=("docx",))
+
+
+def test_invisible_characters_get_signs_and_widths():
+    assert visible(" a\tb\n\x1b") == "·a⇥b↵‹001B›" and visible("a b", spaces=False) == "a b"
+    assert (width("ab"), width("日本"), width("e\N{COMBINING ACUTE ACCENT}")) == (2, 4, 1)
+    assert spans([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8" and spans([]) == "none"
+
+
+def test_the_terminal_shows_the_same_numbers(session):
+    found = session.read("in the terminal")
+    plain = terminal.strip(found, colour=False).translate(str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
+    expected = "".join(f"{t.text}{d:g}" for t, d in zip(shown(found), found.active_layers.tolist()))
+    assert plain == expected
+    assert re.sub(r"\x1b\[[\d;]*m", "", terminal.strip(found)) == terminal.strip(found, colour=False)
