@@ -113,7 +113,7 @@ class Explorer(Quiet, W.VBox):
         wide = W.Layout(width="98%")
         last = len(self.session.routing.layers) - 1
         self.text = W.Textarea(text, placeholder="Type any text", layout=W.Layout(width="98%", height="104px"))
-        self.example = W.Dropdown(options=[("choose an example", None), *EXAMPLES.items()], layout=wide)
+        self.example = W.Dropdown(options=[("choose an example", ""), *EXAMPLES.items()], layout=wide)
         self._there = {self.session.name: self.session.folder} | checkpoints()
         self.picker = W.Dropdown(options=list(self._there), value=self.session.name, layout=wide, disabled=not self._owned)
         self.budget = budget_slider(self.session)
@@ -193,7 +193,7 @@ class Explorer(Quiet, W.VBox):
 
     # -- controls -----------------------------------------------------------------------------------------------------
     def _pick_example(self, change) -> None:
-        if change["new"] is not None:
+        if change["new"]:
             self.text.value = change["new"]
 
     @guarded
