@@ -7,11 +7,10 @@ embeddings, soft-capping, windows, quantised and LoRA-wrapped linears stay the f
 not called: its keys and values wait (see `pending`). Where nothing is skipped, the layer is left alone.
 """
 
-import inspect
-
 import torch
 from torch import nn
 
+from dlr.execution import argument_names
 from dlr.pending import PendingLayer, joined, pending_layer, positional
 from dlr.rows import Rows, active, attention_function, selective
 
@@ -102,15 +101,15 @@ class CompactLayer:
     def __init__(self, routing, layer: nn.Module, index: int, width: int):
         self.routing, self.layer, self.index, self.parts = routing, layer, index, Parts(layer)
         self.place = index - routing.first
-        names = list(inspect.signature(type(layer).forward).parameters)
-        self.names = names[2:]                                    # of the arguments after self and the hidden states
-        self.cache_name = next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+        self.names = argument_names(layer)[1:]
+        self.cache_name = next((name for name in CACHE_NAMES if name in self.names), CACHE_NAMES[0])
         self.returns_tuple: bool | None = None                    # known once the layer has run
         self.attention_modules = {m: selective(m, _width(m, width)) for m in (*self.parts.query, *self.parts.output)}
         self.mlp_modules = {m: selective(m, _width(m, width)) for m in self.parts.mlp}
 
     def install(self) -> None:
         """Puts this in the layer's place until `remove`."""
+        self.function = attention_function(self.parts.attention)  # asked once a pass: a model can change it
         self.before = self.layer.__dict__.get("forward")
         self.own = self.layer.forward
         self.layer.__dict__["forward"] = self
@@ -163,8 +162,7 @@ class CompactLayer:
             if chosen is not None:
                 modules |= group
                 rows |= dict.fromkeys(group, chosen)
-        function = attention_function(self.parts.attention) if attention is not None else None
-        with active(modules, rows, self.parts.attention, function):
+        with active(modules, rows, self.parts.attention, self.function if attention is not None else None):
             out = self.own(hidden, **kwargs)
         self.returns_tuple = isinstance(out, tuple)
         if not extra:
@@ -173,7 +171,7 @@ class CompactLayer:
 
     def project(self, cache_layer, hidden: torch.Tensor, positions: dict) -> None:
         """Appends the keys and values of `hidden` `[b, s, d]` to `cache_layer`, and computes nothing else."""
-        nobody = _rows_from(hidden, hidden.shape[1])
+        nobody, self.function = _rows_from(hidden, hidden.shape[1]), attention_function(self.parts.attention)
         with torch.no_grad():
             self.run(hidden, positions | {self.cache_name: _OneLayer(cache_layer), "attention_mask": None}, nobody, nobody, [])
 
@@ -184,7 +182,7 @@ class CompactLayer:
 
     def _wait(self, hidden: torch.Tensor, kwargs: dict) -> bool:
         """Puts the layer off: no row runs it. False where it must run all the same for its keys and values."""
-        if self.returns_tuple is None or attention_function(self.parts.attention) is None:
+        if self.returns_tuple is None or self.function is None:
             return False
         cache = kwargs.get(self.cache_name)
         if cache is None:

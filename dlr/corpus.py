@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from dlr.progress import tqdm
+from dlr.runs import atomic_file
 
 # Pinned in requirements.txt. An unpinned dependency would make the corpus drift without anyone's doing.
 PACKAGES = ("accelerate", "datasets", "jupytext", "lm_eval", "matplotlib", "networkx", "nltk", "numpy", "pandas",
@@ -138,10 +139,8 @@ def embedded_corpus(packages: tuple[str, ...] = PACKAGES) -> pd.DataFrame:
         modules = list(tqdm(pool.map(_module_docstrings, files, chunksize=64), total=len(files),
                             desc="reading docstrings (once)", unit="file"))
     frame = _drop_repeats(_topics() + modules)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    frame.to_parquet(temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        frame.to_parquet(temporary)
     return frame
 
 

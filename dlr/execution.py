@@ -22,6 +22,11 @@ def _with_first(output, value):
     return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
+def argument_names(layer) -> list[str]:
+    """Names of the arguments of a layer's forward, the hidden states first."""
+    return list(inspect.signature(type(layer).forward).parameters)[1:]
+
+
 def blend_layer(routing, unit: int):
     """A forward hook that blends a layer's output with its input by the gate of `unit`."""
 
@@ -52,17 +57,18 @@ def gate_sublayer(routing, unit: int):
     return hook
 
 
-def hide_skipped_keys(routing, unit: int):
+def hide_skipped_keys(routing, unit: int, layer):
     """A forward pre-hook for kv='drop': a layer's attention sees no keys of tokens that skip it, but each token itself.
 
     As in Mixture-of-Depths (Raposo et al. 2024) and D-LLM (Jiang et al. 2024), where a skipped token leaves nothing.
     """
 
+    names = argument_names(layer)
+
     def hook(module, args, kwargs):
         gate = routing.gate(unit)
         if gate is None:
             return None
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
         kwargs = dict(zip(names, args)) | kwargs
         mask, length = kwargs.get("attention_mask"), gate.shape[1]
         seen = (gate.detach() > 0.5).transpose(1, 2).unsqueeze(1)                          # [b, 1, 1, s]

@@ -6,7 +6,6 @@ Every file appears whole or not at all. The HTML file is the live view itself in
 import base64
 import io
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -67,18 +66,6 @@ def to_csv(record: Record) -> str:
     return pd.DataFrame(flat).to_csv(index=False)
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """As `write_atomically`, for bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def picture(record: Record, kind: str = "png", look: Look = Look()) -> bytes:
     """The strip and heatmap as an image for a paper, `kind` 'png' or 'pdf'."""
     import matplotlib.pyplot as plt
@@ -109,7 +96,7 @@ def export(record: Record, view: str, folder: str | Path | None = None, cost: Co
     for kind in formats:
         path = folder / f"tokens.{kind}"
         if kind in ("png", "pdf"):
-            write_bytes(path, picture(record, kind, look))
+            write_atomically(path, picture(record, kind, look))
         else:
             write_atomically(path, page(view) if kind == "html" else
                              to_csv(record) if kind == "csv" else to_json(record, cost) + "\n")

@@ -125,12 +125,12 @@ class Prefill:
     systems = SYSTEMS
 
     def __init__(self, subject: Subject, batch: int, length: int):
-        self.subject, self.batch, self.length, self.steps = subject, batch, length, 1
+        self.subject, self.batch, self.length = subject, batch, length
         generator = torch.Generator().manual_seed(1)
         device = next(subject.model.parameters()).device
         self.ids = torch.randint(2, subject.model.config.vocab_size, (batch, length), generator=generator).to(device)
 
-    def run(self, system: str) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         """Seconds by part: 'layers' (embedding to final norm) and 'end to end'."""
         marks = []
         hook = self.subject.routing.decoder.register_forward_hook(lambda *a: marks.append(_wait(self.ids.device)))
@@ -160,7 +160,7 @@ class Decode:
             self.caches[layers] = cache
         return self.caches[layers]
 
-    def run(self, system: str) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         """Seconds a step, 'end to end'."""
         model = self.subject.model
         cache = self._context(model.config.num_hidden_layers)
@@ -202,7 +202,7 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
         for system, skip, depth in variants:
             with subject.as_system(system, skip):
                 subject.model.config.num_hidden_layers = depth
-                for part, seconds in work.run(system).items():
+                for part, seconds in work.run().items():
                     if repeat:                                            # the first turn warms up
                         times.setdefault((system, skip, depth, part), []).append(seconds)
     return _table(subject, work, times)

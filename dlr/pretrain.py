@@ -6,7 +6,6 @@ al. 2024 (MiniCPM).
 """
 
 import json
-import os
 import random
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.config import fast_bf16
 from dlr.data import PackedBlocks, folder_texts, load_documents, token_stream
-from dlr.runs import write_atomically
+from dlr.runs import atomic_file, write_atomically
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 STAGE = "stage.json"          # beside the checkpoints: tokens a step
@@ -48,9 +47,8 @@ def pretraining_stream(text_dir: str, tokenizer, cache: Path) -> np.ndarray:
     """The training tokens `[n]`, from `cache` (a .npy file) or tokenised and stored there."""
     if not cache.exists():
         stream = token_stream(pretraining_texts(text_dir), tokenizer).astype(np.uint16)
-        temporary = cache.with_suffix(".tmp.npy")
-        np.save(temporary, stream, allow_pickle=False)
-        os.replace(temporary, cache)
+        with atomic_file(cache) as temporary, temporary.open("wb") as file:
+            np.save(file, stream, allow_pickle=False)
     return np.load(cache, mmap_mode="r", allow_pickle=False)
 
 

@@ -8,18 +8,18 @@ Notation: n tokens of all texts, one after the other; U routable units; k top pr
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dlr.data import opening_token
 from dlr.evaluate import autocast, device_of
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
 from dlr.routed import Routing, describe_base
+from dlr.runs import save_tensors, write_atomically
 
 TENSORS = ("ids", "document", "position", "gates", "logits", "loss_dense", "loss_routed", "entropy_dense", "kl",
            "top_dense", "top_routed", "top_dense_probability", "top_routed_probability")
@@ -87,16 +87,11 @@ class Record:
     def save(self, path: str | Path) -> Path:
         """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the JSON's path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        tensors = {name: getattr(self, name) for name in TENSORS}
         tensors["gates"] = tensors["gates"].to(torch.uint8)
-        weights, text = path.with_suffix(".safetensors"), path.with_suffix(".json")
-        temporary = weights.with_name(f".{weights.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary)
-        os.replace(temporary, weights)
-        from dlr.runs import write_atomically
-        write_atomically(text, json.dumps({"meta": self.meta, "tokens": self.tokens}, ensure_ascii=False) + "\n")
-        return text
+        save_tensors(tensors, path.with_suffix(".safetensors"))
+        return write_atomically(path.with_suffix(".json"),
+                                json.dumps({"meta": self.meta, "tokens": self.tokens}, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":

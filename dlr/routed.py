@@ -38,7 +38,6 @@ class Pass:
     gates: torch.Tensor | None = None       # [b, s, U]
     logits: torch.Tensor | None = None
     first_pass: bool = False
-    past: int | torch.Tensor = 0            # tokens in the cache before this pass
     memory: torch.Tensor | None = None      # what later passes over the same cache are to know (see `Routing.remembered`)
     compact: bool = False
     keep: torch.Tensor | None = None        # [b, s, U] bool, in a compact pass: gates of real tokens
@@ -229,7 +228,7 @@ class Routing:
         keep(self.layers[self.first].register_forward_pre_hook(self._before_first_routable, with_kwargs=True))
         for index in range(self.first, self.last):
             if self.config.kv == "drop":
-                hook = hide_skipped_keys(self, (index - self.first) * self.units_per_layer)
+                hook = hide_skipped_keys(self, (index - self.first) * self.units_per_layer, self.layers[index])
                 keep(self.layers[index].register_forward_pre_hook(hook, with_kwargs=True))
             if self.config.unit == "layer":
                 hook = blend_layer(self, index - self.first)
@@ -250,9 +249,9 @@ def _new_pass(args, kwargs) -> Pass:
     mask = kwargs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         place = place.clamp(max=mask.shape[1] - 1)
-        return Pass(mask[:, place].bool(), mask.long().cumsum(1)[:, place] - 1, cache, past=past)
+        return Pass(mask[:, place].bool(), mask.long().cumsum(1)[:, place] - 1, cache)
     real = torch.ones(batch, length, dtype=torch.bool, device=device)
-    return Pass(real, place.expand(batch, length), cache, past=past)
+    return Pass(real, place.expand(batch, length), cache)
 
 
 def describe_base(model: nn.Module) -> dict:

@@ -4,6 +4,7 @@ results/<phase>/<run>/   run.json (settings, versions, seed, hardware, data hash
                          the executed notebook, metrics.json
 """
 
+import contextlib
 import importlib.metadata as metadata
 import json
 import math
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 METRICS = "metrics.json"
@@ -29,8 +31,9 @@ def results_folder() -> Path:
     return Path(os.environ.get("DLR_RESULTS") or project_root() / "results")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path` and renames: a reader sees the old file or the new one, never half of it.
+@contextlib.contextmanager
+def atomic_file(path: Path):
+    """A temporary file beside `path` that takes its place when the block ends: a reader never sees half of it.
 
     Raises:
         OSError: the disk is full or read-only; nothing is left behind, and the message names the file.
@@ -38,15 +41,29 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"Could not write {str(path)!r} ({error.strerror}); nothing was changed. Free some "
                                    "space or choose another folder with DLR_RESULTS.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Writes a file whole or not at all; text as UTF-8."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> Path:
+    """Writes a safetensors file whole or not at all."""
+    with atomic_file(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    return path
 
 
 def plain(value):

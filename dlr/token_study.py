@@ -1,11 +1,9 @@
 """The measurements behind the token analysis: a routed model, its record, its oracle sample, its probes."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import dlr.models as models
@@ -134,17 +132,8 @@ def probe_rows(study: Study, found: dict[str, torch.Tensor]) -> list[dict]:
     return predictability(states, found["kl"].numpy(), found["document"].numpy(), study.config.seed)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> Path:
-    """Writes a safetensors file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-    os.replace(temporary, path)
-    return path
-
-
 def load_counts(path: Path) -> torch.Tensor:
-    """Token counts `[V]` written by `save_tensors`."""
+    """Token counts `[V]` written by `runs.save_tensors`."""
     from safetensors.torch import load_file
     return load_file(path)["count"]
 

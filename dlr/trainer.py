@@ -22,6 +22,7 @@ from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
 from dlr.routed import routing_of
 from dlr.router import ROUTER_NAME
+from dlr.runs import write_atomically
 
 LOG_FIELDS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy", "temperature", "lr",
               "tokens_per_second")
@@ -223,9 +224,7 @@ def trim_log(path: Path, step: int) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         lines = file.read().splitlines(keepends=True)
     kept = lines[:1] + [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))
 
 
 def seed_everything(seed: int) -> None:

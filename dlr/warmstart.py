@@ -6,13 +6,12 @@ at the target skip, with some gates flipped, so that the labels are right where 
 2011).
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dlr.baselines import static_pair
 from dlr.calibration import calibrate
@@ -23,6 +22,7 @@ from dlr.policy import GivenPlan, RouterPolicy
 from dlr.progress import tqdm
 from dlr.router import hard_gates
 from dlr.routed import Routing
+from dlr.runs import save_tensors
 
 FLIPPED = 0.1           # share of gates flipped in the router's own background plans
 SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)         # of token-dependence, tried on top of the best static plan
@@ -110,9 +110,7 @@ def label(model, routing: Routing, blocks, config: RunConfig, round_index: int, 
         parts.append(label_batch(model, routing, ids, background, config.bf16))
     labels = HarmLabels(torch.cat([p.states for p in parts]), torch.cat([p.harm for p in parts]))
     if path:
-        temporary = path.with_suffix(".tmp")
-        save_file({"states": labels.states, "harm": labels.harm}, temporary)
-        os.replace(temporary, path)
+        save_tensors({"states": labels.states, "harm": labels.harm}, path)
     return labels
 
 

@@ -1,6 +1,7 @@
 """Notebooks as programs: papermill runs of one phase, sweeps over grids, and what a notebook's own first cells need."""
 
 import itertools
+import logging
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 
 from dlr.config import PHASES, SettingsError, read_params, validated
 from dlr.progress import tqdm
-from dlr.runs import Run, finished_runs, project_root, results_folder
+from dlr.runs import Run, atomic_file, finished_runs, project_root, results_folder
 
 # What DLR_PRESET=toy changes: every cell of every notebook runs, in seconds. For tests; never for results.
 TOY = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32, "calibration_docs": 4, "eval_docs": 4,
@@ -63,6 +64,7 @@ def run_notebook(phase: str, parameters: dict, quiet: bool = False) -> Path:
     The executed notebook is kept there, also when a cell failed. A kernel that does not start is tried once more.
     """
     import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR)        # it warns of settings that are not in the parameters cell
     name = parameters.get("run_name", "default")
     folder = results_folder() / phase / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +93,8 @@ def tidy(path: Path) -> None:
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
     for name in ("input_path", "output_path"):
         notebook.metadata.get("papermill", {}).pop(name, None)
-    temporary = path.with_suffix(".tmp")
-    nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        nbformat.write(notebook, temporary)
 
 
 def results_table(phase: str, root: Path | None = None) -> pd.DataFrame:

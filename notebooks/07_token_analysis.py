@@ -49,7 +49,7 @@ import pandas as pd
 
 from dlr import analysis, categories, figures_analysis, token_study
 from dlr.record import Record, record
-from dlr.runs import Run, results_folder
+from dlr.runs import Run, results_folder, save_tensors
 
 run = Run(results_folder() / "token_analysis" / config.run_name)
 study = token_study.open_study(config)
@@ -66,7 +66,7 @@ print(f"target {study.routing.config.calibrated_skip:.0%}, {study.routing.units}
 # %% tags=["nbval-ignore-output"]
 record(study.model, study.routing, study.tokenizer, study.test.texts[:config.record_docs], max_len=config.eval_len,
        top=1).save(run.folder / "record")
-token_study.save_tensors({"count": token_study.token_frequencies(study)}, run.folder / "frequencies.safetensors")
+save_tensors({"count": token_study.token_frequencies(study)}, run.folder / "frequencies.safetensors")
 tokens = Record.load(run.folder / "record")
 print(f"{len(tokens):,} tokens, skip {tokens.skip_ratio:.3f}, perplexity {tokens.perplexity('dense'):.2f} dense, "
       f"{tokens.perplexity():.2f} routed")
@@ -169,7 +169,7 @@ figures_analysis.predictability(probes, study.routing.first);
 # %% tags=["nbval-ignore-output"]
 kept = {name: value for name, value in found.items() if not name.startswith("state")}
 plans = {name: value for part in made.values() for name, value in part.pop("tensors").items()}
-token_study.save_tensors(kept | plans, run.folder / "oracle.safetensors")
+save_tensors(kept | plans, run.folder / "oracle.safetensors")
 metrics = run.finish(
     rows, target=study.routing.config.calibrated_skip, skip=tokens.skip_ratio,
     categories=by_category.to_dict("records"), shuffled=gap, information=information, variance=shares,
