@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 
 import pandas as pd
 
@@ -67,7 +66,7 @@ def environment() -> dict:
 def evaluate_command(arguments) -> int:
     from dlr.benchmark import row_of, run_benchmark
     from dlr.harness import DLRLM
-    from dlr.runs import Run, results_folder
+    from dlr.runs import Run, results_folder, slug
     from dlr.tasks import PERPLEXITIES, manager_for
     from dlr.variants import open_variant
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
@@ -77,8 +76,8 @@ def evaluate_command(arguments) -> int:
         raise ValueError(f"--limit {arguments.limit} must be above 0")
     manager_for([name for name in names if name not in PERPLEXITIES])              # a mistyped name costs no model loading
     loaded = open_variant(arguments.checkpoint, arguments.variant, arguments.skip, arguments.order, arguments.model)
-    label = arguments.name or re.sub(r"[^\w.=+-]+", "-", f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
-                                     + (f"-skip={arguments.skip}" if arguments.skip is not None else "")).strip("-")
+    label = arguments.name or slug(f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
+                                     + (f"-skip={arguments.skip}" if arguments.skip is not None else ""))
     run = Run(results_folder() / "evaluation" / label)
     lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size)
     print(f"results in {run.folder}", flush=True)

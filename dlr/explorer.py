@@ -17,6 +17,7 @@ from dlr.export import export, link
 from dlr.record import Record
 from dlr.session import Session, checkpoints
 
+TURNS = 3                        # runs whose median time is shown
 SETTLE = 0.4                     # seconds without a change before the slower step starts
 EXAMPLES = {
     "prose and a name": "The old lighthouse keeper, Mr. Abernathy, climbed the stairs every evening at six. He lit the lamp, "
@@ -58,10 +59,10 @@ class Later:
     def __init__(self, action, delay: float = SETTLE):
         self.action, self.delay, self.handle = action, delay, None
 
-    def __call__(self) -> None:
+    def __call__(self, delay: float | None = None) -> None:
         self.cancel()
         try:
-            self.handle = asyncio.get_running_loop().call_later(self.delay, self.action)
+            self.handle = asyncio.get_running_loop().call_later(self.delay if delay is None else delay, self.action)
         except RuntimeError:
             self.action()
 
@@ -93,13 +94,13 @@ class Explorer(Quiet, W.VBox):
     def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None):
         self.error: Exception | None = None
         self.record: Record | None = None
-        self.cost, self.note = None, ""
+        self.cost, self._turns = None, []
         self._owned, self._quiet = session is None, False
         self.session = session or Session(checkpoint)
         self._build(next(iter(EXAMPLES.values())) if text is None else text)
         self._read_later, self._settle_later = Later(self.read), Later(self.settle)
         self._time_later = Later(self.measure)
-        super().__init__([self.controls, self.view, self.downloads], layout=W.Layout(width="100%"))
+        super().__init__([self.controls, self.downloads, self.view], layout=W.Layout(width="100%"))
         self.text.observe(lambda _: self._read_later(), "value")
         self.budget.observe(lambda _: self.reroute(), "value")
         self.layers.observe(lambda _: self.show(), "value")
@@ -140,21 +141,24 @@ class Explorer(Quiet, W.VBox):
     def look(self) -> views.Look:
         return views.Look(*self.layers.value, fit=self.shade.value)
 
+    @property
+    def note(self) -> str:
+        """What the reader must know about this text and checkpoint."""
+        empty = "" if self.text.value else "Type some text: an empty one holds its opening token only."
+        return " ".join(filter(None, [self.session.note, empty, self.session.cut(self.record)]))
+
     # -- record -> view -----------------------------------------------------------------------------------------------
     @guarded
     def read(self) -> None:
         """Reads the text anew: both models, the plan at the slider's budget, then times."""
         for later in (self._read_later, self._settle_later, self._time_later):
             later.cancel()
+        self.record = None                         # after an error there is nothing to show, least of all another text's plan
         threshold = self.session.threshold(self.budget.value / 100)
         self.record = self.session.read(self.text.value, threshold=threshold)
         self.cost = self.session.flops(self.record)
-        tokens = self.session.length(self.text.value)
-        self.note = " ".join(filter(None, [
-            self.session.note, "" if self.text.value else "Type some text: an empty one holds its opening token only.",
-            f"Cut to {len(self.record):,} of {tokens:,} tokens, the model's context." if tokens > len(self.record) else ""]))
         self.show()
-        self._time_later()
+        self._time_anew()
 
     @guarded
     def reroute(self) -> None:
@@ -175,14 +179,22 @@ class Explorer(Quiet, W.VBox):
         """Losses at the slider's budget; times follow."""
         self.record = self.session.losses(self.record)
         self.show()
+        self._time_anew()
+
+    def _time_anew(self) -> None:
+        self._turns = []
         self._time_later()
 
     @guarded
     def measure(self) -> None:
-        """Times of this text at this budget."""
+        """One turn of timing this text at this budget; the numbers show after the third. Input between turns goes first."""
         self._time_later.cancel()
-        self.cost = self.session.timed(self.record)
-        self.show()
+        self._turns.append(self.session.turn(self.record))
+        if len(self._turns) < TURNS:
+            self._time_later(0.01)
+        else:
+            self.cost = self.session.cost(self.record, self._turns)
+            self.show()
 
     @guarded
     def show(self) -> None:
@@ -198,7 +210,14 @@ class Explorer(Quiet, W.VBox):
 
     @guarded
     def _pick_checkpoint(self, change) -> None:
-        before, self.session = self.session, Session(self._there[change["new"]])
+        if self._quiet:
+            return
+        try:
+            before, self.session = self.session, Session(self._there[change["new"]])
+        except Exception:
+            self._quiet, self.picker.value = True, change["old"]          # the model is still that one
+            self._quiet = False
+            raise
         before.close()
         last, self._quiet = len(self.session.routing.layers) - 1, True
         try:
@@ -212,6 +231,10 @@ class Explorer(Quiet, W.VBox):
     def export(self, folder=None) -> list:
         """Writes the view; the links below it save the same files from the browser."""
         try:
+            if self.record is not None and self.text.value != self.record.meta["text"]:
+                self.read()
+            elif self.record is not None and len(self.record) > 1 and bool(self.record.loss_routed[:-1].isnan().all()):
+                self.settle()
             if self.record is None or self.error is not None:
                 raise ValueError("There is nothing to export: the view shows an error.")
             made = export(self.record, self.view.value, folder, self.cost, self.look, self.formats.value)

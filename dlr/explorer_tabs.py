@@ -13,7 +13,7 @@ from dlr import views
 from dlr.explorer import EXAMPLES, Explorer, Later, Quiet, budget_slider, guarded, labelled
 from dlr.export import link, page
 from dlr.record import Record
-from dlr.runs import results_folder, write_atomically
+from dlr.runs import results_folder, slug, write_atomically
 from dlr.session import Session, checkpoints
 from dlr.stream import Progress, generate
 from dlr.views_compare import comparison
@@ -34,8 +34,9 @@ class Comparison(Quiet, W.VBox):
         self.error, self.records, self._owned = None, None, session is None
         self._sessions = {"first": session or Session(checkpoint)}
         self._sessions["second"] = self._sessions["first"]
+        self.source = self._sessions["first"].folder
         self._build(next(iter(EXAMPLES.values())) if text is None else text)
-        super().__init__([self.controls, self.view, self.downloads], layout=W.Layout(width="100%"))
+        super().__init__([self.controls, self.downloads, self.view], layout=W.Layout(width="100%"))
         self._later = Later(self.read)
         for widget in (self.text, self.budgets["first"], self.budgets["second"], self.plan):
             widget.observe(lambda _: self._later(), "value")
@@ -62,7 +63,13 @@ class Comparison(Quiet, W.VBox):
     @guarded
     def _pick(self) -> None:
         first, before = self._sessions["first"], self._sessions["second"]
-        self._sessions["second"] = first if self.picker.value == first.name else Session(self._there[self.picker.value])
+        if self.picker.value == before.name:
+            return
+        try:
+            self._sessions["second"] = first if self.picker.value == first.name else Session(self._there[self.picker.value])
+        except Exception:
+            self.picker.value = before.name                 # the model is still that one
+            raise
         if before is not first:
             before.close()
         self.read()
@@ -79,21 +86,24 @@ class Comparison(Quiet, W.VBox):
         one, two = self._sessions["first"], self._sessions["second"]
         if static:
             base = first if two is one else two.read(self.text.value)
-            second, note = two.static(base)
+            second, note = two.static(base, first.skip_ratio)
             names = (f"{one.name}, router", "best static plan" if note.startswith("best") else "static plan")
             note = f"Second: {note}, on the router’s own weights; whole layers, so its skip ratio is only near the first’s."
         else:
             second, note = self._side("second"), ""
             names = tuple(f"{s.name}, {self.budgets[side].value} %" for side, s in self._sessions.items())
-        self.records = (first, second)
+        self.records, self.names = (first, second), names
         self.view.value = comparison(first, second, names, (one.flops(first), two.flops(second)),
-                                     note=" ".join(filter(None, [one.note, note])))
+                                     note=" ".join(dict.fromkeys(filter(None, [one.note, two.note, one.cut(first), note]))))
         self.error = None
 
     def export(self, folder=None):
         """The comparison as one HTML file; returns its path."""
         try:
-            folder = Path(folder or results_folder() / "explorer" / "exports" / self.records[0].meta["text_hash"])
+            if self.error is not None:
+                raise ValueError("There is nothing to export: the view shows an error.")
+            name = slug("-".join([self.records[0].meta["text_hash"], *self.names]))
+            folder = Path(folder or results_folder() / "explorer" / "exports" / name)
             write_atomically(folder / "comparison.html", page(self.view.value, "Comparison"))
             self.downloads.value = f"Written: {link(folder / 'comparison.html')}"
             return folder / "comparison.html"
@@ -119,8 +129,9 @@ class Generator(Quiet, W.VBox):
     """
 
     def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None):
-        self.error, self.progress, self._task, self._stopped = None, None, None, False
+        self.error, self.progress, self._task, self._stopped, self._seed = None, None, None, False, -1
         self._owned, self.session = session is None, session or Session(checkpoint)
+        self.source = self.session.folder
         self.prompt = W.Textarea(prompt, layout=W.Layout(width="98%", height="72px"), tooltip="prompt")
         self.budget = budget_slider(self.session)
         self.tokens = W.IntSlider(value=60, min=5, max=400, layout=W.Layout(width="98%"))
@@ -137,7 +148,7 @@ class Generator(Quiet, W.VBox):
 
     def run(self) -> None:
         """Starts; in a kernel as a task of its event loop, so that Stop is heard, elsewhere to the end at once."""
-        self._stopped = False
+        self._stopped, self._seed = False, self._seed + 1
         self.start.disabled, self.stop.disabled = True, False
         try:
             self._task = asyncio.get_running_loop().create_task(self._stream())
@@ -151,11 +162,11 @@ class Generator(Quiet, W.VBox):
     async def _stream(self) -> None:
         try:
             steps = generate(self.session, self.prompt.value, self.tokens.value,
-                             self.session.threshold(self.budget.value / 100), self.temperature.value)
+                             self.session.threshold(self.budget.value / 100), self.temperature.value, self._seed)
             for progress in steps:
                 self._draw(progress)
                 if self._stopped:
-                    progress.done = True
+                    progress.done = progress.stopped = True
                     self._draw(progress)
                     break
                 await asyncio.sleep(0.005)          # lets the kernel hear the stop button
@@ -181,7 +192,8 @@ class Generator(Quiet, W.VBox):
 
 
 class Workbench(Quiet, W.Tab):
-    """Explore, Compare and Generate as tabs, on one model; the later two are made when first opened.
+    """Explore, Compare and Generate as tabs, each with a copy of the model; the later two are made when opened, and anew
+    where the explorer has another checkpoint by then.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; the message names those there are.
@@ -195,13 +207,24 @@ class Workbench(Quiet, W.Tab):
         self.observe(lambda _: self._open(), "selected_index")
 
     def _open(self) -> None:
-        """Builds the tab just chosen, each on the checkpoint the explorer has then."""
-        source = self.explorer.session.folder
-        if self.selected_index == 1 and self.comparison is None:
-            self.comparison = Comparison(source, self.explorer.text.value)
-        elif self.selected_index == 2 and self.generator is None:
-            self.generator = Generator(source)
-        self.children = (self.explorer, self.comparison or W.VBox(), self.generator or W.VBox())
+        """Builds the tab just chosen on the checkpoint the explorer has then; an error shows in its place."""
+        source, tabs = self.explorer.session.folder, list(self.children)
+        try:
+            if self.selected_index == 1 and self._stale(self.comparison, source):
+                tabs[1] = self.comparison = Comparison(source, self.explorer.text.value)
+            elif self.selected_index == 2 and self._stale(self.generator, source):
+                tabs[2] = self.generator = Generator(source)
+        except Exception as error:
+            tabs[self.selected_index] = W.HTML(views.message(error))
+        self.children = tabs
+
+    @staticmethod
+    def _stale(tab, source) -> bool:
+        """Whether the tab must be made; one on another checkpoint is closed first."""
+        if tab is not None and tab.source != source:
+            tab.close()
+            return True
+        return tab is None
 
     def close(self) -> None:
         """Closes every tab and frees every model."""

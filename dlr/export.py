@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from dlr.record import Record
-from dlr.runs import plain, results_folder, write_atomically
+from dlr.runs import plain, results_folder, slug, write_atomically
 from dlr.tokens import kinds, shown
 from dlr.views import Cost, Look, grid
 
@@ -78,8 +78,9 @@ def picture(record: Record, kind: str = "png", look: Look = Look()) -> bytes:
 
 
 def default_folder(record: Record) -> Path:
-    """results/explorer/exports/<hash of the text>-skip<percent>."""
-    return results_folder() / "explorer" / "exports" / f"{record.meta['text_hash']}-skip{round(100 * record.skip_ratio)}"
+    """results/explorer/exports/<hash of the text>-<model>-skip<percent>."""
+    name = slug(f"{record.meta['text_hash']}-{record.meta['model']}-skip{round(100 * record.skip_ratio)}")
+    return results_folder() / "explorer" / "exports" / name
 
 
 def export(record: Record, view: str, folder: str | Path | None = None, cost: Cost | None = None, look: Look = Look(),

@@ -8,7 +8,7 @@ from matplotlib.collections import PolyCollection
 from dlr.palette import ink, ramp
 from dlr.record import Record
 from dlr.tokens import shown, width
-from dlr.views import Look, bounds, depths, grid, level, lines_of
+from dlr.views import Look, bounds, depths, grid, level, lines_of, number, said_plan
 
 KEPT, SKIPPED = "#aeb7c0", "#edf0f3"
 INCH_A_COLUMN, INCH_A_ROW = 0.077, 0.075
@@ -18,8 +18,11 @@ def _cells(axes, left: float, size: float, top: float, shares: list[float], alwa
     boxes, colours = [], []
     for row, share in enumerate(shares):
         y = top + row
-        boxes.append([(left, y), (left + size, y), (left + size, y + 0.88), (left, y + 0.88)])
-        colours.append(SKIPPED if share == 0 else KEPT if always[row] else colour)
+        parts = [(1.0, SKIPPED)] * (share < 1) + [(share, KEPT if always[row] else colour)] * (share > 0)
+        for part, shade in parts:                            # half a cell for half a layer
+            bottom = y + 0.88 * part
+            boxes.append([(left, y), (left + size, y), (left + size, bottom), (left, bottom)])
+            colours.append(shade)
     axes.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="none"))
 
 
@@ -36,8 +39,8 @@ def token_map(record: Record, look: Look = Look(), columns: int = 96):
     axes.set(xlim=(-5, columns + 13), ylim=(block * len(lines) + 1.5, -5.2))
     axes.axis("off")
     fixed = {"family": ["DejaVu Sans Mono"], "fontsize": 7, "ha": "center", "parse_math": False, "clip_on": True}
-    for number, line in enumerate(lines):
-        top, left = number * block + 2.2, 0.0
+    for place, line in enumerate(lines):
+        top, left = place * block + 2.2, 0.0
         for i in line:
             size = max(3, width(tokens[i].marked))
             colour = colours[level(found[i], low, high)]
@@ -54,8 +57,8 @@ def token_map(record: Record, look: Look = Look(), columns: int = 96):
             rate = float(table[:, row].mean())
             axes.add_patch(plt.Rectangle((left + 0.8, top + row), 6 * rate, 0.88, color="#59636e", lw=0))
     axes.text(-4.6, -3.4, f"{100 * record.skip_ratio:.1f} % skipped · {float(record.active_layers.mean()):.2f} of "
-              f"{meta['layers']} layers a token · perplexity {record.perplexity():.2f} routed, "
-              f"{record.perplexity('dense'):.2f} dense", fontsize=8, va="center", parse_math=False)
+              f"{meta['layers']} layers a token · perplexity {number(record.perplexity(), 2, '–')} routed, "
+              f"{number(record.perplexity('dense'), 2, '–')} dense · {said_plan(record)}", fontsize=7, va="center", parse_math=False)
     axes.text(-4.6, block * len(lines) + 0.8, "grey: always kept · shade and number: layers the token ran · pale: skipped · "
               "bars: share of all tokens that ran the layer", fontsize=6, color="#59636e", va="center")
     with warnings.catch_warnings():

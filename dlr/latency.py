@@ -6,39 +6,23 @@ Every routed system runs its router, and then follows a recorded plan, so that a
 import contextlib
 import itertools
 import statistics
-import time
 import weakref
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch.utils.benchmark import timer              # waits for an accelerator before it reads the clock
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from dlr.config import RouterConfig, fast_bf16
 from dlr.flops import flops_per_token, router_flops
-from dlr.policy import Policy
+from dlr.policy import RecordedPlan
 from dlr.progress import tqdm
 from dlr.routed import Routing, attach
 from dlr.shapes import random_model, recorded_gates
 
 SYSTEMS = ("dense", "truncation", "masked", "two-pass", "compact")
-
-
-class RecordedPlan(Policy):
-    """Runs the router, for its cost, and follows recorded gates `[n, U]`: token i of a batch's rows follows row i."""
-    reads_hidden = True
-
-    def __init__(self, gates: torch.Tensor):
-        self.gates, self.next = gates.float(), 0
-
-    def __call__(self, routing, hidden, current):
-        logits = routing.router(hidden)
-        batch, length = hidden.shape[:2]
-        index = (self.next + torch.arange(batch * length)) % len(self.gates)
-        if not current.first_pass:
-            self.next = int(index[-1]) + 1
-        return self.gates[index].view(batch, length, -1).to(hidden.device), logits
 
 
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
@@ -89,12 +73,23 @@ class Subject:
         """Speed-up over dense if time were proportional to the layers run."""
         return self.layers / self.active(skip)
 
+    def plan(self, skip: float, tokens: int | None = None) -> torch.Tensor:
+        """Recorded gates `[n, U]`, beginning with `tokens` neighbours whose mean skip is as near `skip` as any such have.
+
+        A few tokens may well run deeper or shallower than all do on average; truncation does not.
+        """
+        gates = self.gates[skip]
+        if tokens is None or tokens >= len(gates):
+            return gates
+        means = 1 - gates.mean(1).unfold(0, tokens, 1).mean(1)
+        return gates.roll(-int((means - skip).abs().argmin()), 0)
+
     @contextlib.contextmanager
-    def as_system(self, system: str, skip: float):
-        """The model set up as one of SYSTEMS at one skip ratio."""
+    def as_system(self, system: str, skip: float, tokens: int | None = None):
+        """The model set up as one of SYSTEMS at one skip ratio, for a piece of work of so many tokens."""
         routing, config = self.routing, self.model.config
         before = routing.execution, routing.config.strategy, config.num_hidden_layers
-        policy = None if system in ("dense", "truncation") else RecordedPlan(self.gates[skip])
+        policy = None if system in ("dense", "truncation") else RecordedPlan(self.plan(skip, tokens))
         routing.execution = "compact" if system == "compact" else "masked"
         routing.config.strategy = "two_pass" if system == "two-pass" else "single_pass"
         try:
@@ -113,16 +108,14 @@ def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int 
     return Subject(name, model, routing, {s: recorded_gates(logits, routing.units, s) for s in {0.0, *skips}})
 
 
-def _wait(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Prefill:
     """One forward pass over `length` tokens with last-token logits. Times the layers apart from the whole."""
     label = "prefill"
     systems = SYSTEMS
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
 
     def __init__(self, subject: Subject, batch: int, length: int):
         self.subject, self.batch, self.length = subject, batch, length
@@ -133,10 +126,10 @@ class Prefill:
     def run(self) -> dict[str, float]:
         """Seconds by part: 'layers' (embedding to final norm) and 'end to end'."""
         marks = []
-        hook = self.subject.routing.decoder.register_forward_hook(lambda *a: marks.append(_wait(self.ids.device)))
-        start = _wait(self.ids.device)
+        hook = self.subject.routing.decoder.register_forward_hook(lambda *a: marks.append(timer()))
+        start = timer()
         self.subject.model(self.ids, use_cache=False, logits_to_keep=1)
-        end = _wait(self.ids.device)
+        end = timer()
         hook.remove()
         return {"layers": marks[-1] - start, "end to end": end - start}
 
@@ -145,6 +138,10 @@ class Decode:
     """`steps` greedy-shaped steps of one token a sequence after a context; seconds a step."""
     label = "decode"
     systems = ("dense", "truncation", "masked", "compact")            # two passes have no cached form
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.steps
 
     def __init__(self, subject: Subject, batch: int, length: int, steps: int = 16):
         self.subject, self.batch, self.length, self.steps = subject, batch, length, steps
@@ -164,10 +161,10 @@ class Decode:
         """Seconds a step, 'end to end'."""
         model = self.subject.model
         cache = self._context(model.config.num_hidden_layers)
-        start = _wait(self.prompt.device)
+        start = timer()
         for step in range(self.steps):
             model(self.prompt[:, step:step + 1], past_key_values=cache, logits_to_keep=1)
-        end = _wait(self.prompt.device)
+        end = timer()
         cache.crop(-self.steps)
         return {"end to end": (end - start) / self.steps}
 
@@ -200,7 +197,7 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
     times: dict[tuple, list[float]] = {}
     for repeat in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}", unit="turn"):
         for system, skip, depth in variants:
-            with subject.as_system(system, skip):
+            with subject.as_system(system, skip, work.tokens):
                 subject.model.config.num_hidden_layers = depth
                 for part, seconds in work.run().items():
                     if repeat:                                            # the first turn warms up
@@ -236,18 +233,50 @@ def _table(subject: Subject, work, times: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def row_costs(work: Prefill, skips: list[float], repeats: int = 9) -> pd.DataFrame:
+    """What the matrix library leaves of the layer-count bound: it works slower on few rows than on many.
+
+    Times the layer's largest product alone, at the rows each layer of the plan keeps, in turns.
+
+    Columns: skip; bound; product_bound, the speed-up over dense if every layer's time went as its largest product's does;
+    row_cost, the mean time of a kept row there relative to one of a full pass.
+    """
+    subject = work.subject
+    layer = subject.routing.layers[subject.routing.first]
+    largest = max((m for m in layer.modules() if isinstance(m, torch.nn.Linear)), key=lambda m: m.weight.numel())
+    total = work.batch * work.length
+    plans = {skip: subject.plan(skip, total) for skip in skips}
+    kept = {skip: [int(n) for n in plan[torch.arange(total) % len(plan)].sum(0)] for skip, plan in plans.items()}
+    x = torch.randn(total, largest.in_features, dtype=largest.weight.dtype, device=largest.weight.device)
+    times: dict[int, list[float]] = {n: [] for n in sorted({total, *itertools.chain(*kept.values())} - {0})}
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            for n, found in times.items():
+                start = timer()
+                largest(x[:n])
+                found.append(timer() - start)
+    cost = {0: 0.0} | {n: statistics.median(found[1:]) for n, found in times.items()}
+    rows = []
+    for skip in skips:
+        run = sum(cost[n] for n in kept[skip]) / cost[total]
+        always = subject.layers - subject.routing.units
+        rows.append({"skip": skip, "bound": subject.bound(skip), "product_bound": subject.layers / (always + run),
+                     "row_cost": run / (sum(kept[skip]) / total)})
+    return pd.DataFrame(rows)
+
+
 def counts(work: Prefill, skips: list[float], systems=("dense", "masked", "compact")) -> pd.DataFrame:
     """FLOPs of a prefill, by the counter (with eager attention) and in closed form; memory over dense; K/V bytes."""
     subject, model, rows = work.subject, work.subject.model, []
     weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     own, dense_peak = model.config._attn_implementation, None
     for system, skip in [(s, k) for s in systems for k in ([0.0] if s == "dense" else skips)]:
-        with subject.as_system(system, skip):
+        with subject.as_system(system, skip, work.tokens):
             model.set_attn_implementation("eager")
             with FlopCounterMode(display=False) as counter:
                 model(work.ids, use_cache=False, logits_to_keep=1)
             model.set_attn_implementation(own)
-        with subject.as_system(system, skip), PeakMemory() as memory:
+        with subject.as_system(system, skip, work.tokens), PeakMemory() as memory:
             cache = model(work.ids, use_cache=True, logits_to_keep=1).past_key_values
         kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         dense_peak = memory.peak if dense_peak is None else dense_peak

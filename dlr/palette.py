@@ -60,7 +60,8 @@ _RULES = """
  border:1px solid var(--line);border-radius:10px;padding:16px 18px;box-sizing:border-box;text-align:left}
 .dlr *{box-sizing:border-box}
 .dlr h4{font-size:13px;font-weight:600;margin:0 0 8px;color:var(--fg);line-height:1.3}
-.dlr small,.dlr-muted{color:var(--muted);font-size:12px;font-weight:400}
+.dlr-by{margin:6px 2px 0}
+.dlr small,.dlr-muted,.dlr-by{color:var(--muted);font-size:12px;font-weight:400}
 .dlr-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 16px}
 .dlr-tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 12px;min-width:0}
 .dlr-tile span,.dlr-tile small{display:block}
@@ -96,7 +97,7 @@ _RULES = """
 .dlr-c{flex:0 0 auto;min-width:21px;text-align:center;margin-right:1px;padding:0}
 .dlr-c bdi{display:block;font-size:12px;line-height:19px;height:19px;white-space:pre;padding:0 1px}
 .dlr-c svg{display:block;width:100%;background:var(--faint)}
-.dlr-c .r{fill:var(--c)}
+.dlr-c .r{fill:var(--c);stroke:var(--muted);stroke-width:.7;vector-effect:non-scaling-stroke}
 .dlr-c .k{fill:var(--kept)}
 .dlr-c .a{fill:#D55E00}
 .dlr-c .b{fill:#0072B2}

@@ -112,8 +112,13 @@ class Record:
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
-    """The text each token adds; a byte-level piece that is no whole character shows as U+FFFD."""
-    return [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+    """The text each token adds; a byte-level piece that is no whole character shows as U+FFFD.
+
+    SentencePiece decoders drop the space that opens a word where a text begins, so here at every token: it is put back.
+    """
+    texts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+    opens = [str(name).startswith("\N{LOWER ONE EIGHTH BLOCK}") for name in tokenizer.convert_ids_to_tokens(list(ids))]
+    return [f" {text}" if space and not text.startswith(" ") else text for text, space in zip(texts, opens)]
 
 
 def _losses(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,6 +77,9 @@ def plan_rows(gates: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
             tables.append(None)
             continue
         flat = np.flatnonzero(unit & present)
+        if not len(flat):                                # most units of most decode steps
+            tables.append((flat, np.zeros((batch, 0), dtype=np.int64), flat))
+            continue
         sequence, place = np.divmod(flat, length)
         counts = np.bincount(sequence, minlength=batch)
         rank = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -50,6 +51,11 @@ def atomic_file(path: Path):
                                    "space or choose another folder with DLR_RESULTS.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def slug(text: str) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-")
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:

@@ -51,7 +51,9 @@ def add_parser(commands, formatter) -> None:
 def explore(arguments) -> int:
     """Runs the command; returns its exit status."""
     if arguments.serve:
-        return serve(arguments.checkpoint, arguments.port, not arguments.no_browser)
+        if arguments.skip is not None or arguments.out or arguments.plain:
+            raise ValueError("--serve takes --checkpoint, a text, --port and --no-browser; budget and export are in the page.")
+        return serve(arguments.checkpoint, arguments.port, not arguments.no_browser, arguments.text)
     text = arguments.text
     if text is None:
         if sys.stdin.isatty():
@@ -65,20 +67,21 @@ def explore(arguments) -> int:
     record = session.read(text, threshold=threshold)
     cost = session.timed(record)
     print(terminal.view(record, cost, colour=not arguments.plain and terminal.wants_colour()))
-    if session.note:
-        print(f"\n{session.note}")
+    note = " ".join(filter(None, [session.note, session.cut(record)]))
+    if note:
+        print(f"\n{note}")
     if arguments.out:
-        for path in export(record, views.view(record, cost, note=session.note), arguments.out, cost):
+        for path in export(record, views.view(record, cost, note=note), arguments.out, cost):
             print(path)
     return 0
 
 
-def notebook(checkpoint: str | None) -> str:
+def notebook(checkpoint: str | None, text: str | None = None) -> str:
     """The one-cell notebook behind the page, as JSON."""
     import nbformat
     if checkpoint and Path(checkpoint).exists():          # a folder, not a label: the server runs elsewhere
         checkpoint = str(Path(checkpoint).resolve())
-    source = f"from dlr.explorer_tabs import Workbench\nWorkbench({checkpoint!r})"
+    source = f"from dlr.explorer_tabs import Workbench\nWorkbench({checkpoint!r}, {text!r})"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     book.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return nbformat.writes(book)
@@ -91,7 +94,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(checkpoint: str | None = None, port: int = 0):
+def server(checkpoint: str | None = None, port: int = 0, text: str | None = None):
     """A running Voilà server of the explorer; yields its address. It listens on 127.0.0.1 only.
 
     Raises:
@@ -101,7 +104,7 @@ def server(checkpoint: str | None = None, port: int = 0):
     port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="dlr-explore-") as folder:
         book, log = Path(folder) / "explorer.ipynb", Path(folder) / "log.txt"
-        book.write_text(notebook(checkpoint), encoding="utf-8")
+        book.write_text(notebook(checkpoint, text), encoding="utf-8")
         template = Path(folder) / "share" / "voila" / "templates" / "dlr"
         template.mkdir(parents=True)
         (template / "index.html.j2").write_text(TEMPLATE, encoding="utf-8")
@@ -140,11 +143,11 @@ def _await(process, address: str, log: Path, seconds: float = 90) -> None:
                   f"words: {log.read_text(errors='replace')[-600:].strip()}")
 
 
-def serve(checkpoint: str | None, port: int, browser: bool) -> int:
+def serve(checkpoint: str | None, port: int, browser: bool, text: str | None = None) -> int:
     """Serves until interrupted."""
     from dlr.session import folder_of
     folder_of(checkpoint)                 # a missing checkpoint is said here, not in the page
-    with server(checkpoint, port) as address:
+    with server(checkpoint, port, text) as address:
         print(f"The explorer is at {address} (this machine only). Ctrl-C ends it.", flush=True)
         if browser:
             import webbrowser

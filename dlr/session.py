@@ -20,12 +20,13 @@ from transformers.utils import logging as bars
 
 from dlr.calibration import DIAL, calibration_curve, threshold_at
 from dlr.checkpoint import CONFIG, from_pretrained
+from dlr.config import RouterConfig
 from dlr.data import load_documents, padded_batches
 from dlr.evaluate import device_of, router_logits
 from dlr.flops import router_flops, text_flops
 from dlr.models import NANO, NANO_ROUTER
 from dlr.objective import frozen_base
-from dlr.policy import Policy, StaticPlan
+from dlr.policy import GivenPlan, Policy, RecordedPlan, StaticPlan
 from dlr.record import Record, record
 from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of
 from dlr.runs import METRICS, finished_runs, project_root, results_folder
@@ -69,13 +70,15 @@ def folder_of(checkpoint: str | Path | None) -> Path:
                             "python -m dlr run trains one; give its checkpoint folder.")
 
 
-def static_order(base: dict) -> list[int] | None:
-    """Units in the order in which the best static plan drops them, from any finished run on this base model."""
-    name = base.get("name") or "nano"
+def static_order(config: RouterConfig) -> list[int] | None:
+    """Units in the order in which the best static plan drops them, from any finished run with this base and these units."""
+    name, units = config.base.get("name") or "nano", ("always_keep", "keep_last", "unit")
     for phase in ("pareto", "token_routing"):
         for root in (results_folder(), project_root() / "results"):
             for run in finished_runs(phase, root).values():
-                if run["run"].get("settings", {}).get("model") not in ({"nano"} if name == NANO_NAME else {name}):
+                settings = run["run"].get("settings", {})
+                if settings.get("model") not in ({"nano"} if name == NANO_NAME else {name}) or any(
+                        settings.get(unit, getattr(config, unit)) != getattr(config, unit) for unit in units):
                     continue
                 for row in run["metrics"]["rows"]:
                     if row.get("order"):
@@ -117,11 +120,20 @@ class Session:
     @property
     def calibrated(self) -> float:
         """The skip ratio the stored threshold was calibrated to, within the dial."""
-        return min(self.routing.config.calibrated_skip or 0.0, DIAL[-1])
+        known = self.routing.config.calibrated_skip
+        if known is None:                                   # the ratio that the threshold it was left with gives
+            distance = [abs(at - self.routing.config.threshold) for at in self.curve()]
+            known = DIAL[distance.index(min(distance))]
+        return min(known, DIAL[-1])
 
     def length(self, text: str) -> int:
         """Tokens of `text`, the opening one included."""
         return 1 + len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def cut(self, found: Record | None) -> str:
+        """Says so where a text was cut to the context; else ''."""
+        tokens = 0 if found is None else self.length(found.meta["text"])
+        return f"Cut to {len(found):,} of {tokens:,} tokens, the model's context." if tokens > self.context else ""
 
     # -- records ----------------------------------------------------------------------------------------------------
     def read(self, text: str, policy: Policy | None = None, threshold: float | None = None) -> Record:
@@ -141,9 +153,13 @@ class Session:
         config = self.routing.config
         if config.calibrated_skip is not None and abs(skip - config.calibrated_skip) < 0.005:
             return config.threshold
-        if not self._curve and skip > 0:
+        return threshold_at(self.curve() if skip > 0 else self._curve or [0.0] * len(DIAL), skip)
+
+    def curve(self) -> list[float]:
+        """Thresholds along the dial: those stored with the router, or measured here once."""
+        if not self._curve:
             self._curve = self._measured_curve()
-        return threshold_at(self._curve or [0.0] * len(DIAL), skip)
+        return self._curve
 
     def _measured_curve(self) -> list[float]:
         documents = load_documents("embedded", "calibration")
@@ -162,19 +178,19 @@ class Session:
         """`found` with the routed losses and predictions at its own threshold (two forward passes)."""
         return self.read(found.meta["text"], threshold=found.meta["threshold"])
 
-    def static(self, found: Record) -> tuple[Record, str]:
-        """The same text under the best static plan whose skip ratio is nearest to that of `found`, and what it is.
+    def static(self, found: Record, skip: float | None = None) -> tuple[Record, str]:
+        """The same text under the best static plan whose skip ratio is nearest to `skip` (that of `found`), and what it is.
 
         The plan runs on this checkpoint's own weights, which were healed under the router's plans.
         """
-        units, order = self.routing.units, static_order(self.routing.config.base)
+        units, order = self.routing.units, static_order(self.routing.config)
         what = "best static plan (greedy order of a finished run on this base)"
         if order is None or sorted(order) != list(range(units)):
             order = found.gates.float().mean(0).argsort(stable=True).tolist()
             what = "static plan of the layers this router keeps least here (no finished run tells the best static order)"
         free = (found.position >= found.meta["keep_first_tokens"]).float().mean().item() or 1.0
         gates = torch.ones(units)
-        gates[order[:min(units, round(found.skip_ratio * units / free))]] = 0.0
+        gates[order[:min(units, round((found.skip_ratio if skip is None else skip) * units / free))]] = 0.0
         return self.read(found.meta["text"], policy=StaticPlan(gates)), what
 
     # -- cost -------------------------------------------------------------------------------------------------------
@@ -186,24 +202,27 @@ class Session:
         return Cost(text_flops(config, layers, found.position), text_flops(config, found.active_layers, found.position, router),
                     execution=self.routing.execution)
 
-    @torch.no_grad()
     def timed(self, found: Record, repeats: int = 3) -> Cost:
-        """`flops` with the milliseconds of one forward pass: base model, routed, and every layer with LoRA; interleaved,
-        medians of `repeats`."""
+        """`flops` with the milliseconds of one forward pass, medians of `repeats` turns."""
+        return self.cost(found, [self.turn(found) for _ in range(repeats)])
+
+    def cost(self, found: Record, turns: list[dict[str, float]]) -> Cost:
+        """`flops` with the medians of what `turn` measured."""
+        return replace(self.flops(found), **{f"ms_{name}": 1000 * statistics.median(turn[name] for turn in turns)
+                                             for name in turns[0]})
+
+    @torch.no_grad()
+    def turn(self, found: Record) -> dict[str, float]:
+        """Seconds of one forward pass: 'dense', the base model; 'routed', the plan of `found` and the router that made it on
+        the base's weights, which is what merging LoRA leaves; 'unmerged', the same with LoRA's products apart."""
         ids = found.ids[None].to(device_of(self.model))
-        config, times = self.routing.config, {"dense": [], "routed": [], "adapted": []}
-        before, config.threshold = config.threshold, found.meta["threshold"]
-        try:
-            for _ in range(repeats):
-                with frozen_base(self.model, self.routing):
-                    times["dense"].append(self._seconds(ids))
-                times["routed"].append(self._seconds(ids))
-                with self.routing.disabled():
-                    times["adapted"].append(self._seconds(ids))
-        finally:
-            config.threshold = before
-        medians = {f"ms_{name}": 1000 * statistics.median(values) for name, values in times.items()}
-        return replace(self.flops(found), **medians)
+        plan = RecordedPlan(found.gates) if found.meta["policy"] == "RouterPolicy" else GivenPlan(found.gates[None])
+        with frozen_base(self.model, self.routing):
+            dense = self._seconds(ids)
+            with self.routing.using(plan):
+                routed = self._seconds(ids)
+        with self.routing.using(plan):
+            return {"dense": dense, "routed": routed, "unmerged": self._seconds(ids)}
 
     def _seconds(self, ids: torch.Tensor) -> float:
         started = time.perf_counter()

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from dlr.data import opening_token
 from dlr.evaluate import device_of
 from dlr.objective import frozen_base
+from dlr.record import pieces
 from dlr.session import Session
 from dlr.tokens import piece_bytes
 
@@ -44,6 +45,7 @@ class Progress:
     execution: str
     bytes: dict[str, str] = field(default_factory=dict)
     done: bool = False
+    stopped: bool = False
 
 
 class _Stream:
@@ -81,7 +83,7 @@ class _Stream:
         else:
             chosen = int(logits.argmax())
         self.side.ids.append(chosen)
-        self.side.pieces.append(self.session.tokenizer.decode([chosen], clean_up_tokenization_spaces=False))
+        self.side.pieces.append(pieces(self.session.tokenizer, [chosen])[0])
         self.next = torch.tensor([[chosen]], device=self.next.device)
         return chosen not in self.stop_ids
 

@@ -9,7 +9,7 @@ import sys
 from dlr.palette import ink, ramp
 from dlr.record import Record
 from dlr.tokens import shown, spans
-from dlr.views import Cost, Look, bounds, depths, grid, level, number
+from dlr.views import Cost, Look, bounds, depths, grid, level, number, said_execution
 
 _SMALL = str.maketrans("0123456789.", "₀₁₂₃₄₅₆₇₈₉.")
 RESET = "\x1b[0m"
@@ -54,7 +54,7 @@ def cost_line(record: Record, cost: Cost | None = None) -> str:
     if cost is not None:
         parts.insert(2, f"FLOPs {cost.flops_routed / cost.flops_dense:.3f} × dense")
         if cost.ms_dense is not None:
-            parts.append(f"{cost.ms_routed:.0f} ms routed, {cost.ms_dense:.0f} ms dense ({cost.execution} execution)")
+            parts.append(f"{cost.ms_routed:.0f} ms routed, {cost.ms_dense:.0f} ms dense ({said_execution(cost.execution)})")
     return " · ".join(parts)
 
 

@@ -23,7 +23,7 @@ def visible(piece: str, spaces: bool = True) -> str:
             out.append(c)
         elif c in MARKS:
             out.append(MARKS[c])
-        elif unicodedata.category(c) in _UNSEEN:
+        elif unicodedata.category(c) in _UNSEEN or c.isspace():
             out.append(f"‹{ord(c):04X}›")
         else:
             out.append(c)

@@ -14,7 +14,7 @@ from dlr.palette import LEVELS, stylesheet
 from dlr.record import Record
 from dlr.tokens import Shown, kinds, shown, spans, visible, width
 
-ROW_COLUMNS = 128              # fixed-width characters a line of the heatmap holds
+ROW_COLUMNS = 112              # fixed-width characters a line of the heatmap holds
 KEPT, RUN, SKIPPED = "k", "r", ""
 
 
@@ -25,7 +25,7 @@ class Cost:
     flops_routed: float
     ms_dense: float | None = None
     ms_routed: float | None = None
-    ms_adapted: float | None = None          # every layer, LoRA on: what the adapters alone cost
+    ms_unmerged: float | None = None         # routed, with LoRA's products apart from the weights
     execution: str = "masked"
 
 
@@ -92,8 +92,11 @@ def _top_rows(record: Record, i: int) -> str:
     return "".join(rows)
 
 
-def card(record: Record, i: int, token: Shown, kind: str, ran: list[int], skipped: list[int]) -> str:
-    """Everything known about token `i`, as the panel that hovering or focusing it opens."""
+def card(record: Record, i: int, token: Shown, kind: str, shares: list[float]) -> str:
+    """Everything known about token `i`, as the panel that hovering or focusing it opens; `shares` of its layers ran."""
+    ran, half, skipped = ([k for k, s in enumerate(shares) if test(s)] for test in (
+        lambda s: s == 1, lambda s: 0 < s < 1, lambda s: s == 0))
+    half = f"<br>attention or MLP only {spans(half)}" if half else ""
     last = i + 1 == len(record) or record.document[i + 1] != record.document[i]
     none = "no next token" if last else "…"
     ahead = "" if last else f" (next: <code><bdi>{escape(visible(record.tokens[i + 1]))}</bdi></code>)"
@@ -103,7 +106,7 @@ def card(record: Record, i: int, token: Shown, kind: str, ran: list[int], skippe
         f"<span class=dlr-card role=note><q><bdi>{escape(token.marked)}</bdi></q>"
         f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · {kind}"
         f"</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{float(record.active_layers[i]):g}"
-        f" of {record.meta['layers']}</b><br>ran {spans(ran)}<br>skipped {spans(skipped)}</td></tr>"
+        f" of {record.meta['layers']}</b><br>ran {spans(ran)}{half}<br>skipped {spans(skipped)}</td></tr>"
         f"<tr><th>loss</th><td colspan=3>dense {dense} · routed {routed} nats{ahead}</td></tr>"
         f"<tr><th>KL</th><td colspan=3>{kl} nats, dense to routed</td></tr></table>"
         f"<table><tr><th colspan=2>dense predicts</th><th colspan=2>routed predicts</th></tr>{_top_rows(record, i)}</table>"
@@ -117,8 +120,6 @@ def strip(record: Record, look: Look = Look(), marked: set[int] = frozenset(), c
     found, table, tokens, labels = depths(record, look).tolist(), grid(record), shown(record), kinds(record)
     out, total = [], record.meta["layers"]
     for i, token in enumerate(tokens):
-        ran = (table[i] > 0).nonzero().flatten().tolist()
-        skipped = (table[i] < 1).nonzero().flatten().tolist()
         label = escape(f"{token.marked}: {found[i]:g} layers, position {int(record.position[i])}, {labels[i]}", quote=True)
         hint = "" if cards else f' title="{label}"'
         text, gap = (token.text if token.text.strip() else token.marked) or "∅", ""
@@ -127,7 +128,7 @@ def strip(record: Record, look: Look = Look(), marked: set[int] = frozenset(), c
         out.append(
             f'{gap}<span class="dlr-t dlr-l{level(found[i], low, high)}{" dlr-x" if i in marked else ""}" tabindex=0 '
             f'role=img aria-label="{label}"{hint} data-depth="{found[i]:g}"><bdi>{escape(text)}</bdi><sub>{found[i]:g}</sub>'
-            f"{card(record, i, token, labels[i], ran, skipped) if cards else ''}</span>")
+            f"{card(record, i, token, labels[i], table[i].tolist()) if cards else ''}</span>")
         if "\n" in record.tokens[i]:
             out.append("<br>")
     lines = f"of layers {look.layers(record).start}–{look.layers(record).stop - 1}" \
@@ -226,11 +227,11 @@ def cost_tile(label: str, value: str, note: str = "", hint: str = "") -> str:
             f"<small>{note}</small></div>")
 
 
-def said_execution(execution: str) -> str:
-    """What an execution means for the times beside it."""
+def said_execution(execution: str, lora: str = "LoRA as merged") -> str:
+    """What an execution, and where LoRA's products are made, mean for the times beside it."""
     if execution == "masked":
         return "every layer is computed: no gain in time"
-    return f"{execution} execution, LoRA not merged"
+    return f"{execution} execution, {lora}"
 
 
 def cost_line(record: Record, cost: Cost | None = None) -> str:
@@ -247,10 +248,10 @@ def cost_line(record: Record, cost: Cost | None = None) -> str:
                            f"{cost.flops_routed / 1e9:.2f} of {cost.flops_dense / 1e9:.2f} G",
                            "closed form; skipped layers still make keys and values; the router counts"))
         note = said_execution(cost.execution)
-        adapted = "" if cost.ms_adapted is None else f"; all layers with LoRA: {cost.ms_adapted:.1f} ms"
+        unmerged = "" if cost.ms_unmerged is None else f"; with LoRA not merged {cost.ms_unmerged:.1f} ms"
         tiles.append(cost_tile("milliseconds, routed / dense", f"{number(cost.ms_routed, 0)} / {number(cost.ms_dense, 0)}",
-                           note, "one forward pass of this text, medians of interleaved runs; dense is the base model "
-                           f"without adapters; {cost.execution} execution{adapted}"))
+                           note, "one forward pass of this text, medians of interleaved runs; routed runs this plan and "
+                           f"its router on the weights of the base model; {cost.execution} execution{unmerged}"))
     tiles.append(cost_tile("perplexity, routed / dense", f"{number(routed, 2, blank)} / {number(dense, 2, '–')}",
                        change or ("recomputing…" if len(record) > 1 else "needs two tokens"),
                        "exp of the mean loss of the predicted tokens of this text"))
@@ -267,6 +268,18 @@ def notice(text: str) -> str:
     return f"<p class=dlr-note>{escape(text)}</p>" if text else ""
 
 
+def caption(record: Record) -> str:
+    """Which model and which threshold made the plan."""
+    return f"<p class=dlr-by>{escape(said_plan(record))}</p>"
+
+
+def said_plan(record: Record) -> str:
+    """The same in plain text."""
+    routed = record.meta["policy"] == "RouterPolicy"
+    return f"{record.meta['model']}, " + (f"gates open above a router logit of {record.meta['threshold']:.3f}" if routed
+                                          else f"plan: {record.meta['policy']}")
+
+
 def message(error: BaseException | str) -> str:
     """An error, said in the view."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
@@ -277,5 +290,5 @@ def view(record: Record, cost: Cost | None = None, look: Look = Look(), note: st
     """Cost line, token strip and heatmap of one record."""
     hint = ("<div class=dlr-card><small>Hover over a token, or move to it with Tab: what it is, the layers it ran, its "
             "losses and what both models predict next.</small></div>")
-    return framed(f"{notice(note)}{cost_line(record, cost)}<div class=dlr-main>{strip(record, look)}{hint}</div>"
+    return framed(f"{notice(note)}{cost_line(record, cost)}{caption(record)}<div class=dlr-main>{strip(record, look)}{hint}</div>"
                   f"{heatmap(record, look)}", "depth of every token")

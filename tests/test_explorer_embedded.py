@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def digest(model) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def test_the_first_view_is_there_at_once():
+    """Under 5 s on a quiet machine; shared ones get three times that."""
+    start = time.perf_counter()
+    explorer = Explorer()
+    assert explorer.error is None and "data-depth" in explorer.view.value and time.perf_counter() - start < 15
+    explorer.close()
 
 
 def test_the_view_follows_text_budget_layers_and_shade(shared):

@@ -13,9 +13,9 @@ from dlr import terminal, views
 from dlr.config import RouterConfig
 from dlr.export import export, page, rows, to_json
 from dlr.palette import LEVELS, contrast, ink, ramp, stylesheet
-from dlr.record import Record
+from dlr.record import Record, pieces
 from dlr.session import Session
-from dlr.tokens import shown, spans, visible, width
+from dlr.tokens import piece_bytes, shown, spans, visible, width
 from dlr.views_compare import agreement, comparison, differing
 
 HOSTILE = ["<script>alert(1)</script>", "&lt;b&gt; &amp;amp;", "\"double\" 'single' `back`", "a\nb\n\nc", "tab\there",
@@ -118,6 +118,19 @@ def test_sublayer_records_show_halves(model, tokenizer):         # noqa: F811
     found = Session(model=model, tokenizer=tokenizer).read("halves of layers")
     assert torch.allclose(views.depths(found, views.Look()), found.active_layers)
     assert any("h1v0.45" in part for part in views.heatmap(found).split("<path"))
+
+
+def test_sentencepiece_words_keep_their_spaces_and_bytes_are_spelled():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+    words = ["<unk>", "</s>", "\u2581", "\u2581the", "\u2581cat", "s", "<0xF0>", "<0x9F>"]
+    bare = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    bare.normalizer = normalizers.Replace(" ", "\u2581")
+    bare.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", eos_token="</s>")
+    assert pieces(tokenizer, [3, 4, 5, 2]) == [" the", " cat", "s", " "]
+    assert piece_bytes(tokenizer, [3, 6, 7]) == {"6": "F0", "7": "9F"}
 
 
 def test_bytes_of_a_split_character_are_spelled_and_joined(session):
