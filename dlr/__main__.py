@@ -1,6 +1,7 @@
 """Command line of the workbook: `python -m dlr run`, `python -m dlr sweep`."""
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -75,6 +76,7 @@ def run(arguments) -> int:
         if arguments.force:
             (folder / "run.json").unlink(missing_ok=True)
             (folder / "log.csv").unlink(missing_ok=True)
+            shutil.rmtree(folder / "tasks", ignore_errors=True)
         started = time.time()
         print(f"{phase}: running notebook, results in {folder}", flush=True)
         run_notebook(phase, parameters)

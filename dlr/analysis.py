@@ -168,7 +168,7 @@ def agreement_with_static(record: Record, order: list[int]) -> float:
 def rank_correlation(x: np.ndarray, y: np.ndarray, document: np.ndarray) -> dict:
     """Spearman's rank correlation with its interval over documents (ranks are taken once, over all tokens).
 
-    0 where either never varies; pairs with a NaN are left out.
+    NaN where either never varies; pairs with a NaN are left out, and so are draws in which nothing varies.
     """
     known = ~(np.isnan(x) | np.isnan(y))
     a, b = (rankdata(v[known]) / max(1, known.sum()) - 0.5 for v in (x, y))
@@ -178,7 +178,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, document: np.ndarray) -> dict
     def pearson(table):
         n, a, b, aa, bb, ab = table.to_numpy().sum(0)
         spread = (aa - a * a / n) * (bb - b * b / n)
-        return float((ab - a * b / n) / np.sqrt(spread)) if spread > 1e-18 else 0.0
+        return float((ab - a * b / n) / np.sqrt(spread)) if spread > 1e-18 else float("nan")
 
     low, high = bootstrap(sums, pearson)
     return {"correlation": pearson(sums), "low": low, "high": high, "tokens": int(known.sum())}

@@ -5,6 +5,7 @@ on with the tasks that are missing.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -16,19 +17,29 @@ from dlr import wikitext
 from dlr.flops import flops_per_token, plan_flops_per_token
 from dlr.metering import Meter
 from dlr.progress import tqdm
-from dlr.runs import plain, write_atomically
+from dlr.runs import plain, slug, write_atomically
 from dlr.tasks import PERPLEXITIES, load_tasks, notes_of
 
 Z = 1.96                                    # half a 95 % interval in standard errors
 
 
+def _metrics(result: dict) -> list[tuple[str, str]]:
+    """(metric, filter) of every score in a result, accuracies first, otherwise as the task's definition lists them."""
+    found = [tuple(key.split(",", 1)) for key in result if "," in key and not key.split(",")[0].endswith("_stderr")]
+    return sorted(found, key=lambda pair: pair[0] not in ("acc", "exact_match"))
+
+
 def _headline(result: dict) -> tuple[str, str] | None:
-    """(metric, filter) a table shows: the first the task's definition lists."""
-    for key in result:
-        metric, _, chosen = key.partition(",")
-        if chosen and not metric.endswith("_stderr"):
-            return metric, chosen
-    return None
+    """The (metric, filter) a table shows first."""
+    return next(iter(_metrics(result)), None)
+
+
+def _data_digest(task, texts: list[str] | None = None) -> str:
+    """Of the rows a task scores and shows as examples: results of other data are not taken for this one's."""
+    digest = hashlib.sha256()
+    for row in texts if task is None else [task.VERSION, *task.eval_docs, *(task.fewshot_docs() or ())]:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _chance(samples: list[dict]) -> float | None:
@@ -42,7 +53,11 @@ def _run_task(lm, name: str, task, limit: float | None) -> dict:
     from lm_eval.utils import handle_non_serializable
     meter = lm.restart_meter()
     with contextlib.redirect_stderr(io.StringIO()) if os.environ.get("DLR_TERMINAL") else contextlib.nullcontext():
-        whole = evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit)
+        try:
+            whole = evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit)
+        except AssertionError as error:                  # how the harness refuses, for example more examples than there are
+            raise ValueError(f"lm-evaluation-harness refuses {name}: {error or 'an assertion failed'} "
+                             f"(num_fewshot={task.get_config('num_fewshot')}).") from error
     samples = whole.pop("samples")[name]
     metric = _headline(whole["results"][name])
     outcomes = [sample.get(metric[0]) for sample in samples if sample["filter"] == metric[1]] if metric else []
@@ -58,8 +73,7 @@ def _run_task(lm, name: str, task, limit: float | None) -> dict:
             "outcomes": "".join(str(int(v)) for v in outcomes) if binary else None, "meter": asdict(meter)}
 
 
-def _run_perplexity(lm, name: str, data_dir: str | None, limit: float | None) -> dict:
-    texts = wikitext.texts_of(name, data_dir)
+def _run_perplexity(lm, texts: list[str], limit: float | None) -> dict:
     if limit:
         texts = texts[:math.ceil(limit * len(texts)) if limit < 1 else int(limit)]
     meter = lm.restart_meter()
@@ -89,7 +103,9 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
     with tqdm(total=len(leaves), desc=lm.loaded.name, unit="task") as bar:
         for name in leaves:
             task, path = suite["tasks"].get(name), Path(folder) / f"{name}.json"
-            settings = {"digest": lm.loaded.digest, "limit": limit, "local": data_dir is not None,
+            texts = wikitext.texts_of(name, data_dir) if task is None else None
+            settings = {"digest": lm.loaded.digest, "limit": limit, "data": _data_digest(task, texts),
+                        "max_length": lm.max_length,
                         "num_fewshot": task.get_config("num_fewshot") if task is not None else None}
             if match is not None and lm.loaded.order is not None:
                 met = Meter(**match[name]["meter"])
@@ -98,7 +114,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
             found = _stored(path, settings)
             kept += found is not None
             if found is None:
-                found = _run_perplexity(lm, name, data_dir, limit) if task is None else _run_task(lm, name, task, limit)
+                found = _run_perplexity(lm, texts, limit) if task is None else _run_task(lm, name, task, limit)
                 found = plain({"settings": settings, "notes": notes_of(task, data_dir) if task is not None else []} | found)
                 write_atomically(path, json.dumps(found, indent=1) + "\n")
             records[name] = found
@@ -140,7 +156,8 @@ def score_of(name: str, benchmark: dict, group_tasks: list[str]) -> dict:
     out |= {"metric": ",".join(metric), "score": result[",".join(metric)],
             "stderr": error if isinstance(error, float) else None,
             "chance": sum(chances) / len(chances) if None not in chances else None,
-            "notes": sorted({note for record in chosen for note in record["notes"]})}
+            "notes": sorted({note for record in chosen for note in record["notes"]}),
+            "others": {",".join(pair): result[",".join(pair)] for pair in _metrics(result)[1:]}}
     if out["chance"] is not None:
         out["above_chance"] = _above(out, chosen)
         if len(chosen) > 1:
@@ -193,16 +210,21 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
 
 
 # -- several variants -----------------------------------------------------------------------------------------------------
-def specs_of(config) -> list:
+def specs_of(config, say=print) -> list:
     """The rows an evaluation asks for: the base model, every checkpoint of `config.phase`, and `config.variants`."""
     from dlr.config import VariantSpec
     from dlr.discovery import looks_like, missing_part
     from dlr.runs import finished_runs, results_folder
     specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
     for run, found in (finished_runs(config.phase) if config.phase else {}).items():
+        if found["run"].get("settings", {}).get("model", config.model) != config.model:
+            continue                                         # another base model's checkpoints
         folders = sorted(path.parent for path in (results_folder() / config.phase / run).glob("*/checkpoint"))
         for folder in folders:
-            if looks_like(folder / "checkpoint") and missing_part(folder / "checkpoint") is None:
+            missing = missing_part(folder / "checkpoint") if looks_like(folder / "checkpoint") else None
+            if missing:
+                say(f"warning: {'/'.join(folder.parts[-2:])} is left out: {missing}")
+            elif looks_like(folder / "checkpoint"):
                 specs.append(VariantSpec(name=f"{run}, {folder.name}", checkpoint=str(folder / "checkpoint")))
     return specs + list(config.variants)
 
@@ -216,7 +238,10 @@ def recorded(config) -> dict:
 
 
 def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict, list[dict]]:
-    """(rows, the harness's whole result by variant, paired differences) of every variant `config` (EvaluationConfig) asks for, resumably.
+    """(rows, the harness's whole result by variant, paired differences) of every variant `config` asks for, resumably.
+
+    Args:
+        config: an EvaluationConfig.
 
     Raises:
         SettingsError: two rows of one name, or `match` names no earlier row.
@@ -225,7 +250,7 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
     from dlr.discovery import from_project
     from dlr.harness import DLRLM
     from dlr.variants import open_variant
-    specs, rows, whole, by_name = specs_of(config), [], {}, {}
+    specs, rows, whole, by_name = specs_of(config, say), [], {}, {}
     names = [spec.name for spec in specs]
     for spec in specs:
         if names.count(spec.name) > 1:
@@ -236,8 +261,8 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
         loaded = open_variant(spec.checkpoint, spec.variant, spec.skip, spec.order, say=say)
         loaded.name = spec.name
         lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
-        slug = "".join(c if c.isalnum() or c in ".=+-" else "-" for c in spec.name)
-        found = run_benchmark(lm, config.tasks, folder / "tasks" / slug, data_dir=str(from_project(config.data_dir)) if config.data_dir else None,
+        data_dir = str(from_project(config.data_dir)) if config.data_dir else None
+        found = run_benchmark(lm, config.tasks, folder / "tasks" / slug(spec.name), data_dir=data_dir,
                               num_fewshot=config.num_fewshot, limit=config.limit, say=say,
                               match=by_name[spec.match]["tasks"] if spec.match else None)
         by_name[spec.name] = found

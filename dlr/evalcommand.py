@@ -8,7 +8,7 @@ import pandas as pd
 EXAMPLES = """examples:
   python -m dlr eval nano-router --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5
   python -m dlr eval results/pareto/<run>/router/checkpoint --tasks blimp,wikitext103 --data-dir DIR --limit 200
-  python -m dlr eval pareto --variant static --tasks blimp      newest run of a phase, its best static plan
+  python -m dlr eval pareto --variant static --tasks blimp      newest run of a phase, its router's weights under the greedy static plan
 
 tasks: any task, group or tag of lm-evaluation-harness (mmlu, arc_challenge, gsm8k, hellaswag, winogrande, lambada_openai,
 blimp ...), wikitext103 and embedded (strided perplexity). --data-dir serves mmlu, arc_challenge, gsm8k, blimp and wikitext103.
@@ -41,6 +41,7 @@ def scores_table(rows: list[dict]) -> pd.DataFrame:
         for score in row["scores"]:
             text = f"{score['score']:.4f}"
             text += f" ± {score['stderr']:.4f}" if score["stderr"] is not None else ""
+            text += "".join(f"; {name.split(',')[0]} {value:.4f}" for name, value in score.get("others", {}).items())
             below = score.get("tasks_not_above_chance")
             if below:
                 text += f" ({len(below)} of {score['tasks']} tasks not above chance)"
@@ -72,6 +73,8 @@ def evaluate_command(arguments) -> int:
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks needs at least one name, for example --tasks arc_challenge,gsm8k")
+    if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
+        raise ValueError(f"--num-fewshot {arguments.num_fewshot} must be 0 or more")
     if arguments.limit is not None and arguments.limit <= 0:
         raise ValueError(f"--limit {arguments.limit} must be above 0")
     manager_for([name for name in names if name not in PERPLEXITIES])              # a mistyped name costs no model loading

@@ -70,10 +70,11 @@ def skip_ratio(table: pd.DataFrame) -> float:
 
 
 def bootstrap(table: pd.DataFrame, statistic, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of `statistic(table)` over documents drawn with replacement."""
+    """95 % percentile interval of `statistic(table)` over documents drawn with replacement; NaN draws are left out."""
     generator = np.random.default_rng(seed)
-    draws = [statistic(table.iloc[generator.integers(0, len(table), len(table))]) for _ in range(BOOTSTRAP)]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    draws = np.array([statistic(table.iloc[generator.integers(0, len(table), len(table))]) for _ in range(BOOTSTRAP)])
+    known = draws[~np.isnan(draws)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 

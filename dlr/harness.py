@@ -29,13 +29,19 @@ def key_of(request) -> str:
 
 
 def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: list[str], decode) -> int:
-    """How many of `tokens` (what generate() appended to a row) the model made: those before the row's padding."""
+    """How many of `tokens` (what generate() appended to a row) belong to the row's answer.
+
+    A row ends with its end token, with the token that completes a stop string, or where its padding begins. Rows go on
+    being generated until the last of the batch has stopped, so what follows a stop depends on the batch and is not counted.
+    """
+    ends = bool(stop) and any(word in decode(tokens) for word in stop)
     for place, token in enumerate(tokens):
+        if ends and any(word in decode(tokens[:place + 1]) for word in stop):
+            return place + 1
         if token in eos and token != pad:
             return place + 1
         if token == pad:
-            ended = token not in eos or any(word in decode(tokens[:place]) for word in stop)
-            return place if ended else place + 1
+            return place if token not in eos else place + 1
     return len(tokens)
 
 
@@ -81,6 +87,14 @@ class DLRLM(HFLM):
         """Begins to count anew; returns the new meter."""
         self.meter = Meter(self.loaded.routing.units if self.loaded.routing is not None else 0)
         return self.meter
+
+    def get_model_info(self) -> dict:
+        """The harness's record of the model, with what its tokens ran; it goes into the harness's own result files."""
+        meter = self.meter
+        return super().get_model_info() | {
+            "dlr_variant": self.loaded.variant, "dlr_checkpoint": self.loaded.checkpoint, "dlr_digest": self.loaded.digest,
+            "dlr_skip": meter.skip, "dlr_context_skip": meter.context_skip, "dlr_scored_tokens": meter.scored,
+            "dlr_truncated": meter.truncated, "logits_cache": False}
 
     def close(self) -> None:
         if self.watch is not None:

@@ -3,12 +3,23 @@
     python -m dlr.lm_eval run --model dlr --model_args checkpoint=nano-router --tasks blimp --limit 20
     python -m dlr.lm_eval run --model dlr --model_args checkpoint=nano --tasks arc_challenge --num_fewshot 5
 
-Data sets come from the hub here; `python -m dlr eval` also takes local files (--data-dir).
+Data sets come from the hub here; `python -m dlr eval` also takes local files (--data-dir). What the scored tokens skipped
+is in the result's "config" (dlr_skip ...).
 """
+
+import sys
 
 from lm_eval.__main__ import cli_evaluate
 
 import dlr.harness  # noqa: F401  (registers the model)
 
-if __name__ == "__main__":
+
+def main() -> None:
+    if any(argument.split("=")[0] in ("--use_cache", "--use-cache") for argument in sys.argv):
+        sys.exit("error: --use_cache answers requests from a store that does not know which model or plan filled it, so a "
+                 "routed model could be given a dense one's scores; leave it out. `python -m dlr eval` keeps finished tasks.")
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

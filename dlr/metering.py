@@ -35,17 +35,19 @@ class Watch:
     """
 
     def __init__(self, routing, policy: Policy):
+        end_watch(routing)                          # first, for it puts the router's own policy back
         self.routing, self.policy = routing, Watched(policy)
         self.passes: list[torch.Tensor] = []
         routing.policy, self._seen = self.policy, routing.plan
-        end_watch(routing)
         self._handle = routing.decoder.register_forward_hook(self._after)
         routing._handles.append(self._handle)       # detaching leaves no hook behind; `taken` then finds no pass
         routing.watch = self
 
     def _after(self, module, args, output):
         plan = self.routing.plan
-        if plan is None or plan is self._seen:
+        other = self.routing.policy is not self.policy
+        unrouted = isinstance(self.policy.inner, RouterPolicy) and plan is not None and plan.logits is None
+        if plan is None or plan is self._seen or other or unrouted:
             raise RouterDidNotRun("The model ran without its router: no plan was made in this forward pass. The router is "
                                   "detached, or another policy was put in its place (Routing.using, Routing.disabled).")
         self._seen = plan

@@ -39,12 +39,14 @@ def _json_rows(path: Path, fields: dict[str, type]) -> list[tuple[str, dict]]:
     """(place, row) of every line of a .jsonl file; each row holds `fields` of the given types."""
     rows = []
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(file.buffer, 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise BadRow(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); mend or remove it.") from None
             except json.JSONDecodeError as error:
                 raise BadRow(f"{place}: not JSON ({error.msg} at character {error.pos}); mend or remove it.") from None
             for name, kind in fields.items():
@@ -68,15 +70,26 @@ def _some(rows: list, path: Path) -> list:
     return rows
 
 
+def _read(reader, path: Path, line: int) -> list[str] | None:
+    """The next row of a CSV file; None at its end."""
+    try:
+        return next(reader, None)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BadRow(f"{path}, line {line}: {error}. Expected UTF-8 text in CSV form, with every quote closed.") from error
+
+
 def _mmlu(folder: Path, subject: str) -> dict[str, list[dict]]:
     splits = {}
     for split in ("dev", "test"):
         path, rows = folder / "mmlu" / split / f"{subject}_{split}.csv", []
         with _open(path) as file:
             reader = csv.reader(file)
-            next(reader, None)
+            header = _read(reader, path, 1)
+            if not header or len(header) != 6 or header[5].strip() in ("0", "1", "2", "3"):
+                raise BadRow(f"{path}, line 1: the first line must be a header of six columns (question, four choices, "
+                             f"answer); found {header!r}.")
             start = reader.line_num + 1
-            for row in reader:
+            while (row := _read(reader, path, start)) is not None:
                 if row:
                     if len(row) != 6 or row[5].strip() not in ("0", "1", "2", "3"):
                         raise BadRow(f"{path}, line {start}: a row is question, four choices and an answer from 0 to 3; "

@@ -143,7 +143,8 @@ def verdict(metrics: dict, always_keep: int) -> str:
     gap, shares, between = metrics["shuffled"], metrics["variance"], metrics["between"]
     known = metrics["information"]["category"]
     depends = gap["low"] > 0
-    lines = [f"**{'The plan depends on the token' if depends else 'The plan is static in effect'}.** Shuffled among "
+    said = "The plan depends on the token" if depends else "Token-dependence is worth nothing that can be measured here"
+    lines = [f"**{said}.** Shuffled among "
              f"tokens it costs {gap['nll_difference']:+.4f} nats a token (95 % interval {gap['low']:+.4f} to "
              f"{gap['high']:+.4f}), that is perplexity {gap['shuffled']:.2f} instead of {gap['routed']:.2f}."]
     if shares["layers"] is not None:

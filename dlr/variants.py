@@ -128,6 +128,14 @@ def _order_near(checkpoint: Path, given: str | None) -> tuple[list[int], float |
                         "--order RUN.")
 
 
+def _weights_digest(net) -> str:
+    """Of a base model: its fingerprint and a little of every matrix, since a hash of all of an 8B model takes minutes."""
+    digest = hashlib.sha256(fingerprint(net).encode())
+    for _, parameter in sorted(net.named_parameters()):
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _file_digest(folder: Path, *more) -> str:
     digest = hashlib.sha256(repr(more).encode())
     for path in sorted(folder.glob("*")):
@@ -158,7 +166,7 @@ def open_variant(checkpoint: str, variant: str | None = None, skip: float | None
         if variant not in (None, "base", "dense"):
             raise SettingsError(f"{checkpoint!r} is a base model without a router; variant={variant!r} needs a checkpoint.")
         net, tokenizer = _base(NANO_NAME if checkpoint == "nano" else checkpoint)
-        return Loaded("base", "base", net, tokenizer, None, None, Path(checkpoint).name, digest=fingerprint(net))
+        return Loaded("base", "base", net, tokenizer, None, None, Path(checkpoint).name, digest=_weights_digest(net))
     folder = find_checkpoint(checkpoint, say)
     control = folder / CONTROL
     stored = json.loads((control if control.is_file() else folder / CONFIG).read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from dlr.data import Documents, padded_batches
 from dlr.harness import DLRLM, generated_length
 from dlr.metering import Meter, RouterDidNotRun
 from dlr.models import load_base
-from dlr.policy import RouterPolicy
+from dlr.policy import RouterPolicy, StaticPlan
 from dlr.routed import attach
 from dlr.tasks import load_tasks, manager_for
 from dlr.variants import Loaded, RandomByDocument, StaticByDocument, draw
@@ -163,6 +163,8 @@ def test_generated_length_ends_at_the_end_token_or_the_padding():
     assert generated_length([3, 4, 1, 1], {0}, 1, ["d"], decode) == 2
     assert generated_length([3, 0, 0], {0}, 0, [], decode) == 2            # the end token is the pad token as well
     assert generated_length([3, 4, 0], {0}, 0, ["d"], decode) == 2
+    for rest in ([], [7], [7, 7, 0], [1, 1]):                                # whatever the rest of the batch made it append
+        assert generated_length([3, 4, 5, *rest], {0}, 1, ["de"], decode) == 3
 
 
 # -- fail closed --------------------------------------------------------------------------------------------------------
@@ -178,6 +180,28 @@ def test_a_router_that_does_not_run_is_an_error(nano, routed, data, task, how):
         lm._model = load_base(RunConfig(model="nano", bf16=False))[0]
     with pytest.raises(RouterDidNotRun):
         responses(lm, data, [task])
+
+
+@pytest.mark.parametrize("policy", [StaticPlan(torch.ones(12)), RouterPolicy()])
+def test_another_policy_in_the_routers_place_is_an_error(routed, data, policy):
+    lm = DLRLM(loaded=routed, batch_size=2)
+    routed.routing.policy = policy
+    with pytest.raises(RouterDidNotRun):
+        responses(lm, data, ["blimp_causative"])
+
+
+def test_the_harness_own_records_tell_what_was_skipped(routed, data):
+    lm = DLRLM(loaded=routed, batch_size=2)
+    responses(lm, data, ["blimp_causative"])
+    told = lm.get_model_info()
+    assert told["dlr_skip"] == lm.meter.skip and told["dlr_variant"] == "routed" and told["logits_cache"] is False
+
+
+def test_the_launcher_refuses_a_request_cache(monkeypatch):
+    from dlr.lm_eval import main
+    monkeypatch.setattr("sys.argv", ["lm_eval", "run", "--model", "dlr", "--use_cache=x", "--tasks", "blimp"])
+    with pytest.raises(SystemExit, match="use_cache"):
+        main()
 
 
 def test_a_router_that_stops_half_way_is_an_error(routed, data):
