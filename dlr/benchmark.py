@@ -5,6 +5,7 @@ on with the tasks that are missing.
 """
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -105,7 +106,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
             task, path = suite["tasks"].get(name), Path(folder) / f"{name}.json"
             texts = wikitext.texts_of(name, data_dir) if task is None else None
             settings = {"digest": lm.loaded.digest, "limit": limit, "data": _data_digest(task, texts),
-                        "max_length": lm.max_length,
+                        "max_length": lm.max_length, "dtype": str(lm.model.dtype),
                         "num_fewshot": task.get_config("num_fewshot") if task is not None else None}
             if match is not None and lm.loaded.order is not None:
                 met = Meter(**match[name]["meter"])
@@ -258,7 +259,8 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
         if spec.match is not None and spec.match not in names[:names.index(spec.name)]:
             raise SettingsError(f"{spec.name!r} is to match {spec.match!r}, which is no earlier row ({', '.join(names)}).")
     for spec in specs:
-        loaded = open_variant(spec.checkpoint, spec.variant, spec.skip, spec.order, say=say)
+        loaded = open_variant(spec.checkpoint, spec.variant, spec.skip, spec.order, say=say, dtype=config.dtype,
+                              attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
         loaded.name = spec.name
         lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
         data_dir = str(from_project(config.data_dir)) if config.data_dir else None
@@ -269,6 +271,8 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
         rows.append(row_of(lm, found, config.tasks))
         whole[spec.name] = found["harness"]
         lm.close()
+        del lm, loaded                                   # before the next model is loaded: two do not fit on one card
+        gc.collect()
     return rows, whole, paired(by_name, specs)
 
 

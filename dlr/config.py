@@ -296,9 +296,12 @@ class EvaluationConfig(BaseModel):
     model: str = "nano"                                # base model of the checkpoints, for the base row
     tasks: list[str] = ["embedded"]                    # harness tasks, groups, tags; wikitext103, embedded
     num_fewshot: int | None = Field(None, ge=0)        # examples before each question; None: the task's own
-    limit: float | None = Field(None, gt=0.0)          # rows of each task, or a share below 1
+    limit: float | None = Field(40.0, gt=0.0)          # rows of each task, or a share below 1; None: all
     data_dir: str = ""                                 # folder of local files instead of the hub
     batch_size: int = Field(16, ge=1)                  # requests a forward pass
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"      # of the base model's weights
+    attn_implementation: str = "sdpa"                  # sdpa, eager or flash_attention_2
+    load_in_4bit: bool = False                         # NF4 base through bitsandbytes
 
 
 PHASES: dict[str, tuple[str, type[BaseModel]]] = {

@@ -28,6 +28,8 @@ def add_parser(commands) -> None:
     command.add_argument("--skip", type=float, help="skip ratio: the router's dial, a static plan, or layers dropped")
     command.add_argument("--order", metavar="RUN", help="run whose greedy static order --variant static takes")
     command.add_argument("--model", help="base model to load the checkpoint onto (default: the one it names)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+                         help="of the base model's weights (default float32)")
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests a batch (default 16)")
     command.add_argument("--name", help="name of the results folder below results/evaluation/")
 
@@ -78,7 +80,8 @@ def evaluate_command(arguments) -> int:
     if arguments.limit is not None and arguments.limit <= 0:
         raise ValueError(f"--limit {arguments.limit} must be above 0")
     manager_for([name for name in names if name not in PERPLEXITIES])              # a mistyped name costs no model loading
-    loaded = open_variant(arguments.checkpoint, arguments.variant, arguments.skip, arguments.order, arguments.model)
+    loaded = open_variant(arguments.checkpoint, arguments.variant, arguments.skip, arguments.order, arguments.model,
+                          dtype=arguments.dtype)
     label = arguments.name or slug(f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
                                      + (f"-skip={arguments.skip}" if arguments.skip is not None else ""))
     run = Run(results_folder() / "evaluation" / label)

@@ -103,8 +103,8 @@ def save_control(model, routing: Routing, folder: str | Path, variant: str, orde
     return Path(folder)
 
 
-def _base(name: str):
-    return load_base(RunConfig(model="nano" if name in ("", NANO_NAME) else name, bf16=False))
+def _base(name: str, **loading):
+    return load_base(RunConfig(model="nano" if name in ("", NANO_NAME) else name, bf16=False, **loading))
 
 
 def stored_order(path: Path) -> tuple[list[int], float | None]:
@@ -145,7 +145,7 @@ def _file_digest(folder: Path, *more) -> str:
 
 
 def open_variant(checkpoint: str, variant: str | None = None, skip: float | None = None, order: str | None = None,
-                 model: str | None = None, say=print) -> Loaded:
+                 model: str | None = None, say=print, **loading) -> Loaded:
     """Loads `checkpoint` (see `dlr.discovery.find_checkpoint`; or a base model) under `variant`.
 
     Args:
@@ -154,6 +154,7 @@ def open_variant(checkpoint: str, variant: str | None = None, skip: float | None
         skip: for static and stochastic; by default the router's measured skip, or what the control was trained at.
         order: run folder or metrics.json that holds the greedy static order; by default the checkpoint's own run.
         model: base model to load the checkpoint onto; by default the one it names.
+        loading: dtype, attn_implementation, load_in_4bit of the base model, as in `config.RunConfig`.
 
     Raises:
         FileNotFoundError, SettingsError, WrongBase.
@@ -165,12 +166,12 @@ def open_variant(checkpoint: str, variant: str | None = None, skip: float | None
     if _is_base(checkpoint, variant):
         if variant not in (None, "base", "dense"):
             raise SettingsError(f"{checkpoint!r} is a base model without a router; variant={variant!r} needs a checkpoint.")
-        net, tokenizer = _base(NANO_NAME if checkpoint == "nano" else checkpoint)
+        net, tokenizer = _base(NANO_NAME if checkpoint == "nano" else checkpoint, **loading)
         return Loaded("base", "base", net, tokenizer, None, None, Path(checkpoint).name, digest=_weights_digest(net))
     folder = find_checkpoint(checkpoint, say)
     control = folder / CONTROL
     stored = json.loads((control if control.is_file() else folder / CONFIG).read_text(encoding="utf-8"))
-    net, tokenizer = _base(model or stored.get("base", {}).get("name", ""))
+    net, tokenizer = _base(model or stored.get("base", {}).get("name", ""), **loading)
     if control.is_file():
         loaded = _open_control(folder, stored, net, tokenizer, variant, skip)
     else:

@@ -74,6 +74,25 @@ def test_a_malformed_row_is_named_by_file_and_line(data, file):
     assert f"{path}, line {len(before.splitlines()) + 1}:" in str(error.value)
 
 
+def test_a_headerless_table_and_other_encodings_are_named(data):
+    table, lines = data / "mmlu" / "dev" / "anatomy_dev.csv", data / "gsm8k" / "train.jsonl"
+    table.write_text("\n".join(table.read_text(encoding="utf-8").splitlines()[2:]) + "\n", encoding="utf-8")
+    with pytest.raises(BadRow, match="anatomy_dev.csv, line 1: .*header"):
+        load_tasks(["mmlu_anatomy"], str(data))
+    table.write_bytes(b"question,a,b,c,d,answer\n\xff\xfe,a,b,c,d,0\n")
+    with pytest.raises(BadRow, match="anatomy_dev.csv, line .*UTF-8"):
+        load_tasks(["mmlu_anatomy"], str(data))
+    lines.write_bytes(lines.read_bytes() + b'{"question": "\xff", "answer": "#### 1"}\n')
+    with pytest.raises(BadRow, match="train.jsonl, line 8: not UTF-8"):
+        load_tasks(["gsm8k"], str(data))
+
+
+def test_more_examples_than_there_are_is_said(data, capsys):
+    assert main(["eval", "nano", "--tasks", "mmlu_anatomy", "--num-fewshot", "99", "--data-dir", str(data)]) == 2
+    assert "refuses mmlu_anatomy" in capsys.readouterr().err
+    assert main(["eval", "nano", "--tasks", "gsm8k", "--num-fewshot", "-1", "--data-dir", str(data)]) == 2
+
+
 def test_absent_files_and_folders_are_named(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="astronomy"):
         load_tasks(["mmlu_astronomy"], str(data))
