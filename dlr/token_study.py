@@ -116,7 +116,7 @@ def benefits(study: Study) -> dict[str, torch.Tensor]:
     """On the probe sample: what skipping each unit alone costs (kl, loss `[n, U]`) on the base model at full depth, the
     router's gates `[n, U]`, document `[n]`, and states after several depths (`state.0` ...)."""
     config, threshold, parts = study.config, study.routing.config.threshold, []
-    depths = tuple(d for d in DEPTHS if d <= len(study.routing.layers))
+    depths = tuple(sorted({d for d in (*DEPTHS, study.routing.first) if d <= len(study.routing.layers)}))
     for batch in study.batches(study.test, config.probe_docs, config.oracle_len, 2 * ROWS):
         sample = oracle.open_sample(study.model, study.routing, batch, depths)
         kl, loss = oracle.single_skips(oracle.Instrument(study.model, study.routing, sample, adapters=False))
@@ -162,7 +162,8 @@ def verdict(metrics: dict, always_keep: int) -> str:
                      f"**{_percent(row['captured'])}** of the headroom (95 % interval {interval}).")
     own = [row for row in metrics["probes"] if row["depth"] == always_keep]
     if own:
-        lines.append("Of the variance of a layer's harm, probes explain from the router's own input "
+        lines.append("Of the variance of a layer's harm on the base model (clipped at its 1st and 99th percentile), probes "
+                     f"explain from the state after layer {always_keep}, where the router reads, "
                      + " and ".join(f"{_percent(row['r2'])} ({row['probe']})" for row in own)
                      + f", on documents held out (mean of layers, {own[0]['tokens']:,} tokens).")
     return "\n\n".join(lines)

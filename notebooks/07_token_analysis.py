@@ -121,6 +121,9 @@ pd.DataFrame(information).T.round(4)
 hard = analysis.difficulty(tokens)
 found = token_study.benefits(study)
 benefit = analysis.benefit_correlations(found["gates"].numpy(), found["kl"].numpy(), found["document"].numpy())
+benefit_loss = analysis.benefit_correlations(found["gates"].numpy(), found["loss"].numpy(), found["document"].numpy())
+print(f"active layers with the summed benefit: {benefit['correlation'].iloc[0]:+.3f} in KL, "
+      f"{benefit_loss['correlation'].iloc[0]:+.3f} in loss")
 figures_analysis.difficulty(hard.to_dict("records"), benefit.to_dict("records"));
 
 # %% tags=["nbval-ignore-output"]
@@ -159,8 +162,8 @@ figures_analysis.headroom(rows);
 # %% [markdown]
 # ## How much could any router know?
 #
-# R² of probes that predict, from a token's state, the KL that skipping one layer adds at full depth, on documents held
-# out. Depth 0 is the token's embedding alone.
+# R² of probes that predict, from a token's state in the base model, the KL that skipping one layer adds at full depth
+# (clipped at its 1st and 99th percentile), on documents held out. Depth 0 is the token's embedding alone.
 
 # %% tags=["nbval-ignore-output"]
 probes = token_study.probe_rows(study, found)
@@ -174,7 +177,7 @@ metrics = run.finish(
     rows, target=study.routing.config.calibrated_skip, skip=tokens.skip_ratio,
     categories=by_category.to_dict("records"), shuffled=gap, information=information, variance=shares,
     collapse=collapse, between=between, least=least, difficulty=hard.to_dict("records"),
-    benefit=benefit.to_dict("records"), position=position.to_dict("records"), static=made, probes=probes)
+    benefit=benefit.to_dict("records"), benefit_loss=benefit_loss.to_dict("records"), position=position.to_dict("records"), static=made, probes=probes)
 figures_analysis.draw(run.folder);
 
 # %% [markdown]
