@@ -29,6 +29,23 @@ def test_a_recorded_plan_is_stretched_and_keeps_its_skip_and_its_order(skip):
     assert gates[:, :8].max() == 0 and gates[:, 10:].min() == 1
 
 
+def test_a_short_piece_of_work_follows_tokens_of_the_nominal_skip():
+    """The first tokens of a text run deeper than most; truncation to the mean depth would be no fair ceiling for them."""
+    logits = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    logits[:8] += 5
+    subject = latency.subject("tiny", logits, [0.5], model=tiny(), always_keep=2)
+    assert subject.gates[0.5][:8].mean() > 0.9
+    for tokens in (4, 8, 16):
+        assert 1 - subject.plan(0.5, tokens)[:tokens].mean().item() == pytest.approx(0.5, abs=0.07)
+    assert torch.equal(subject.plan(0.5).sum(0), subject.gates[0.5].sum(0))
+
+
+def test_row_costs_are_of_the_plans_rows(subject):
+    table = latency.row_costs(latency.Prefill(subject, 2, 15), [0.25, 0.5], repeats=3)
+    assert table["bound"].tolist() == [subject.bound(0.25), subject.bound(0.5)]
+    assert (table["product_bound"] > 0).all() and (table["row_cost"] > 0).all()
+
+
 def test_every_system_is_timed_in_turns_and_truncation_has_the_plans_depth(subject):
     table = latency.measure(latency.Prefill(subject, 2, 15), [0.0, 0.25, 0.5], repeats=2)
     assert set(table["system"]) == set(latency.SYSTEMS) and set(table["part"]) == {"layers", "end to end"}

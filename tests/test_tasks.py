@@ -87,7 +87,8 @@ def test_a_headerless_table_and_other_encodings_are_named(data):
         load_tasks(["gsm8k"], str(data))
 
 
-def test_more_examples_than_there_are_is_said(data, capsys):
+def test_more_examples_than_there_are_is_said(data, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLR_RESULTS", str(tmp_path / "results"))
     assert main(["eval", "nano", "--tasks", "mmlu_anatomy", "--num-fewshot", "99", "--data-dir", str(data)]) == 2
     assert "refuses mmlu_anatomy" in capsys.readouterr().err
     assert main(["eval", "nano", "--tasks", "gsm8k", "--num-fewshot", "-1", "--data-dir", str(data)]) == 2

@@ -21,7 +21,7 @@ def metrics(low, captured):
 def test_the_verdict_follows_the_numbers():
     yes, no = token_study.verdict(metrics(0.005, 0.25), 4), token_study.verdict(metrics(-0.015, -0.2), 4)
     assert "The plan depends on the token" in yes and "**25%**" in yes and "12% (linear)" in yes and "50%" not in yes
-    assert "static in effect" in no and "**-20%**" in no and "Collapse: no unit is routed by token." in no
+    assert "worth nothing that can be measured" in no and "**-20%**" in no and "Collapse: no unit is routed by token." in no
 
 
 def test_a_missing_embedded_router_is_named_with_the_remedy(tmp_path, monkeypatch):
