@@ -43,7 +43,7 @@ def scores_table(rows: list[dict]) -> pd.DataFrame:
         for score in row["scores"]:
             text = f"{score['score']:.4f}"
             text += f" ± {score['stderr']:.4f}" if score["stderr"] is not None else ""
-            text += "".join(f"; {name.split(',')[0]} {value:.4f}" for name, value in score.get("others", {}).items())
+            text += "".join(f"; {name.removesuffix(',none')} {value:.4f}" for name, value in score.get("others", {}).items())
             below = score.get("tasks_not_above_chance")
             if below:
                 text += f" ({len(below)} of {score['tasks']} tasks not above chance)"
