@@ -60,7 +60,7 @@ _RULES = """
  border:1px solid var(--line);border-radius:10px;padding:16px 18px;box-sizing:border-box;text-align:left}
 .dlr *{box-sizing:border-box}
 .dlr h4{font-size:13px;font-weight:600;margin:0 0 8px;color:var(--fg);line-height:1.3}
-.dlr-by{margin:6px 2px 0}
+.dlr-by{margin:8px 2px 12px}
 .dlr small,.dlr-muted,.dlr-by{color:var(--muted);font-size:12px;font-weight:400}
 .dlr-tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 16px}
 .dlr-tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 12px;min-width:0}
