@@ -132,7 +132,9 @@ class Session:
 
     def cut(self, found: Record | None) -> str:
         """Says so where a text was cut to the context; else ''."""
-        tokens = 0 if found is None else self.length(found.meta["text"])
+        if found is None or len(found) < self.context:       # a whole text: no need to count its tokens at every redraw
+            return ""
+        tokens = self.length(found.meta["text"])
         return f"Cut to {len(found):,} of {tokens:,} tokens, the model's context." if tokens > self.context else ""
 
     # -- records ----------------------------------------------------------------------------------------------------
