@@ -70,6 +70,43 @@ def scatter(rows: list[dict], title: str = ""):
     return figure
 
 
+def groups(rows: list[dict]) -> list[str]:
+    """The tasks of a run that are groups of others with one metric."""
+    return [score["task"] for score in rows[0]["scores"] if score.get("tasks", 1) > 1]
+
+
+def group_tasks(rows: list[dict], harness: dict, group: str):
+    """Every task of a group, sorted by the first row's score: one dot a variant, with 95 % intervals; dotted: chance.
+
+    Args:
+        harness: the harness's whole result by variant, as metrics.json keeps it.
+    """
+    style()
+    metric, chance = next((s["metric"], s["chance"]) for s in rows[0]["scores"] if s["task"] == group)
+    leaves = harness[rows[0]["variant"]]["group_subtasks"][group]
+    found = {row["variant"]: harness[row["variant"]]["results"] for row in rows}
+    leaves = sorted(leaves, key=lambda leaf: found[rows[0]["variant"]][leaf][metric])
+    common = group + "_" if all(leaf.startswith(group + "_") for leaf in leaves) else ""
+    figure, axes = plt.subplots(figsize=(7.5, 0.19 * len(leaves) + 1.4))
+    markers = dict(zip(found, "|o^sDvP*X"))
+    for row in rows:
+        results = found[row["variant"]]
+        errors = [Z * results[leaf][metric.replace(",", "_stderr,")] for leaf in leaves]
+        axes.errorbar([results[leaf][metric] for leaf in leaves], range(len(leaves)), xerr=errors, fmt=markers[row["variant"]],
+                      color=COLOURS[_KINDS[row["kind"]]], ms=6 if row is rows[0] else 3.5, elinewidth=0.5, alpha=0.8,
+                      label=row["variant"])
+    if chance is not None:
+        axes.axvline(chance, color="black", ls=":", lw=1)
+    axes.set_yticks(range(len(leaves)), [leaf.removeprefix(common) for leaf in leaves], fontsize=6.5)
+    axes.set_ylim(-0.8, len(leaves) - 0.2)
+    axes.grid(axis="y", lw=0.3)
+    axes.set_xlabel(f"{metric.split(',')[0]} (95 % interval; dotted: chance)")
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    axes.set_title(group)
+    figure.tight_layout()
+    return figure
+
+
 def layer_skips(rows: list[dict], always_keep: int = 4, title: str = ""):
     """Share of scored tokens that skip each routable unit, one line a variant that skips any."""
     style()
@@ -88,14 +125,18 @@ def layer_skips(rows: list[dict], always_keep: int = 4, title: str = ""):
 
 
 def redraw(folder):
-    """Bar, scatter and per-layer figures of every finished evaluation run; returns their paths."""
+    """Bar, scatter, per-task and per-layer figures of every finished run that compares variants; returns their paths."""
     from dlr.figures import save
     from dlr.runs import finished_runs
     made = []
     for name, run in finished_runs("evaluation").items():
         rows = run["metrics"]["rows"]
+        if len(rows) < 2:
+            continue
         made += [save(draw(rows, title=f"Benchmarks: {name}"), folder, f"evaluation_{name}_{label}")
                  for label, draw in (("bars", bars), ("scatter", scatter))]
+        made += [save(group_tasks(rows, run["metrics"]["harness"], group), folder, f"evaluation_{name}_{group}")
+                 for group in groups(rows)]
         skips = layer_skips(rows, title=f"Layers skipped: {name}")
         if skips is not None:
             made.append(save(skips, folder, f"evaluation_{name}_layers"))

@@ -74,6 +74,13 @@ figures.save(figures_evaluation.bars(rows), run.folder, "scores");
 figures.save(figures_evaluation.scatter(rows), run.folder, "score_against_skip");
 
 # %% [markdown]
+# A group's mean hides where a model is right, at chance, or systematically wrong: every task of every group.
+
+# %% tags=["nbval-ignore-output"]
+for group in figures_evaluation.groups(rows):
+    figures.save(figures_evaluation.group_tasks(rows, harness, group), run.folder, f"tasks_{group}")
+
+# %% [markdown]
 # ## Which layers were skipped on the scored tokens
 
 # %% tags=["nbval-ignore-output"]
