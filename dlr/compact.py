@@ -1,25 +1,33 @@
 """Compact execution: each layer computes only the rows its plan keeps, with the family's own code.
 
-All decisions are known after layer K, so the kept rows of every layer are found at once, with one host sync. While a
-plan runs, a routable layer's query and output projections and its MLP compute the kept rows (gather, product, scatter),
-its attention attends for them alone, and its key and value projections run for every row: K/V complete. Norms, rotary
-embeddings, soft-capping, windows, quantised and LoRA-wrapped linears stay the family's own. A layer that no row runs is
-not called: its keys and values wait (see `pending`). Where nothing is skipped, the layer is left alone.
+All decisions are known after layer K, so the kept rows of every layer are found at once, with one host sync. A routable
+layer then runs twice, neither time in full. *First* up to its attention, with every row, for keys and values: K/V
+complete. *Then* with the kept rows as a sequence of their own, whose attention finds the keys and values of all. Norms,
+rotary embeddings, soft-capping, windows, quantised and LoRA-wrapped linears stay the family's own, and see no row too many.
+
+Where attention and MLP keep different rows, or attention is no function that can be exchanged, the layer runs once, part
+by part: its query and output projections and its MLP gather the kept rows, compute them and scatter them.
+
+A layer that no row runs is not called: its keys and values wait (see `pending`). Where nothing is skipped, or too little to
+pay for running it twice, the layer is left alone.
 """
+
+import inspect
 
 import torch
 from torch import nn
 
 from dlr.execution import argument_names
+from dlr.intercept import attention_function, intercepted
 from dlr.pending import PendingLayer, joined, pending_layer, positional
-from dlr.rows import Rows, active, attention_function, selective
+from dlr.rows import Rows, attend
 
 QUERY, OUTPUT = ("q_proj",), ("o_proj", "out_proj", "dense", "c_proj")
 FUSED = ("qkv_proj", "query_key_value", "c_attn")          # compute keys and values too, so they see every row
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward")
 BARE_MLP = ("fc1", "fc2")
-PLAIN_SHARE = 0.95          # kept share from which gathering costs more than the rows it saves
+OVERHEAD = 1.5e8            # FLOPs of products that take as long as running a layer by rows costs more (2 CPU cores: 2 ms)
 CACHE_NAMES = ("past_key_values", "layer_past")
 
 
@@ -37,7 +45,7 @@ def _rowwise(module: nn.Module) -> bool:
 
 
 class Parts:
-    """The modules of one decoder layer that compute kept rows only, found by their names.
+    """The modules of one decoder layer by what they do for compact execution, found by their names.
 
     Raises:
         NotCompactable: the layer holds something that may mix rows, or shares keys and values with another layer.
@@ -63,7 +71,17 @@ class Parts:
         if getattr(self.attention, "is_kv_shared_layer", False):
             raise NotCompactable(f"{type(self.attention).__name__} shares keys and values across layers, so a skipped "
                                  "layer would change another one. Use execution='masked'.")
-        self.query, self.output, self.mlp = query, output, mlp or bare
+        self.query, self.fused, self.output, self.mlp = query, fused, output, mlp or bare
+        self.key_value = _named(self.attention, ("k_proj", "v_proj"))
+
+    def blank_query_width(self, default: int) -> int:
+        """Width of a query nobody reads: one head where the attention's code takes any number of heads."""
+        norm, width = getattr(self.attention, "q_norm", None), getattr(self.attention, "head_dim", None)
+        any_number = "hidden_shape" in inspect.unwrap(type(self.attention).forward).__code__.co_varnames
+        whole = norm is not None and any(p.numel() != width for p in norm.parameters())
+        full = _width(self.query[0], default)
+        heads = getattr(getattr(self.attention, "config", None), "num_attention_heads", None)
+        return width if width and any_number and not whole and full == heads * width else full
 
 
 def _width(module: nn.Module, default: int) -> int:
@@ -83,12 +101,31 @@ class _OneLayer:
         return self.layer.update(key_states, value_states)
 
 
-def _rows_from(hidden: torch.Tensor, start: int) -> Rows:
-    """The rows of `hidden` `[b, s, d]` from place `start` of each sequence on."""
-    batch, length = hidden.shape[:2]
-    place = torch.arange(start, length, device=hidden.device).expand(batch, -1)
-    flat = (place + length * torch.arange(batch, device=hidden.device).unsqueeze(1)).flatten()
-    return Rows(flat, place, torch.arange(len(flat), device=hidden.device), batch, length, start)
+class _Reached(Exception):
+    """Ends a layer's run at its attention; carries what attention was given."""
+
+
+def _stop(module, query, key, value, attention_mask, **kwargs):
+    raise _Reached(query, key, value, attention_mask)
+
+
+def _blank(width: int):
+    """A projection that computes nothing: zeros `[..., width]`."""
+    return lambda x, *args, **kwargs: x.new_zeros(*x.shape[:-1], width)
+
+
+def _selective(module: nn.Module, rows: Rows, width: int):
+    """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros."""
+    own = module.forward
+
+    def forward(x, *args, **kwargs):
+        lead = x.shape[:-1]
+        if not rows.count:
+            return x.new_zeros(*lead, width)
+        args = [rows.gather(a) if isinstance(a, torch.Tensor) and a.shape[:-1] == lead else a for a in args]
+        return rows.scatter(own(rows.gather(x), *args, **kwargs), lead)
+
+    return forward
 
 
 class CompactLayer:
@@ -99,17 +136,29 @@ class CompactLayer:
     """
 
     def __init__(self, routing, layer: nn.Module, index: int, width: int):
-        self.routing, self.layer, self.index, self.parts = routing, layer, index, Parts(layer)
-        self.place = index - routing.first
+        self.routing, self.layer, self.index = routing, layer, index
+        self.place, self.width = index - routing.first, width
         self.names = argument_names(layer)[1:]
         self.cache_name = next((name for name in CACHE_NAMES if name in self.names), CACHE_NAMES[0])
         self.returns_tuple: bool | None = None                    # known once the layer has run
-        self.attention_modules = {m: selective(m, _width(m, width)) for m in (*self.parts.query, *self.parts.output)}
-        self.mlp_modules = {m: selective(m, _width(m, width)) for m in self.parts.mlp}
+        self._find()
+
+    def _find(self) -> None:
+        self.parts = Parts(self.layer)
+        self.attention, self.found = self.parts.attention, self._inside()
+        weights = sum(p.numel() for p in self.layer.parameters())  # of a packed 4-bit layer fewer: it is run by rows later
+        self.least = OVERHEAD / (2 * weights)                      # skipped rows that are worth it
+        self.no_query = {m: _blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
+        self.no_keys = {m: _blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
+
+    def _inside(self) -> tuple:
+        return *self.layer._modules.values(), *self.parts.attention._modules.values()
 
     def install(self) -> None:
         """Puts this in the layer's place until `remove`."""
-        self.function = attention_function(self.parts.attention)  # asked once a pass: a model can change it
+        if self._inside() != self.found:
+            self._find()                                          # LoRA has been added, merged or taken away
+        self.function = attention_function(self.attention)        # asked once a pass: a model can change it
         self.before = self.layer.__dict__.get("forward")
         self.own = self.layer.forward
         self.layer.__dict__["forward"] = self
@@ -128,52 +177,95 @@ class CompactLayer:
         if current is None or current.rows is None:
             return self.own(hidden, **kwargs)
         parts = self.routing.units_per_layer
-        attention, mlp = current.rows[self.place * parts], current.rows[self.place * parts + parts - 1]
-        nothing = attention is not None and mlp is not None and not attention.count and not mlp.count
-        if nothing and self._wait(hidden, kwargs):
+        rows = current.rows[self.place * parts:(self.place + 1) * parts]
+        if all(r is not None and not r.count for r in rows) and self._wait(hidden, kwargs):
             return self._output(self.routing.router.skipped(self.place, hidden) if parts == 1 else hidden)
         slot = self._slot(kwargs.get(self.cache_name))
-        waiting = slot.take() if slot is not None else []
-        if parts == 2:
-            return self.run(hidden, kwargs, attention, mlp, waiting)
-        if attention is not None and attention.count > PLAIN_SHARE * attention.batch * attention.length:
-            attention = mlp = None
-        out = self.run(hidden, kwargs, attention, mlp, waiting)
-        if current.rows[self.place] is None:
+        owed = slot is not None and bool(slot.waiting)
+        plain = parts == 1 and self._plain(rows[0])
+        known = self.returns_tuple is not None or rows[0] is None or rows[0].count
+        if parts == 1 and self.function is not None and known and (owed or not plain):
+            return self._output(self.run(hidden, kwargs, rows[0], slot.take() if owed else []))
+        if owed:
+            slot.complete()
+        attention, mlp = (None, None) if plain else (rows[0], rows[-1])
+        return self._blend(current, hidden, self.run_parts(hidden, kwargs, attention, mlp))
+
+    def _plain(self, rows: Rows | None) -> bool:
+        """Whether so few rows are skipped that running the layer by rows costs more."""
+        return rows is None or 0 < rows.count and rows.batch * rows.length - rows.count < self.least
+
+    def run(self, hidden: torch.Tensor, kwargs: dict, rows: Rows | None, waiting: list) -> torch.Tensor:
+        """What follows the layer `[b, s, d]`, with only the given rows of `hidden` `[b, s, d]` computed; None: all.
+
+        `waiting` holds earlier inputs whose keys and values are owed: their projection takes them along, in front.
+        """
+        extra = sum(earlier.shape[1] for earlier, _ in waiting)
+        whole, now = hidden, positional(kwargs)
+        at = now
+        if extra:
+            whole = torch.cat([*(earlier for earlier, _ in waiting), hidden], 1)
+            at = {name: joined([*(p[name] for _, p in waiting), now[name]]) for name in now}
+        query, key, value, mask = self._keys(whole, kwargs | at)
+        rows = rows if rows is not None else Rows.every(*hidden.shape[:2], hidden.device)
+        skipped = self.routing.router.skipped(self.place, hidden)
+        if not rows.count:
+            return skipped
+
+        def attention(module, kept, *keys_and_mask, **options):
+            kept = rows.chosen(query[:, :, extra:]) if self.parts.fused else rows.by_sequence(kept)
+            return rows.in_one(attend(self.function, rows, module, kept, key, value, mask, **options)), None
+
+        positions = {name: rows.positions(part) for name, part in now.items()}
+        with intercepted(self.no_keys, self.attention, attention):
+            out = self.own(rows.gather(hidden), **kwargs | positions | {self.cache_name: None, "attention_mask": None})
+        self.returns_tuple = isinstance(out, tuple)
+        return rows.onto(skipped, out[0] if self.returns_tuple else out)
+
+    def _keys(self, hidden: torch.Tensor, kwargs: dict) -> tuple:
+        """Runs the layer up to its attention: (query, key, value, mask) as attention gets them; the query is good if fused.
+
+        A cache among `kwargs` has then taken the keys and values.
+        """
+        with intercepted(self.no_query, self.attention, _stop):
+            try:
+                self.own(hidden, **kwargs)
+            except _Reached as reached:
+                return reached.args
+        raise RuntimeError(f"{type(self.attention).__name__} never called its attention function. Use execution='masked'.")
+
+    def run_parts(self, hidden: torch.Tensor, kwargs: dict, attention: Rows | None, mlp: Rows | None):
+        """The layer's own output, computed for the given rows of each part; None computes all. Other rows mean nothing."""
+        forwards = {}
+        for rows, modules in ((attention, (*self.parts.query, *self.parts.output)), (mlp, self.parts.mlp)):
+            if rows is not None:
+                forwards |= {m: _selective(m, rows, _width(m, self.width)) for m in modules}
+
+        def attends(module, query, key, value, mask, **options):
+            shape = attention.batch, attention.length
+            if not attention.count:
+                return query.new_zeros(*shape, query.shape[1], value.shape[-1]), None
+            out = attend(self.function, attention, module, attention.chosen(query), key, value, mask, **options)
+            return attention.scatter(attention.in_one(out).flatten(2), shape).view(*shape, *out.shape[2:]), None
+
+        exchange = self.function is not None and attention is not None
+        with intercepted(forwards, self.attention, attends if exchange else None):
+            out = self.own(hidden, **kwargs)
+        self.returns_tuple = isinstance(out, tuple)
+        return out
+
+    def _blend(self, current, hidden: torch.Tensor, out):
+        """The output of a layer run by parts, with what is skipped in place of the rows not kept."""
+        if self.routing.units_per_layer == 2 or current.rows[self.place] is None:
             return out
         kept = torch.where(current.keep[..., self.place:self.place + 1], out[0] if self.returns_tuple else out,
                            self.routing.router.skipped(self.place, hidden))
         return (kept, *out[1:]) if self.returns_tuple else kept
 
-    def run(self, hidden: torch.Tensor, kwargs: dict, attention: Rows | None, mlp: Rows | None, waiting: list):
-        """The layer's output with only the given rows of `hidden` `[b, s, d]` computed; None computes all of them.
-
-        `waiting` holds earlier inputs whose keys and values are owed: they go in front, and none of their rows is kept.
-        """
-        extra = sum(earlier.shape[1] for earlier, _ in waiting)
-        if extra:
-            now = positional(kwargs)
-            kwargs = kwargs | {name: joined([*(p[name] for _, p in waiting), now[name]]) for name in now}
-            hidden = torch.cat([*(earlier for earlier, _ in waiting), hidden], 1)
-            attention, mlp = (_rows_from(hidden, extra) if r is None else r.shifted(extra) for r in (attention, mlp))
-        rows = {self.parts.attention: attention}
-        modules = {}
-        for chosen, group in ((attention, self.attention_modules), (mlp, self.mlp_modules)):
-            if chosen is not None:
-                modules |= group
-                rows |= dict.fromkeys(group, chosen)
-        with active(modules, rows, self.parts.attention, self.function if attention is not None else None):
-            out = self.own(hidden, **kwargs)
-        self.returns_tuple = isinstance(out, tuple)
-        if not extra:
-            return out
-        return (out[0][:, extra:], *out[1:]) if self.returns_tuple else out[:, extra:]
-
     def project(self, cache_layer, hidden: torch.Tensor, positions: dict) -> None:
         """Appends the keys and values of `hidden` `[b, s, d]` to `cache_layer`, and computes nothing else."""
-        nobody, self.function = _rows_from(hidden, hidden.shape[1]), attention_function(self.parts.attention)
         with torch.no_grad():
-            self.run(hidden, positions | {self.cache_name: _OneLayer(cache_layer), "attention_mask": None}, nobody, nobody, [])
+            self._keys(hidden, positions | {self.cache_name: _OneLayer(cache_layer), "attention_mask": None})
 
     def _slot(self, cache):
         layers = getattr(cache, "layers", ())

@@ -214,7 +214,7 @@ class LatencyConfig(BaseModel):
     context: int = Field(256, ge=1)                    # tokens in the cache before decoding
     decode_batches: list[int] = [1]
     decode_steps: int = Field(16, ge=1)                # steps a turn
-    repeats: int = Field(5, ge=1)                      # turns; medians and quartiles are taken over them
+    repeats: int = Field(9, ge=1)                      # turns; medians and quartiles are taken over them
     plan_docs: int = Field(16, ge=1)                   # test documents whose plan is recorded
     seed: int = 0
 

@@ -3,12 +3,11 @@
 import argparse
 import json
 
-import pandas as pd
-
 EXAMPLES = """examples:
   python -m dlr eval nano-router --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5
   python -m dlr eval results/pareto/<run>/router/checkpoint --tasks blimp,wikitext103 --data-dir DIR --limit 200
-  python -m dlr eval pareto --variant static --tasks blimp      newest run of a phase, its router's weights under the greedy static plan
+  python -m dlr eval pareto --variant static --tasks blimp
+                      newest run of a phase, its router's weights under the greedy static plan
 
 tasks: any task, group or tag of lm-evaluation-harness (mmlu, arc_challenge, gsm8k, hellaswag, winogrande, lambada_openai,
 blimp ...), wikitext103 and embedded (strided perplexity). --data-dir serves mmlu, arc_challenge, gsm8k, blimp and wikitext103.
@@ -34,8 +33,9 @@ def add_parser(commands) -> None:
     command.add_argument("--name", help="name of the results folder below results/evaluation/")
 
 
-def scores_table(rows: list[dict]) -> pd.DataFrame:
-    """Rows of `dlr.benchmark.row_of` as people read them; one line a variant."""
+def scores_table(rows: list[dict]):
+    """Rows of `dlr.benchmark.row_of` as people read them: a DataFrame, one line a variant."""
+    import pandas as pd
     lines = []
     for row in rows:
         line = {"variant": row["variant"], "skip": f"{row['skip']:.1%}", "active layers": f"{row['active_layers']:.2f}",

@@ -15,9 +15,8 @@ from dlr import views
 from dlr.calibration import DIAL
 from dlr.export import export, link
 from dlr.record import Record
-from dlr.session import Session, checkpoints
+from dlr.session import TURNS, Session, checkpoints
 
-TURNS = 3                        # runs whose median time is shown
 SETTLE = 0.4                     # seconds without a change before the slower step starts
 EXAMPLES = {
     "prose and a name": "The old lighthouse keeper, Mr. Abernathy, climbed the stairs every evening at six. He lit the lamp, "

@@ -5,6 +5,7 @@ Every routed system runs its router, and then follows a recorded plan, so that a
 
 import contextlib
 import itertools
+import random
 import statistics
 import weakref
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dlr.routed import Routing, attach
 from dlr.shapes import random_model, recorded_gates
 
 SYSTEMS = ("dense", "truncation", "masked", "two-pass", "compact")
+REFERENCES = ("masked", "two-pass")               # save nothing: timed in every second turn only
 
 
 class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
@@ -186,7 +188,7 @@ def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
 
 
 def measure(work, skips: list[float], systems: list[str] | None = None, repeats: int = 5) -> pd.DataFrame:
-    """Seconds of every system at every skip ratio, in turns: one row a system, skip and part.
+    """Seconds of every system at every skip ratio, in turns, each in an order of its own: one row a system, skip and part.
 
     Truncation lies between two whole depths where the plan's active layers are no whole number; its time is interpolated.
 
@@ -196,7 +198,9 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
     variants = _variants(subject, systems or work.systems, skips)
     times: dict[tuple, list[float]] = {}
     for repeat in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}", unit="turn"):
-        for system, skip, depth in variants:
+        for system, skip, depth in random.Random(repeat).sample(variants, len(variants)):
+            if system in REFERENCES and repeat % 2 == 0 < repeat:
+                continue
             with subject.as_system(system, skip, work.tokens):
                 subject.model.config.num_hidden_layers = depth
                 for part, seconds in work.run().items():
@@ -212,7 +216,9 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def _table(subject: Subject, work, times: dict) -> pd.DataFrame:
     rows, medians = [], {}
-    for (system, skip, depth, part), values in times.items():
+    order = sorted(times, key=lambda key: (SYSTEMS.index(key[0]), key[1:3]))
+    for system, skip, depth, part in order:
+        values = times[system, skip, depth, part]
         if system == "truncation":                      # between two whole depths: the turns' times, interpolated
             other = times.get((system, skip, depth + 1, part))
             if depth != int(subject.active(skip)):
@@ -263,6 +269,41 @@ def row_costs(work: Prefill, skips: list[float], repeats: int = 9) -> pd.DataFra
         rows.append({"skip": skip, "bound": subject.bound(skip), "product_bound": subject.layers / (always + run),
                      "row_cost": run / (sum(kept[skip]) / total)})
     return pd.DataFrame(rows)
+
+
+def where(work: Prefill, skips: list[float], repeats: int = 3) -> pd.DataFrame:
+    """Where a prefill's time goes, by torch.profiler: milliseconds of products, attention and all other operations.
+
+    Each beside what a time proportional to the layers run would be (`<kind>_at_bound`), from the dense model's profile.
+    Compare within the table: profiling itself takes time, most of it between operations, which is not counted here.
+    """
+    subject = work.subject
+    device = next(subject.model.parameters()).device.type
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else [])]
+    clock = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    cases = [("dense", 0.0), *(("compact", skip) for skip in skips)]
+    found: dict[tuple, list[dict]] = {case: [] for case in cases}
+    for _ in range(repeats):
+        for case in cases:
+            with subject.as_system(*case, work.tokens), torch.profiler.profile(activities=activities) as profiled:
+                work.run()
+            spent = dict.fromkeys(("products", "attention", "other"), 0.0)
+            for event in profiled.key_averages():
+                if event.device_type == torch.autograd.DeviceType.CPU:         # operations, not the kernels they launch
+                    spent[_kind(event.key)] += getattr(event, clock) / 1e3
+            found[case].append(spent)
+    rows = []
+    for (system, skip), turns in found.items():
+        median = {kind: statistics.median(turn[kind] for turn in turns) for kind in turns[0]}
+        rows.append({"system": system, "skip": skip} | median)
+        rows[-1] |= {f"{kind}_at_bound": rows[0][kind] / subject.bound(skip) for kind in median}
+    return pd.DataFrame(rows)
+
+
+def _kind(operation: str) -> str:
+    if "scaled_dot_product" in operation or "attention" in operation:
+        return "attention"
+    return "products" if any(name in operation for name in ("mm", "linear", "matmul")) else "other"
 
 
 def counts(work: Prefill, skips: list[float], systems=("dense", "masked", "compact")) -> pd.DataFrame:

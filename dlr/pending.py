@@ -1,8 +1,8 @@
 """Keys and values that are owed: a cache layer that fills itself when somebody looks.
 
 A decode step in which every token skips a layer need not read that layer's weights. The layer's inputs wait here; the
-one K/V product made when the layer next runs takes them along. Any other reader (another execution, a crop, a beam
-reordering, a copy of the cache) finds the whole cache, because reading completes it.
+one K/V product made when the layer next runs takes them along (sublayer units make one of their own). Any other reader
+(another execution, a crop, a beam reordering, a copy of the cache) finds the whole cache, because reading completes it.
 """
 
 import torch

@@ -33,6 +33,7 @@ from dlr.runs import METRICS, finished_runs, project_root, results_folder
 from dlr.tokens import piece_bytes
 from dlr.views import Cost
 
+TURNS = 3                        # runs whose median time is shown
 CURVE_DOCUMENTS = 12            # calibration documents that make up for a missing curve
 EMBEDDED = "embedded router"
 
@@ -204,7 +205,7 @@ class Session:
         return Cost(text_flops(config, layers, found.position), text_flops(config, found.active_layers, found.position, router),
                     execution=self.routing.execution)
 
-    def timed(self, found: Record, repeats: int = 3) -> Cost:
+    def timed(self, found: Record, repeats: int = TURNS) -> Cost:
         """`flops` with the milliseconds of one forward pass, medians of `repeats` turns."""
         return self.cost(found, [self.turn(found) for _ in range(repeats)])
 

@@ -14,7 +14,8 @@
 # **Question.** How much faster is a pass that skips 25, 40 or 50 % of the routable layers, against the dense model and
 # against the ceiling, a model cut to the same number of layers?
 #
-# **Method.** Five systems take turns in one run, so that drift of the machine falls on all alike: *dense*; *truncation*
+# **Method.** Five systems take turns in one run, each turn in an order of its own, so that drift of the machine falls on all
+# alike (masked and two-pass, which save nothing, in every second turn): *dense*; *truncation*
 # (the first layers only, as many as the plan keeps: the ceiling); *masked* (everything computed, then blended);
 # *two-pass* (the original hooks: a pass for the router, then a masked one); and *compact*. The plan is that of a trained
 # router, recorded on test documents; on another shape it is stretched over the layers. Every routed system runs its
@@ -34,7 +35,7 @@ batches: list = [1]
 context: int = 256
 decode_batches: list = [1]
 decode_steps: int = 16
-repeats: int = 5
+repeats: int = 9
 
 # %%
 import sys
@@ -89,6 +90,14 @@ reached = tables[0].query("system == 'compact' and part == 'layers'").set_index(
 products.assign(compact=products["skip"].map(reached)).round(3)
 
 # %% [markdown]
+# And where the time goes, by torch's profiler: milliseconds of matrix products, attention and all other operations, each
+# beside what it would be if its time were proportional to the layers run.
+
+# %% tags=["nbval-ignore-output"]
+profile = latency.where(latency.Prefill(subject, config.batches[0], config.lengths[0]), config.skips)
+profile.round(1)
+
+# %% [markdown]
 # ## Decoding
 #
 # Seconds a step, one token a sequence.
@@ -115,12 +124,13 @@ costs = latency.counts(work, config.skips)
 costs.round(3)
 
 # %%
-run.finish(table.to_dict("records"), costs=costs.to_dict("records"), products=products.to_dict("records"));
+run.finish(table.to_dict("records"), costs=costs.to_dict("records"), products=products.to_dict("records"),
+           profile=profile.to_dict("records"));
 
 # %% [markdown]
 # ## What it means
 #
 # `share_of_bound` compares with time proportional to the layers run; `share_of_truncation` with a model that has only so
 # many layers. Masked and two-pass execution save nothing, whatever the plan. What compact execution leaves on the table
-# are products of few rows, which cost more a row, the keys and values of skipped tokens, and, on small layers, the
-# gathering itself.
+# are products of few rows, which cost more a row, the keys and values of skipped tokens, and, on small layers, the time
+# it takes to call a layer's modules twice, whatever the number of rows.

@@ -52,7 +52,19 @@ def test_every_system_is_timed_in_turns_and_truncation_has_the_plans_depth(subje
     assert (table["median"] > 0).all() and (table["q1"] <= table["q3"]).all()
     assert subject.active(0.25) == 5 and subject.bound(0.5) == 6 / 4
     assert subject.model.config.num_hidden_layers == 6
+    assert table.query("system == 'compact'")["turns"].eq(2).all() and table.query("system == 'masked'")["turns"].eq(1).all()
+    work = latency.Prefill(subject, 2, 15)
+    with subject.as_system("compact", 0.5, work.tokens):
+        work.run()
     assert subject.routing.plan.skip_ratio == pytest.approx(0.5, abs=0.2)
+
+
+def test_the_profile_tells_products_attention_and_the_rest_apart(subject):
+    table = latency.where(latency.Prefill(subject, 2, 60), [0.25, 0.5], repeats=2).set_index("skip")
+    assert list(table["system"]) == ["dense", "compact", "compact"]
+    assert (table[["products", "attention", "other"]] > 0).all(axis=None)
+    for kind in ("products", "attention", "other"):
+        assert table.loc[0.5, f"{kind}_at_bound"] == pytest.approx(table.loc[0.0, kind] / subject.bound(0.5))
 
 
 def test_decoding_leaves_the_context_as_it_was(subject):
