@@ -195,6 +195,12 @@ def redraw() -> list[Path]:
     made += redraw_all(folder)
     from dlr import figures_evaluation
     made += figures_evaluation.redraw(folder)
+    from dlr import figures_latency
+    for name, run in finished_runs("latency").items():
+        rows = pd.DataFrame(run["metrics"]["rows"])
+        title = f"{rows['model'].iloc[0]}, {rows['layers'].iloc[0]} layers, {rows['dtype'].iloc[0]}, " \
+                f"{run['run']['hardware']['accelerator'] or run['run']['hardware']['processor']}"
+        made.append(save(figures_latency.speedups(rows, title=title), folder, f"latency_{name}"))
     plt.close("all")
     return made
 
