@@ -145,14 +145,15 @@ class CompactLayer:
 
     def _find(self) -> None:
         self.parts = Parts(self.layer)
-        self.attention, self.found = self.parts.attention, self._inside()
+        self.attention = self.parts.attention
+        self.found = self._inside()
         weights = sum(p.numel() for p in self.layer.parameters())  # of a packed 4-bit layer fewer: it is run by rows later
         self.least = OVERHEAD / (2 * weights)                      # skipped rows that are worth it
         self.no_query = {m: _blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
         self.no_keys = {m: _blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
 
     def _inside(self) -> tuple:
-        return *self.layer._modules.values(), *self.parts.attention._modules.values()
+        return *self.layer._modules.values(), *self.attention._modules.values()
 
     def install(self) -> None:
         """Puts this in the layer's place until `remove`."""

@@ -301,7 +301,7 @@ def where(work: Prefill, skips: list[float], repeats: int = 3) -> pd.DataFrame:
 
 
 def _kind(operation: str) -> str:
-    if "scaled_dot_product" in operation or "attention" in operation:
+    if "attention" in operation:
         return "attention"
     return "products" if any(name in operation for name in ("mm", "linear", "matmul")) else "other"
 

@@ -77,9 +77,9 @@ class Rows:
         out = query.new_zeros(self.padded.numel(), heads, width).index_copy_(0, self.source, query[0].transpose(0, 1))
         return out.view(self.batch, -1, heads, width).transpose(1, 2)
 
-    def chosen(self, query: torch.Tensor) -> torch.Tensor:
-        """`[b, h, m, e]` of all rows `[b, h, s, e]`."""
-        return query.gather(2, self.padded[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    def chosen(self, x: torch.Tensor) -> torch.Tensor:
+        """`[b, h, m, e]` of all rows `[b, h, s, e]`: of queries, or of a mask's `[b, 1, s, k]`."""
+        return x.gather(2, self.padded[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
     def in_one(self, out: torch.Tensor) -> torch.Tensor:
         """`[1, n, h, e]` of attention's output `[b, m, h, e]`."""
@@ -137,9 +137,7 @@ def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs)
         # no mask means causal there, from the first key on
         return _causal(own, rows, module, query, key, value, kwargs)
     if attention_mask is not None and attention_mask.shape[2] > 1:
-        mask = attention_mask.expand(rows.batch, -1, -1, -1)
-        place = rows.padded[:, None, :, None]
-        attention_mask = mask.gather(2, place.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        attention_mask = rows.chosen(attention_mask.expand(rows.batch, -1, -1, -1))
     return own(module, query, key, value, attention_mask, **kwargs)[0]
 
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers import MambaConfig, MambaForCausalLM
 
 import dlr
-from dlr.config import RouterConfig
+from dlr.config import RouterConfig, RunConfig
 from dlr.models import add_lora
 from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routed import NotRoutable
@@ -67,13 +67,18 @@ def test_unequal_lengths_give_the_masked_logits(family, side, ids):
         assert torch.allclose(masked[real], compact[real], atol=1e-5), kind
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_is_run_by_rows_too(family, ids):
-    from dlr.config import RunConfig
-    model = add_lora(tiny(family), RunConfig(lora_rank=2))
+def with_lora(model):
+    """LoRA that changes something: its second factors begin at zero."""
+    model = add_lora(model, RunConfig(lora_rank=2))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_is_run_by_rows_too(family, ids):
+    model = with_lora(tiny(family))
     routing = dlr.attach(model, OPEN, execution="compact")
     masked, compact = both(model, lambda: RandomPlan(0.5, 3), ids)
     assert routing.plan.skip_ratio > 0.3
@@ -158,12 +163,8 @@ def test_a_prefill_longer_than_the_sliding_window(family):
 
 @torch.no_grad()
 def test_lora_added_after_attaching_is_found(llama, ids):
-    from dlr.config import RunConfig
     routing = dlr.attach(llama, OPEN, execution="compact")
-    model = add_lora(llama, RunConfig(lora_rank=2))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    model = with_lora(llama)
     gates = plan("half", *ids.shape, routing.units)
     masked, compact = both(model, GivenPlan(gates), ids)
     assert torch.allclose(masked, compact, atol=1e-5)
