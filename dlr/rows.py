@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 BLOCK = 64                         # query rows that share their keys in causal attention
@@ -134,17 +135,23 @@ def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs)
         attention_mask: `[b, 1, s, k]` of all rows, or None.
     """
     if attention_mask is None and rows.length > 1 and own is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        # no mask means causal there, from the first key on
-        return _causal(own, rows, module, query, key, value, kwargs)
+        return _causal(rows, query, key, value, kwargs.get("scaling"))     # no mask means causal there, from key 0 on
     if attention_mask is not None and attention_mask.shape[2] > 1:
         attention_mask = rows.chosen(attention_mask.expand(rows.batch, -1, -1, -1))
     return own(module, query, key, value, attention_mask, **kwargs)[0]
 
 
-def _causal(own, rows: Rows, module, query, key, value, kwargs: dict) -> torch.Tensor:
-    """Causal attention of kept rows, a block at a time over the keys that block can see."""
-    parts, places = [], torch.arange(rows.length, device=query.device)
+def _causal(rows: Rows, query, key, value, scale: float | None) -> torch.Tensor:
+    """Causal attention of kept rows, a block at a time over the keys that block can see.
+
+    Query heads that share keys are rows of one head here, so that no block copies its keys for each of them.
+    """
+    kept, shared = query.shape[2], query.shape[1] // key.shape[1]
+    query = query.unflatten(1, (-1, shared)).transpose(2, 3).contiguous()                       # [b, h', m, h / h', e]
+    places, parts = torch.arange(rows.length, device=query.device), []
     for start, stop, seen in rows.blocks:
-        mask = (places[:seen] <= rows.padded[:, start:stop, None]).unsqueeze(1)
-        parts.append(own(module, query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], mask, **kwargs)[0])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        mask = (places[:seen] <= rows.padded[:, start:stop].repeat_interleave(shared, 1)[..., None]).unsqueeze(1)
+        parts.append(F.scaled_dot_product_attention(query[:, :, start:stop].flatten(2, 3), key[:, :, :seen],
+                                                    value[:, :, :seen], attn_mask=mask, scale=scale))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return out.unflatten(2, (kept, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)
