@@ -174,6 +174,7 @@ def pretraining(history: pd.DataFrame):
     return figure
 
 
+@matplotlib.rc_context({"figure.max_open_warning": 0})       # closed together, below
 def redraw() -> list[Path]:
     """figures/ from results/, for the phases that have results."""
     folder, made = project_root() / "figures", []

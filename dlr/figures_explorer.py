@@ -58,7 +58,8 @@ def token_map(record: Record, look: Look = Look(), columns: int = 96):
             axes.add_patch(plt.Rectangle((left + 0.8, top + row), 6 * rate, 0.88, color="#59636e", lw=0))
     axes.text(-4.6, -3.4, f"{100 * record.skip_ratio:.1f} % skipped · {float(record.active_layers.mean()):.2f} of "
               f"{meta['layers']} layers a token · perplexity {number(record.perplexity(), 2, '–')} routed, "
-              f"{number(record.perplexity('dense'), 2, '–')} dense · {said_plan(record)}", fontsize=7, va="center", parse_math=False)
+              f"{number(record.perplexity('dense'), 2, '–')} dense · {said_plan(record)}", fontsize=7, va="center",
+              parse_math=False)
     axes.text(-4.6, block * len(lines) + 0.8, "grey: always kept · shade and number: layers the token ran · pale: skipped · "
               "bars: share of all tokens that ran the layer", fontsize=6, color="#59636e", va="center")
     with warnings.catch_warnings():

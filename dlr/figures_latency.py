@@ -10,7 +10,7 @@ COLOURS = {"truncation": "#999999", "masked": "#E69F00", "two-pass": "#CC79A7", 
 
 
 def speedups(table: pd.DataFrame, part: str = "end to end", title: str = ""):
-    """Speed-up over dense by system and skip ratio, one panel a kind of work; whiskers are quartiles of the turns.
+    """Speed-up over dense by system and skip ratio, one panel a kind of work; whiskers are quartiles over the turns.
 
     Dashes mark the layer-count bound L / (K + R (1 - skip)). Below 1 a system is slower than the dense model.
     """
@@ -23,10 +23,9 @@ def speedups(table: pd.DataFrame, part: str = "end to end", title: str = ""):
         width = 0.8 / len(systems)
         for index, system in enumerate(systems):
             rows = group[group["system"] == system].set_index("skip").loc[skips]
-            dense = rows["speedup"] * rows["median"]
             x = np.arange(len(skips)) + (index - (len(systems) - 1) / 2) * width
-            error = [rows["speedup"] - dense / rows["q3"], dense / rows["q1"] - rows["speedup"]]
-            axis.bar(x, rows["speedup"], width, color=COLOURS[system], yerr=np.maximum(error, 0),
+            error = [rows["speedup"] - rows["speedup_q1"], rows["speedup_q3"] - rows["speedup"]]
+            axis.bar(x, rows["speedup"], width, color=COLOURS[system], yerr=error,
                      error_kw={"lw": 0.8, "capsize": 2}, label=system if not place else None)
         for x, skip in enumerate(skips):
             bound = group[group["skip"] == skip]["bound"].iloc[0]

@@ -192,11 +192,12 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
 
     Truncation lies between two whole depths where the plan's active layers are no whole number; its time is interpolated.
 
-    Columns: median, q1, q3 (seconds), speedup over dense, bound (layer count), share_of_bound, share_of_truncation.
+    Columns: median, q1, q3 (seconds), bound (layer count), speedup over dense, share_of_truncation, share_of_bound. Speed-ups
+    and shares are medians (and quartiles: `speedup_q1`, ...) of ratios within a turn, which drift between turns leaves alone.
     """
     subject = work.subject
     variants = _variants(subject, systems or work.systems, skips)
-    times: dict[tuple, list[float]] = {}
+    times: list[dict] = []
     for repeat in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}", unit="turn"):
         for system, skip, depth in random.Random(repeat).sample(variants, len(variants)):
             if system in REFERENCES and repeat % 2 == 0 < repeat:
@@ -205,37 +206,36 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
                 subject.model.config.num_hidden_layers = depth
                 for part, seconds in work.run().items():
                     if repeat:                                            # the first turn warms up
-                        times.setdefault((system, skip, depth, part), []).append(seconds)
-    return _table(subject, work, times)
+                        times.append({"turn": repeat, "part": part, "system": system, "skip": skip, "depth": depth,
+                                      "seconds": seconds})
+    return _table(subject, work, _at_active_depth(subject, pd.DataFrame(times)))
 
 
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-    return q1, median, q3
+def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
+    """Seconds `[turn, (part, system, skip)]`; those of truncation interpolated between the two depths of the same turn."""
+    def weight(row) -> float:
+        share = subject.active(row.skip) - int(subject.active(row.skip))
+        exact = row.system != "truncation" or int(subject.active(row.skip)) == subject.layers
+        return 1.0 if exact else share if row.depth > subject.active(row.skip) else 1.0 - share
+
+    times = times.assign(seconds=times["seconds"] * [weight(row) for row in times.itertuples()])
+    found = times.groupby(["turn", "part", "system", "skip"])["seconds"].sum()
+    return found.unstack(["part", "system", "skip"])
 
 
-def _table(subject: Subject, work, times: dict) -> pd.DataFrame:
-    rows, medians = [], {}
-    order = sorted(times, key=lambda key: (SYSTEMS.index(key[0]), key[1:3]))
-    for system, skip, depth, part in order:
-        values = times[system, skip, depth, part]
-        if system == "truncation":                      # between two whole depths: the turns' times, interpolated
-            other = times.get((system, skip, depth + 1, part))
-            if depth != int(subject.active(skip)):
-                continue
-            share = subject.active(skip) - depth
-            values = [a + share * (b - a) for a, b in zip(values, other or values)]
-        q1, median, q3 = _quartiles(values)
-        medians[system, skip, part] = median
-        rows.append({"model": subject.name, "layers": subject.layers, "dtype": str(subject.model.dtype).split(".")[-1],
-                     "work": work.label, "part": part, "batch": work.batch, "length": work.length, "system": system,
-                     "skip": skip, "median": median, "q1": q1, "q3": q3, "turns": len(values)})
-    for row in rows:
-        skip, part = row["skip"], row["part"]
-        row["speedup"] = medians["dense", 0.0, part] / row["median"] if ("dense", 0.0, part) in medians else float("nan")
-        row["bound"] = subject.bound(skip)
-        row["share_of_bound"] = row["speedup"] / row["bound"]
-        row["share_of_truncation"] = medians.get(("truncation", skip, part), float("nan")) / row["median"]
+def _table(subject: Subject, work, times: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    order = sorted(times, key=lambda key: (SYSTEMS.index(key[1]), key[2]))
+    for part, system, skip in order:
+        seconds = times[part, system, skip].dropna()
+        q1, median, q3 = seconds.quantile([0.25, 0.5, 0.75])
+        row = {"model": subject.name, "layers": subject.layers, "dtype": str(subject.model.dtype).split(".")[-1],
+               "work": work.label, "part": part, "batch": work.batch, "length": work.length, "system": system,
+               "skip": skip, "median": median, "q1": q1, "q3": q3, "turns": len(seconds), "bound": subject.bound(skip)}
+        for name, other in (("speedup", ("dense", 0.0)), ("share_of_truncation", ("truncation", skip))):
+            ratio = times[part, *other] / seconds if (part, *other) in times else seconds * float("nan")
+            row |= {f"{name}{end}": ratio.quantile(share) for end, share in (("", 0.5), ("_q1", 0.25), ("_q3", 0.75))}
+        rows.append(row | {"share_of_bound": row["speedup"] / row["bound"]})
     return pd.DataFrame(rows)
 
 

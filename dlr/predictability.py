@@ -1,8 +1,8 @@
 """How much of each layer's worth for a token can be told from the token's state early in the model.
 
 The R² of a probe from the router's own input estimates what a router that reads it can know (a better probe or more text
-could raise it); probes at other depths tell what reading earlier or later would change. Predictions are cross-fitted: whole documents are held out, so that every
-token is predicted by a probe that saw nothing of its text.
+could raise it); probes at other depths tell what reading earlier or later would change. Predictions are cross-fitted:
+whole documents are held out, so that every token is predicted by a probe that saw nothing of its text.
 
 Notation: n tokens, d width, U routable units.
 """

@@ -290,5 +290,6 @@ def view(record: Record, cost: Cost | None = None, look: Look = Look(), note: st
     """Cost line, token strip and heatmap of one record."""
     hint = ("<div class=dlr-card><small>Hover over a token, or move to it with Tab: what it is, the layers it ran, its "
             "losses and what both models predict next.</small></div>")
-    return framed(f"{notice(note)}{cost_line(record, cost)}{caption(record)}<div class=dlr-main>{strip(record, look)}{hint}</div>"
+    return framed(f"{notice(note)}{cost_line(record, cost)}{caption(record)}"
+                  f"<div class=dlr-main>{strip(record, look)}{hint}</div>"
                   f"{heatmap(record, look)}", "depth of every token")

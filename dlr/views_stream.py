@@ -34,7 +34,8 @@ def stream(progress: Progress, always: float) -> str:
     tiles = [cost_tile("routed tokens/s", number(routed.rate, 1), note),
              cost_tile("dense tokens/s", number(dense.rate, 1), "base model without adapters, interleaved"),
              cost_tile("layers a token", number(mean, 2), f"of {progress.layers}"),
-             cost_tile("tokens", f"{len(routed.ids)}", "stopped" if progress.stopped else "finished" if progress.done else "generating…")]
+             cost_tile("tokens", f"{len(routed.ids)}",
+                       "stopped" if progress.stopped else "finished" if progress.done else "generating…")]
     prompt = escape(visible(progress.prompt, spaces=False).replace("↵", "↵\n"))
     plain = escape("".join(_piece(p, i, progress.bytes) for p, i in zip(dense.pieces, dense.ids)).replace("↵", "↵\n"))
     swatches = "".join(f'<i class="dlr-l{level(d, always, progress.layers)}">{d:g}</i>'
@@ -42,6 +43,7 @@ def stream(progress: Progress, always: float) -> str:
     return framed(
         f'<div class=dlr-tiles>{"".join(tiles)}</div><div class=dlr-two><div><h4>Routed <small>shade and number: layers '
         f'each token ran, of {progress.layers}</small></h4><div class=dlr-strip><bdi class=dlr-muted>{prompt}</bdi>'
-        f"{_tokens(routed, always, progress.layers, progress.bytes, progress.done)}</div><div class=dlr-key>{swatches}</div></div>"
+        f"{_tokens(routed, always, progress.layers, progress.bytes, progress.done)}</div>"
+        f"<div class=dlr-key>{swatches}</div></div>"
         f"<div><h4>Dense <small>the base model’s own continuation, {progress.layers} layers a token</small></h4>"
         f"<div class=dlr-strip><bdi class=dlr-muted>{prompt}</bdi><bdi>{plain}</bdi></div></div></div>", "generation")

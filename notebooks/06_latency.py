@@ -15,9 +15,10 @@
 # against the ceiling, a model cut to the same number of layers?
 #
 # **Method.** Five systems take turns in one run, each turn in an order of its own, so that drift of the machine falls on all
-# alike (masked and two-pass, which save nothing, in every second turn): *dense*; *truncation*
-# (the first layers only, as many as the plan keeps: the ceiling); *masked* (everything computed, then blended);
-# *two-pass* (the original hooks: a pass for the router, then a masked one); and *compact*. The plan is that of a trained
+# alike (masked and two-pass, which save nothing, in every second turn). Ratios are taken within a turn; medians and quartiles
+# over the turns are shown. The systems: *dense*; *truncation* (the first layers only, as many as the plan keeps: the
+# ceiling); *masked* (everything computed, then blended); *two-pass* (the original hooks: a pass for the router, then a
+# masked one); and *compact*. The plan is that of a trained
 # router, recorded on test documents; on another shape it is stretched over the layers. Every routed system runs its
 # router as well. Shapes of published models hold random weights: speed does not depend on what the weights are.
 #
@@ -76,7 +77,8 @@ print(f"{subject.layers} layers, {subject.model.dtype}, {torch.get_num_threads()
 # %% tags=["nbval-ignore-output"]
 tables = [latency.measure(latency.Prefill(subject, batch, length), [0.0, *config.skips], repeats=config.repeats)
           for batch in config.batches for length in config.lengths]
-columns = ["part", "system", "skip", "median", "q1", "q3", "speedup", "bound", "share_of_bound", "share_of_truncation"]
+columns = ["part", "system", "skip", "median", "q1", "q3", "speedup", "speedup_q1", "speedup_q3", "bound", "share_of_bound",
+           "share_of_truncation"]
 pd.concat(tables)[["batch", "length", *columns]].round(3)
 
 # %% [markdown]

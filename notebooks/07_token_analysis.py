@@ -177,7 +177,8 @@ metrics = run.finish(
     rows, target=study.routing.config.calibrated_skip, skip=tokens.skip_ratio,
     categories=by_category.to_dict("records"), shuffled=gap, information=information, variance=shares,
     collapse=collapse, between=between, least=least, difficulty=hard.to_dict("records"),
-    benefit=benefit.to_dict("records"), benefit_loss=benefit_loss.to_dict("records"), position=position.to_dict("records"), static=made, probes=probes)
+    benefit=benefit.to_dict("records"), benefit_loss=benefit_loss.to_dict("records"), position=position.to_dict("records"),
+    static=made, probes=probes)
 figures_analysis.draw(run.folder);
 
 # %% [markdown]

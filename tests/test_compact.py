@@ -161,6 +161,17 @@ def test_a_prefill_longer_than_the_sliding_window(family):
     assert torch.allclose(torch.cat(parts, 1), masked, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_causal_attention_goes_block_by_block(family, ids, monkeypatch):
+    """However short the blocks: none misses a key before it or sees one behind it, with keys shared by heads or not."""
+    monkeypatch.setattr("dlr.rows.BLOCK", 3)
+    model = tiny(family)
+    routing = dlr.attach(model, OPEN, execution="compact")
+    for kind in PLANS:
+        masked, compact = both(model, GivenPlan(plan(kind, *ids.shape, routing.units, 2)), ids)
+        assert torch.allclose(masked, compact, atol=1e-5), kind
+
+
 @torch.no_grad()
 def test_lora_added_after_attaching_is_found(llama, ids):
     routing = dlr.attach(llama, OPEN, execution="compact")

@@ -270,7 +270,8 @@ def test_half_written_results_are_measured_again(nano, data, tmp_path):
     path = tmp_path / "blimp_causative.json"
     path.write_text(path.read_text()[:100])
     assert run_benchmark(lm, ["blimp_causative"], tmp_path, data_dir=data) == first
-    assert data not in json.dumps(first) and "site-packages" not in json.dumps(first)                                      # results name no machine's folders
+    said = json.dumps(first)
+    assert data not in said and "site-packages" not in said, "results name no machine's folders"
 
 
 def test_rows_hold_score_skip_layers_and_flops(routed, data, tmp_path):

@@ -1,5 +1,6 @@
 """The latency bench measures what it says: equal skips, the right systems, counted operations."""
 
+import pandas as pd
 import pytest
 import torch
 from tiny_models import tiny
@@ -57,6 +58,23 @@ def test_every_system_is_timed_in_turns_and_truncation_has_the_plans_depth(subje
     with subject.as_system("compact", 0.5, work.tokens):
         work.run()
     assert subject.routing.plan.skip_ratio == pytest.approx(0.5, abs=0.2)
+
+
+def test_ratios_are_taken_within_a_turn_so_that_drift_falls_out(subject):
+    """Time goes as the layers run, on a machine that slows down threefold: speed-ups are the bound, truncation has no lead."""
+    depths = [("dense", 0.0, 6), ("truncation", 0.4, 4), ("truncation", 0.4, 5), ("compact", 0.4, 6)]
+    run = {"dense": lambda depth: 6, "truncation": lambda depth: depth, "compact": lambda depth: subject.active(0.4)}
+    times = pd.DataFrame([{"turn": turn, "part": "layers", "system": system, "skip": skip, "depth": depth,
+                           "seconds": slow * run[system](depth)}
+                          for turn, slow in enumerate((1.0, 2.0, 2.5, 3.0), 1) for system, skip, depth in depths
+                          if (turn, system) != (4, "compact")])
+    work = latency.Prefill(subject, 1, 15)
+    table = latency._table(subject, work, latency._at_active_depth(subject, times)).set_index("system")
+    assert subject.active(0.4) == pytest.approx(4.4)
+    assert table.loc["truncation", "median"] == pytest.approx(4.4 * 2.25) and table.loc["compact", "turns"] == 3
+    for system in ("truncation", "compact"):
+        assert table.loc[system, ["speedup", "speedup_q1", "speedup_q3"]].tolist() == pytest.approx([6 / 4.4] * 3)
+        assert table.loc[system, "share_of_truncation"] == table.loc[system, "share_of_bound"] == pytest.approx(1)
 
 
 def test_the_profile_tells_products_attention_and_the_rest_apart(subject):

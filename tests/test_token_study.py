@@ -15,7 +15,8 @@ def metrics(low, captured):
             "variance": {"layers": 0.8, "tokens": 0.05, "within": 0.15}, "between": {"token": 0.4, "document": None},
             "information": {"category": {"explained": 0.05, "information": 0.1, "chance": 0.02}},
             "collapse": {"flags": ["no unit is routed by token"]}, "rows": [row],
-            "probes": [{"depth": 4, "probe": "linear", "r2": 0.12, "tokens": 4512}, {"depth": 8, "probe": "linear", "r2": 0.5, "tokens": 4512}]}
+            "probes": [{"depth": 4, "probe": "linear", "r2": 0.12, "tokens": 4512},
+                       {"depth": 8, "probe": "linear", "r2": 0.5, "tokens": 4512}]}
 
 
 def test_the_verdict_follows_the_numbers():
