@@ -95,37 +95,35 @@ def plan_rows(gates: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
     """
     runs = (gates > 0.5).permute(2, 0, 1)
     host = torch.cat([runs, real.unsqueeze(0)]).to("cpu").numpy()
-    present, (batch, length) = host[-1], real.shape
-    tables: list[tuple[np.ndarray, ...] | None] = []
-    for unit in host[:-1]:
-        if (unit | ~present).all():
-            tables.append(None)
-            continue
-        flat = np.flatnonzero(unit & present)
-        if not len(flat):                                # most units of most decode steps
-            tables.append((flat, np.zeros((batch, 0), dtype=np.int64), flat))
-            continue
-        sequence, place = np.divmod(flat, length)
-        counts = np.bincount(sequence, minlength=batch)
-        rank = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
-        padded = np.zeros((batch, counts.max()), dtype=np.int64)
-        padded[sequence, rank] = place
-        tables.append((flat, padded, sequence * padded.shape[1] + rank))
-    blocks = [() if table is None else _blocks(table[1]) for table in tables]
-    parts = [part.ravel() for table in tables if table for part in table]
-    if not parts:
-        return [None] * len(tables)
-    moved = iter(torch.from_numpy(np.concatenate(parts)).to(gates.device, non_blocking=True).split([p.size for p in parts]))
-    return [None if table is None else
-            Rows(next(moved), next(moved).view(batch, -1), next(moved), batch, length, block)
-            for table, block in zip(tables, blocks)]
+    kept, (batch, length) = host[:-1] & host[-1], real.shape
+    rows: list[Rows | None] = [None] * len(kept)
+    skipping = (kept != host[-1]).any((1, 2)).nonzero()[0]
+    if not len(skipping):
+        return rows
+    unit, sequence, place = kept[skipping].nonzero()
+    counts = np.bincount(unit * batch + sequence, minlength=len(skipping) * batch)
+    rank = np.arange(len(unit)) - np.repeat(counts.cumsum() - counts, counts)         # among the kept of its sequence
+    counts = counts.reshape(-1, batch)
+    width = counts.max(1)                                                             # m of each unit
+    source, begin = sequence * width[unit] + rank, np.append(0, (batch * width).cumsum())
+    padded = np.zeros(begin[-1], dtype=np.int64)
+    padded[begin[unit] + source] = place
+    table = torch.from_numpy(np.concatenate([sequence * length + place, source, padded]))
+    sizes = np.concatenate([counts.sum(1), counts.sum(1), batch * width]).tolist()
+    moved = table.to(gates.device, non_blocking=True).split(sizes)                    # one copy for all units
+    for i, index in enumerate(skipping):
+        flat, among, places = moved[i::len(skipping)]
+        blocks = _blocks(padded[begin[i]:begin[i + 1]].reshape(batch, -1))
+        rows[index] = Rows(flat, places.view(batch, -1), among, batch, length, blocks)
+    return rows
 
 
 def _blocks(padded: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     """Stretches of BLOCK rows, so that attention under a mask need not see the keys behind them all."""
     count = padded.shape[1]
-    return tuple((start, min(start + BLOCK, count), int(padded[:, start:start + BLOCK].max()) + 1)
-                 for start in range(0, count, BLOCK))
+    starts = list(range(0, count, BLOCK))
+    seen = np.maximum.reduceat(padded.max(0), starts) + 1 if count else starts
+    return tuple((start, min(start + BLOCK, count), int(keys)) for start, keys in zip(starts, seen))
 
 
 def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs) -> torch.Tensor:

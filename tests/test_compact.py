@@ -12,6 +12,7 @@ from dlr.config import RouterConfig, RunConfig
 from dlr.models import add_lora
 from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routed import NotRoutable
+from dlr.rows import plan_rows
 
 OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
 PLANS = ("none", "half", "most", "all", "one row", "whole layers")
@@ -159,6 +160,24 @@ def test_a_prefill_longer_than_the_sliding_window(family):
         with routing.using(GivenPlan(gates[:, place])):
             parts.append(model(ids[:, place], past_key_values=cache).logits)
     assert torch.allclose(torch.cat(parts, 1), masked, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_are_those_of_the_plan(seed):
+    generator = torch.Generator().manual_seed(seed)
+    gates = (torch.rand(3, 90, 5, generator=generator) < torch.tensor([0.5, 0.9, 0.01, 0.0, 1.0])).float()
+    real = torch.arange(90) >= torch.randint(40, (3, 1), generator=generator)
+    found = plan_rows(gates, real)
+    assert found[4] is None and found[3].count == 0 and found[3].blocks == ()
+    for unit, rows in enumerate(found[:4]):
+        kept = gates[..., unit].bool() & real
+        assert torch.equal(rows.flat, kept.flatten().nonzero().flatten())
+        assert torch.equal(rows.padded.flatten()[rows.source], rows.flat % 90)
+        for sequence, places in zip(kept, rows.padded):
+            count = int(sequence.sum())
+            assert places[:count].tolist() == sequence.nonzero().flatten().tolist() and not places[count:].any()
+        assert [place for start, stop, _ in rows.blocks for place in range(start, stop)] == list(range(rows.padded.shape[1]))
+        assert all(keys == rows.padded[:, start:stop].max() + 1 for start, stop, keys in rows.blocks)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
