@@ -27,7 +27,9 @@ FUSED = ("qkv_proj", "query_key_value", "c_attn")          # compute keys and va
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward")
 BARE_MLP = ("fc1", "fc2")
-OVERHEAD = 1.5e8            # FLOPs of products that take as long as running a layer by rows costs more (2 CPU cores: 2 ms)
+# FLOPs of products that take as long as running a layer by rows costs more: 2 ms on two CPU cores, as measured; on an
+# accelerator about 0.3 ms of kernel launches at 150 TFLOP/s, an estimate
+OVERHEAD = {"cpu": 1.5e8, "cuda": 5e10}
 CACHE_NAMES = ("past_key_values", "layer_past")
 
 
@@ -147,8 +149,7 @@ class CompactLayer:
         self.parts = Parts(self.layer)
         self.attention = self.parts.attention
         self.found = self._inside()
-        weights = sum(p.numel() for p in self.layer.parameters())  # of a packed 4-bit layer fewer: it is run by rows later
-        self.least = OVERHEAD / (2 * weights)                      # skipped rows that are worth it
+        self.weights = sum(p.numel() for p in self.layer.parameters())       # packed 4-bit ones count as fewer
         self.no_query = {m: _blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
         self.no_keys = {m: _blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
 
@@ -183,7 +184,7 @@ class CompactLayer:
             return self._output(self.routing.router.skipped(self.place, hidden) if parts == 1 else hidden)
         slot = self._slot(kwargs.get(self.cache_name))
         owed = slot is not None and bool(slot.waiting)
-        plain = parts == 1 and self._plain(rows[0])
+        plain = parts == 1 and self._plain(rows[0], hidden.device.type)
         known = self.returns_tuple is not None or rows[0] is None or rows[0].count
         if parts == 1 and self.function is not None and known and (owed or not plain):
             return self._output(self.run(hidden, kwargs, rows[0], slot.take() if owed else []))
@@ -192,9 +193,12 @@ class CompactLayer:
         attention, mlp = (None, None) if plain else (rows[0], rows[-1])
         return self._blend(current, hidden, self.run_parts(hidden, kwargs, attention, mlp))
 
-    def _plain(self, rows: Rows | None) -> bool:
+    def _plain(self, rows: Rows | None, device: str) -> bool:
         """Whether so few rows are skipped that running the layer by rows costs more."""
-        return rows is None or 0 < rows.count and rows.batch * rows.length - rows.count < self.least
+        if rows is None:
+            return True
+        saved = 2 * self.weights * (rows.batch * rows.length - rows.count)
+        return rows.count > 0 and saved < OVERHEAD.get(device, OVERHEAD["cuda"])
 
     def run(self, hidden: torch.Tensor, kwargs: dict, rows: Rows | None, waiting: list) -> torch.Tensor:
         """What follows the layer `[b, s, d]`, with only the given rows of `hidden` `[b, s, d]` computed; None: all.

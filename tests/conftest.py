@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny
 
+from dlr.compact import OVERHEAD
+
 
 @pytest.fixture
 def llama():
@@ -30,4 +32,4 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _by_rows(monkeypatch):
     """Layers of tiny models are run by rows too, although that never pays for them."""
-    monkeypatch.setattr("dlr.compact.OVERHEAD", 0.0)
+    monkeypatch.setitem(OVERHEAD, "cpu", 0.0)

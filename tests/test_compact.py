@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers import MambaConfig, MambaForCausalLM
 
 import dlr
+from dlr.compact import OVERHEAD
 from dlr.config import RouterConfig, RunConfig
 from dlr.models import add_lora
 from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
@@ -129,7 +130,7 @@ def test_one_host_sync_a_forward_pass(llama, ids, padded, monkeypatch):
 def test_few_skipped_rows_are_not_worth_the_gathering(llama, ids, monkeypatch):
     """A guard weighs the products saved against a constant; a layer that no row runs is never computed."""
     weights = sum(p.numel() for p in llama.model.layers[2].parameters())
-    monkeypatch.setattr("dlr.compact.OVERHEAD", 2 * weights * 6)              # six rows and more are worth it
+    monkeypatch.setitem(OVERHEAD, "cpu", 2 * weights * 6)                     # six rows and more are worth it
     routing = dlr.attach(llama, OPEN, execution="compact")
     seen = []
     routing.layers[3].mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[0] * a[0].shape[1]))
