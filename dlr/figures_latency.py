@@ -24,7 +24,10 @@ def speedups(table: pd.DataFrame, part: str = "end to end", title: str = ""):
         for index, system in enumerate(systems):
             rows = group[group["system"] == system].set_index("skip").loc[skips]
             x = np.arange(len(skips)) + (index - (len(systems) - 1) / 2) * width
-            error = [rows["speedup"] - rows["speedup_q1"], rows["speedup_q3"] - rows["speedup"]]
+            low, high = rows.get("speedup_q1"), rows.get("speedup_q3")
+            if low is None:                                # results from before ratios were taken within a turn
+                low, high = (rows["speedup"] * rows["median"] / rows[name] for name in ("q3", "q1"))
+            error = [rows["speedup"] - low, high - rows["speedup"]]
             axis.bar(x, rows["speedup"], width, color=COLOURS[system], yerr=error,
                      error_kw={"lw": 0.8, "capsize": 2}, label=system if not place else None)
         for x, skip in enumerate(skips):
