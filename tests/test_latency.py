@@ -7,7 +7,7 @@ from tiny_models import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlr
-from dlr import latency
+from dlr import figures_latency, latency
 from dlr.config import RouterConfig
 from dlr.flops import flops_per_token
 from dlr.policy import StaticPlan
@@ -75,6 +75,19 @@ def test_ratios_are_taken_within_a_turn_so_that_drift_falls_out(subject):
     for system in ("truncation", "compact"):
         assert table.loc[system, ["speedup", "speedup_q1", "speedup_q3"]].tolist() == pytest.approx([6 / 4.4] * 3)
         assert table.loc[system, "share_of_truncation"] == table.loc[system, "share_of_bound"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_whiskers_of_the_figure_enclose_its_bars(paired):
+    """Also for results from before ratios were taken within a turn, which have quartiles of seconds alone."""
+    table = pd.DataFrame([{"work": "prefill", "part": "end to end", "batch": 1, "length": 15, "system": "compact", "skip": 0.5,
+                           "bound": 1.5, "median": 2.0, "q1": 1.8, "q3": 2.5, "speedup": 1.25, "speedup_q1": 1.1,
+                           "speedup_q3": 1.3}])
+    table = table if paired else table.drop(columns=["speedup_q1", "speedup_q3"])
+    axes = figures_latency.speedups(table).axes[0]
+    (whisker,) = axes.collections[0].get_segments()
+    assert axes.patches[0].get_height() == 1.25
+    assert whisker[:, 1].tolist() == pytest.approx([1.1, 1.3] if paired else [1.25 * 2.0 / 2.5, 1.25 * 2.0 / 1.8])
 
 
 def test_the_profile_tells_products_attention_and_the_rest_apart(subject):
