@@ -213,12 +213,9 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
 
 def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
     """Seconds `[turn, (part, system, skip)]`; those of truncation interpolated between the two depths of the same turn."""
-    def weight(row) -> float:
-        share = subject.active(row.skip) - int(subject.active(row.skip))
-        exact = row.system != "truncation" or int(subject.active(row.skip)) == subject.layers
-        return 1.0 if exact else share if row.depth > subject.active(row.skip) else 1.0 - share
-
-    times = times.assign(seconds=times["seconds"] * [weight(row) for row in times.itertuples()])
+    truncated = times["system"] == "truncation"
+    nearness = 1 - (times["depth"] - times["skip"].map(subject.active)).abs()          # of a depth to the active layers
+    times = times.assign(seconds=times["seconds"] * nearness.where(truncated, 1.0))
     found = times.groupby(["turn", "part", "system", "skip"])["seconds"].sum()
     return found.unstack(["part", "system", "skip"])
 
