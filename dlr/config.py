@@ -110,9 +110,12 @@ class RunConfig(BaseModel):
     def _consistent(self):
         if self.level == "sequence" and self.warm_start:
             raise ValueError("warm_start labels single tokens and level='sequence' has none; set warm_start=false.")
-        if self.bf16 is None:
-            self.bf16 = fast_bf16()
         return self
+
+    @property
+    def autocast(self) -> bool:
+        """Whether training and evaluation compute in bfloat16: `bf16` where it is set, else what is fast here."""
+        return fast_bf16() if self.bf16 is None else self.bf16
 
     def router(self) -> RouterConfig:
         """The part of the settings a router is built from."""
