@@ -90,7 +90,8 @@ def _beside_controls(name: str, named: dict[str, dict]) -> str:
         if control in named:
             other = named[control]["perplexity"]
             parts.append(f"{_side(own, other)} its {'plan shuffled' if kind == 'shuffled' else kind} ({other:.1f})")
-    return f"**{name}** at {own:.1f} is " + ", ".join(parts) + "."
+    how = ", whose router was trained end to end," if name == "cold" else ""
+    return f"**{name}**{how} at perplexity {own:.1f} is " + ", ".join(parts) + "."
 
 
 def _listed(names: list[str]) -> str:

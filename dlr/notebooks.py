@@ -85,8 +85,10 @@ def _same_python():
     class SamePython(AsyncKernelManager):
         @property
         def kernel_spec(self):
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-                              display_name="Python 3", language="python")
+            from ipykernel.kernelspec import get_kernel_dict
+            about = get_kernel_dict()
+            about["argv"].append("--log-level=ERROR")            # else it warns that it talks to us without encryption
+            return KernelSpec(**about)
     return SamePython
 
 

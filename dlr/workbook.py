@@ -114,7 +114,8 @@ def shown(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)[COLUMNS].round(3)
 
 
-_OF_A_POINT = ("seed", "target_skip", "point", "dropped", "run_name")       # what a frontier's runs differ in by intent
+# In what the runs of one table may differ: by intent, or (bf16) by the machine.
+_OF_A_POINT = ("seed", "target_skip", "point", "dropped", "run_name", "bf16")
 
 
 def results_table(phase: str, root=None, names=None) -> pd.DataFrame:
