@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dlr.execution import argument_names
-from dlr.intercept import Standin, attention_function, intercepted
+from dlr.intercept import Standin, attention_function, intercepted, own_forwards
 from dlr.pending import PendingLayer, by_row, joined, pending_layer, positional
 from dlr.rows import Rows, attend
 
@@ -154,9 +154,14 @@ class CompactLayer:
         self.weights = sum(p.numel() for p in self.layer.parameters())       # packed 4-bit ones count as fewer
         self.no_query = {m: _blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
         self.no_keys = {m: _blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
+        self.touched = (self.attention, *self.no_query, *self.no_keys, *self.parts.output, *self.parts.mlp)
 
     def _inside(self) -> tuple:
         return *self.layer._modules.values(), *self.attention._modules.values()
+
+    def tidy(self) -> None:
+        """Takes away what an interrupt of this thread may have left in the place of the layer's modules."""
+        own_forwards(self.touched, everybody=False)
 
     def install(self) -> None:
         """Puts this in the layer's place until `remove`; putting it there twice changes nothing."""

@@ -198,7 +198,7 @@ class Routing:
         for layer in self._compact or ():
             layer.remove()
         for layer in self.layers:
-            own_forwards(layer)
+            own_forwards(layer.modules())
 
     # -- hooks ------------------------------------------------------------------------------------------------------
     def _before_model(self, module, args, kwargs):
@@ -212,6 +212,8 @@ class Routing:
             raise NotRoutable("This is a replica of the routed model (torch.nn.DataParallel?), which shares its hooks; use one "
                               "process a device (torchrun, accelerate launch).")
         self._end_pass()                                   # what an interrupted pass of this thread left behind
+        for layer in self._compact or ():
+            layer.tidy()
         asked = self._threads.asked.pop(get_ident(), {})
         if self.policy is None:
             return
@@ -274,14 +276,13 @@ class Routing:
                 for layer in self._compact:
                     layer.install()
 
-    def _end_pass(self) -> Pass | None:
+    def _end_pass(self) -> None:
         """Ends this thread's pass, and takes compact layers away with the last one that uses them."""
         with LOCK:
-            ended = self._threads.passes.pop(get_ident(), None)
-            if ended is not None and ended.compact and not any(other.compact for other in self._threads.passes.values()):
-                for layer in self._compact:
+            if not any(current.compact for thread, current in self._threads.passes.items() if thread != get_ident()):
+                for layer in self._compact or ():
                     layer.remove()
-        return ended
+            self._threads.passes.pop(get_ident(), None)
 
     def _before_first_routable(self, module, args, kwargs):
         current = self.current

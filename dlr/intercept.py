@@ -167,8 +167,10 @@ class intercepted:
             _Config.take(self.attention)
 
 
-def own_forwards(layer: nn.Module) -> None:
-    """Gives every module of `layer` its own forward and configuration back, whoever replaced them."""
-    for module in layer.modules():
-        Standin.take(module, everybody=True)
-        _Config.take(module, everybody=True)
+def own_forwards(modules, everybody: bool = True) -> None:
+    """Gives modules their own forward and configuration back, whoever replaced them; or but for other threads."""
+    for module in modules:
+        if isinstance(module.__dict__.get("forward"), Standin):
+            Standin.take(module, everybody)
+        if isinstance(module.__dict__.get("config"), _Config):
+            _Config.take(module, everybody)

@@ -29,7 +29,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _by_rows(monkeypatch):
-    """Layers of tiny models are run by rows too, although that never pays for them."""
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Layers of tiny models are run by rows too, although that never pays for them: the guard is off."""
     monkeypatch.setitem(OVERHEAD, "cpu", 0.0)

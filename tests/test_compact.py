@@ -15,6 +15,7 @@ from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routed import NotRoutable
 from dlr.rows import plan_rows
 
+pytestmark = pytest.mark.usefixtures("by_rows")
 OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
 PLANS = ("none", "half", "most", "all", "one row", "whole layers")
 
@@ -262,6 +263,22 @@ def test_training_stays_masked_and_gradients_flow(llama, ids):
     with routing.using(RandomPlan(0.5, 1)):
         llama(ids).logits.sum().backward()
     assert all(p.grad is not None for n, p in llama.model.layers.named_parameters())
+
+
+def test_the_tests_of_this_file_do_run_layers_by_rows(llama, ids, monkeypatch):
+    """And without the fixture, the guard leaves layers this small alone."""
+    seen, products = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: seen.append(x.shape[:-1]) or products(x, *rest))
+    routing = dlr.attach(llama, OPEN, execution="compact")
+    gates = plan("half", *ids.shape, 4)
+    for overhead in (0.0, 1.5e8):
+        seen.clear()
+        monkeypatch.setitem(OVERHEAD, "cpu", overhead)
+        with torch.no_grad(), routing.using(GivenPlan(gates)):
+            llama(ids)
+        kept = {int(gates[..., unit].sum()) for unit in range(4)}
+        assert kept <= {shape[1] for shape in seen if len(shape) == 2 and shape[0] == 1} if overhead == 0.0 else \
+            all(shape.numel() == ids.numel() for shape in seen if len(shape) == 2)
 
 
 @torch.no_grad()
