@@ -111,8 +111,10 @@ def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
 
 
 def keep_rates(table: pd.DataFrame, always_keep: int = 4, title: str = ""):
-    """Share of tokens that run each routable unit, one row a variant."""
+    """Share of tokens that run each routable unit, one row a variant; None without rows."""
     style()
+    if table.empty:
+        return None
     rates = pd.DataFrame(table["keep_rate"].tolist(), index=table["variant"])
     rates.columns = [always_keep + i for i in range(rates.shape[1])]
     figure, axes = plt.subplots(figsize=(0.45 * rates.shape[1] + 2.5, 0.36 * len(rates) + 1.3))
@@ -126,8 +128,10 @@ def keep_rates(table: pd.DataFrame, always_keep: int = 4, title: str = ""):
 
 
 def training(logs: dict[str, pd.DataFrame], title: str = ""):
-    """Cross-entropy and skip over the steps of each variant, with the budget asked for."""
+    """Cross-entropy and skip over the steps of each variant, with the budget asked for; None without logs."""
     style()
+    if not logs:
+        return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     palette = dict(zip(logs, sns.color_palette("colorblind", len(logs))))
     for name, log in logs.items():

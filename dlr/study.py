@@ -91,7 +91,7 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Poli
     DLRTrainer(model, config, blocks, folder, policy).fit()
     if learns:
         if config.objective == "controlled":
-            calibrate_router(model, routing, bench.calibration, config.target_skip, bf16=config.bf16)
+            calibrate_router(model, routing, bench.calibration, config.target_skip, bf16=config.autocast)
         variant.notes["threshold"] = routing.config.threshold
         save_pretrained(model, folder / "checkpoint")
     shutil.rmtree(folder / "trainer", ignore_errors=True)
@@ -102,7 +102,7 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Poli
 
 def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None, **notes) -> dict:
     """One row of the results table: `variant` evaluated on the test split under `policy`."""
-    table = evaluate(variant.model, variant.routing, bench.test, policy, bf16=variant.config.bf16, describe=label)
+    table = evaluate(variant.model, variant.routing, bench.test, policy, bf16=variant.config.autocast, describe=label)
     return row_of(bench, variant, label, table, **notes)
 
 
@@ -129,7 +129,7 @@ def best_static_order(bench: Bench) -> list[int]:
     """Greedy order in which a static plan drops the base model's layers; found once a base, data and shape."""
     config = bench.config
     key = f"{fingerprint(bench.base)} {bench.data_hash} {config.always_keep} {config.keep_last} {config.unit} " \
-          f"{config.eval_len} {config.bf16} {config.static_docs}"
+          f"{config.eval_len} {config.autocast} {config.static_docs}"
     path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if bench.order is None and path.is_file():
         bench.order = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +137,7 @@ def best_static_order(bench: Bench) -> list[int]:
         routing = attach(bench.base, config.router())
         try:
             batches = _first_documents(bench.calibration, config.static_docs)
-            bench.order = greedy_static_order(bench.base, routing, batches, bf16=config.bf16)
+            bench.order = greedy_static_order(bench.base, routing, batches, bf16=config.autocast)
         finally:
             routing.detach()
         write_atomically(path, json.dumps(bench.order))
@@ -170,7 +170,7 @@ def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
     forced = forced_share(bench, routing.config.keep_first_tokens)
     rows.append(measure(bench, variant, f"{name}, shuffled", ShuffledPlan(variant.config.seed)))
     table = evaluate_static(variant.model, routing, bench.test, order_of_mean_plan(keep), measured, forced,
-                            bf16=variant.config.bf16)
+                            bf16=variant.config.autocast)
     rows.append(row_of(bench, variant, f"{name}, mean plan", table))
     rows.append(measure(bench, variant, f"{name}, random plan",
                         RandomPlan(measured / (1 - forced), variant.config.seed)))
@@ -188,7 +188,7 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order
     variant = train(bench, name, config, folder, MixedStaticPlan(fewer, more, share))
     save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
     try:
-        table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.bf16)
+        table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.autocast)
         return row_of(bench, variant, name, table, order=order)
     finally:
         variant.close()

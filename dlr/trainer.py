@@ -69,7 +69,7 @@ class DLRTrainer(Trainer):
             output_dir=str(self.folder / "trainer"), max_steps=config.steps, learning_rate=config.lr,
             per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
             warmup_steps=round(config.warmup * config.steps), lr_scheduler_type="linear", weight_decay=0.0,
-            bf16=config.bf16, logging_steps=10, save_steps=config.save_steps, save_total_limit=1, seed=config.seed,
+            bf16=config.autocast, logging_steps=10, save_steps=config.save_steps, save_total_limit=1, seed=config.seed,
             report_to=[], use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
             activation_checkpointing=config.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False}, logging_strategy="no", disable_tqdm=True)

@@ -107,7 +107,7 @@ def label(model, routing: Routing, blocks, config: RunConfig, round_index: int, 
                   leave=False):
         start = (round_index * count + i) * config.batch_size
         ids = torch.stack([blocks[(start + j) % len(blocks)]["input_ids"] for j in range(config.batch_size)]).to(device)
-        parts.append(label_batch(model, routing, ids, background, config.bf16))
+        parts.append(label_batch(model, routing, ids, background, config.autocast))
     labels = HarmLabels(torch.cat([p.states for p in parts]), torch.cat([p.harm for p in parts]))
     if path:
         save_tensors({"states": labels.states, "harm": labels.harm}, path)
@@ -175,7 +175,7 @@ def shrink(model, routing: Routing, blocks, labels: HarmLabels, order: list[int]
         last.weight.copy_(share * weight)
         last.bias.copy_(prior + share * (bias - mean))
         _thresholded(routing, labels.states, config.target_skip)
-        with autocast(device, config.bf16), routing.using(RouterPolicy()):
+        with autocast(device, config.autocast), routing.using(RouterPolicy()):
             losses[share] = sum(cross_entropy(model(input_ids=ids, use_cache=False).logits, ids,
                                               torch.ones_like(ids, dtype=torch.bool)).sum().item() for ids in batches)
     best = min(losses, key=losses.get)
