@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dlr.corpus import SPLITS, content_hash, embedded_corpus, split_of
+from dlr.discovery import from_project
 from dlr.encoding import encode, opening_token, padding_token
 from dlr.progress import tqdm
 
@@ -68,10 +69,12 @@ def _file_texts(path: Path) -> list[str]:
 def folder_texts(path: str | Path) -> list[str]:
     """All documents of a file, or of every text file below a folder, in the order of their names.
 
+    A relative path is looked for from here, then from the project's root.
+
     Raises:
         FileNotFoundError: nothing there; ValueError: there are files, but no document in them.
     """
-    path = Path(path)
+    path = from_project(path)
     if not path.exists():
         raise FileNotFoundError(f"No file or folder at {str(path)!r}. Give a folder of .txt, .md, .json or .jsonl "
                                 "files, or dataset='embedded', which needs none.")
@@ -117,8 +120,8 @@ def load_documents(dataset: str, split: str) -> Documents:
         frame = embedded_corpus()
         rows = frame[frame["split"] == split]
         return Documents(dataset, split, rows["text"].tolist(), content_hash(rows))
-    if Path(dataset).exists() or dataset.startswith((".", "/", "~")):
-        texts = [t for t in folder_texts(Path(dataset).expanduser()) if split_of(t) == split]
+    if from_project(dataset).exists() or dataset.startswith((".", "/", "~")):
+        texts = [t for t in folder_texts(dataset) if split_of(t) == split]
     else:
         texts = _hub_texts(dataset, split)
     if not texts:

@@ -7,6 +7,9 @@ spaces, `<think>`) are vocabulary like any other.
 
 import json
 from functools import lru_cache
+from pathlib import Path
+
+from dlr.routed import causal_lm
 
 RULES = 2            # raise when ids of the same text change: what was stored under other rules is then made anew
 
@@ -81,6 +84,24 @@ def _plain_backend(state: str, special: frozenset[int]):
 
 def _name(tokenizer) -> str:
     return f"{type(tokenizer).__name__} of {getattr(tokenizer, 'name_or_path', '') or 'no name'}"
+
+
+def tokenizer_of(model, folder: str | Path | None = None):
+    """The tokenizer that belongs to a model: the one in checkpoint `folder` where there is one, else its base model's.
+
+    Raises:
+        OSError: neither is there; the message names the base model.
+    """
+    from transformers import AutoTokenizer
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if folder is not None and any((Path(folder) / name).is_file() for name in names):
+        return AutoTokenizer.from_pretrained(str(folder))
+    base = getattr(causal_lm(model).config, "_name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise OSError(f"The base model {base!r} comes without a tokenizer that can be loaded ({type(error).__name__}); save "
+                      "one into the checkpoint's folder with tokenizer.save_pretrained(folder).") from error
 
 
 def opening_token(tokenizer) -> int:

@@ -14,6 +14,7 @@ from dlr.palette import LEVELS, stylesheet
 from dlr.record import Record
 from dlr.tokens import Shown, kinds, shown, spans, visible, width
 
+LONGEST = 2048                 # tokens of a text that a page shows: each is some 3 kB of it
 ROW_COLUMNS = 112              # fixed-width characters a line of the heatmap holds
 KEPT, RUN, SKIPPED = "k", "r", ""
 
@@ -250,7 +251,8 @@ def cost_line(record: Record, cost: Cost | None = None) -> str:
         note = said_execution(cost.execution)
         unmerged = "" if cost.ms_unmerged is None else f"; with LoRA not merged {cost.ms_unmerged:.1f} ms"
         tiles.append(cost_tile("milliseconds, routed / dense", f"{number(cost.ms_routed, 0)} / {number(cost.ms_dense, 0)}",
-                           note, "one forward pass of this text, medians of interleaved runs; routed runs this plan and "
+                           note, "one forward pass of this text with the logits of its last token, as a prompt is read; "
+                           "medians of interleaved runs; routed runs this plan and "
                            f"its router on the weights of the base model; {cost.execution} execution{unmerged}"))
     tiles.append(cost_tile("perplexity, routed / dense", f"{number(routed, 2, blank)} / {number(dense, 2, '–')}",
                        change or ("recomputing…" if len(record) > 1 else "needs two tokens"),
