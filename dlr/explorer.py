@@ -8,6 +8,7 @@ Standard ipywidgets only. Moving the slider re-routes from kept logits at once; 
 
 import asyncio
 import functools
+from html import escape
 
 import ipywidgets as W
 
@@ -73,7 +74,7 @@ class Later:
 
 def labelled(widget, label: str):
     """`widget` with a visible label above it."""
-    return W.VBox([W.HTML(f"<b style='font-size:12px'>{label}</b>"), widget])
+    return W.VBox([W.HTML(f"<b style='font-size:12px'>{escape(label)}</b>"), widget])
 
 
 def budget_slider(session: Session) -> W.IntSlider:
@@ -242,7 +243,6 @@ class Explorer(Quiet, W.VBox):
         except Exception as error:
             self.downloads.value = views.message(error)
             return []
-        from html import escape
         place = "/".join(made[0].parent.parts[-3:])
         self.downloads.value = f"Written to <code>{escape(place)}</code>: {' · '.join(map(link, made))}"
         return made

@@ -105,7 +105,7 @@ def card(record: Record, i: int, token: Shown, kind: str, shares: list[float]) -
     note = f"<tr><th>bytes</th><td colspan=3>{escape(token.note)}</td></tr>" if token.note else ""
     return (
         f"<span class=dlr-card role=note><q><bdi>{escape(token.marked)}</bdi></q>"
-        f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · {kind}"
+        f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · {escape(kind)}"
         f"</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{float(record.active_layers[i]):g}"
         f" of {record.meta['layers']}</b><br>ran {spans(ran)}{half}<br>skipped {spans(skipped)}</td></tr>"
         f"<tr><th>loss</th><td colspan=3>dense {dense} · routed {routed} nats{ahead}</td></tr>"
@@ -224,8 +224,8 @@ def heatmap(record: Record, look: Look = Look()) -> str:
 
 # -- cost line --------------------------------------------------------------------------------------------------------
 def cost_tile(label: str, value: str, note: str = "", hint: str = "") -> str:
-    return (f'<div class=dlr-tile title="{escape(hint, quote=True)}"><span>{label}</span><b>{value}</b>'
-            f"<small>{note}</small></div>")
+    return (f'<div class=dlr-tile title="{escape(hint, quote=True)}"><span>{escape(label)}</span><b>{escape(value)}</b>'
+            f"<small>{escape(note)}</small></div>")
 
 
 def said_execution(execution: str, lora: str = "LoRA as merged") -> str:
@@ -277,9 +277,10 @@ def caption(record: Record) -> str:
 
 def said_plan(record: Record) -> str:
     """The same in plain text."""
-    routed = record.meta["policy"] == "RouterPolicy"
-    return f"{record.meta['model']}, " + (f"gates open above a router logit of {record.meta['threshold']:.3f}" if routed
-                                          else f"plan: {record.meta['policy']}")
+    threshold = record.meta["threshold"]
+    plan = f"plan: {record.meta['policy']}" if record.meta["policy"] != "RouterPolicy" else \
+        "every gate open" if threshold == -math.inf else f"gates open above a router logit of {threshold:.3f}"
+    return f"{record.meta['model']}, {plan}"
 
 
 def message(error: BaseException | str) -> str:
