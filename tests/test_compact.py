@@ -15,6 +15,8 @@ from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routed import NotRoutable
 from dlr.rows import plan_rows
 
+pytestmark = pytest.mark.usefixtures("by_rows")
+
 OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
 PLANS = ("none", "half", "most", "all", "one row", "whole layers")
 
@@ -39,6 +41,19 @@ def both(model, policy, ids, **inputs):
         with routing.using(policy if isinstance(policy, Policy) else policy()):
             out.append(model(ids, **inputs).logits)
     return out
+
+
+@torch.no_grad()
+def test_a_tiny_layer_is_run_by_rows_in_these_tests_and_left_alone_elsewhere(llama, ids, monkeypatch):
+    """Else every test below would compare two ways of running whole layers."""
+    routing, seen = dlr.attach(llama, OPEN, execution="compact"), []
+    routing.layers[3].mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[:-1].numel()))
+    gates = plan("half", *ids.shape, 4)
+    for overhead in (OVERHEAD["cpu"], 1.5e8):
+        monkeypatch.setitem(OVERHEAD, "cpu", overhead)
+        with routing.using(GivenPlan(gates)):
+            llama(ids)
+    assert seen == [int(gates[..., 1].sum()), ids.numel()]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -93,6 +93,8 @@ def test_router_and_controls_skip_as_much_as_the_router_did(rows):
         assert rows[name]["skip"] == pytest.approx(routed["skip"], abs=tolerance), name
     assert rows["stochastic depth, 30% dropped"]["skip"] == pytest.approx(0.3, abs=0.02)
     assert all(rows[name]["skip"] == 0 for name in ("base", "dense LoRA", "stochastic depth, full"))
+    own, mean = routed["keep_rate"], rows["DLR, mean plan"]["keep_rate"]
+    assert all(mean[i] <= mean[j] for i in range(4) for j in range(4) if own[i] < own[j]), "it drops what the router keeps least"
     assert routed["active_layers"] == pytest.approx(2 + 4 * (1 - routed["skip"]))
 
 
