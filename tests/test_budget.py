@@ -58,13 +58,13 @@ def test_the_dial_follows_its_curve_and_never_turns_back():
     model = tiny()
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1))
     calibrate_router(model, routing, batches(48), 0.4, bf16=False)
-    own, measured = routing.config.threshold, []
+    own, measured = routing.threshold, []
     for skip in (0.0, 0.05, 0.123, 0.4, 0.6, 0.8):
         with dlr.budget(model, skip=skip):
             measured.append(skip_ratio(evaluate(model, routing, batches(48), RouterPolicy(), bf16=False)))
         assert measured[-1] == pytest.approx(skip, abs=0.01)
     assert measured == sorted(measured) and measured[0] == 0.0
-    assert routing.config.threshold == own
+    assert routing.threshold == own
 
 
 def test_the_dial_says_what_it_cannot_do():
