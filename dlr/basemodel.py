@@ -101,6 +101,12 @@ def training_history() -> pd.DataFrame:
     return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else pd.DataFrame()
 
 
+def history_of(config: BaseModelConfig) -> pd.DataFrame:
+    """Does the work of `config.stage`, if there is any, and returns the loss history that goes with it."""
+    return train_stage(config) if config.stage in ("stable", "decay") else \
+        export(config) if config.stage == "export" else training_history()
+
+
 def load_for_report(config: BaseModelConfig):
     """The exported model and its tokenizer."""
     return load_base(RunConfig(seed=config.seed))

@@ -1,14 +1,20 @@
-"""Validated settings: the only place where YAML and notebook parameters become objects.
+"""The settings there are: of a router, of a training run, and of each notebook.
 
-Flat on purpose: every field is a parameter of a notebook, of a params file and of `--set name=value`.
+Flat on purpose: every field is a parameter of a notebook, of a params file and of `--set name=value`. A field's default is
+the value in the notebook's parameters cell. `dlr.settings` says how they are read and refused.
 """
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
+
+from dlr.settings import Local, LocalPath, MachineDecides, RunName, Settings, SettingsError, read_params, validated
+
+__all__ = ["PHASES", "RouterConfig", "RunConfig", "SettingsError", "fast_bf16", "read_params", "validated"]
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def fast_bf16() -> bool:
@@ -19,9 +25,8 @@ def fast_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-class RouterConfig(BaseModel):
+class RouterConfig(Settings):
     """What a router is, stored beside its weights (`router_config.json`)."""
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
     unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
@@ -40,15 +45,17 @@ class RouterConfig(BaseModel):
     base: dict[str, Any] = {}                          # the model the router was made for
 
 
-class RunConfig(BaseModel):
+class RunConfig(Settings):
     """Everything one training run depends on. Units are in the comments; ratios lie between 0 and 1."""
-    model_config = ConfigDict(extra="forbid", strict=True)
+    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32, "calibration_docs": 4, "eval_docs": 4,
+                     "warm_tokens": 64, "warm_epochs": 1, "warm_rounds": 1, "save_steps": 2, "bf16": False}
+    splits: ClassVar = ("train", "calibration", "test")          # of `dataset`, whose hash is part of a run's identity
 
     # model and data
-    model: str = "nano"                                # 'nano' (embedded), a local folder or a Hub id
-    dataset: str = "embedded"                          # 'embedded', a local file or folder, or a Hub id
+    model: Local = "nano"                              # 'nano' (embedded), a local folder or a Hub id
+    dataset: Local = "embedded"                        # 'embedded', a local file or folder, or a Hub id
     load_in_4bit: bool = False                         # NF4 base through bitsandbytes
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     attn_implementation: str = "sdpa"
     seq_len: int = Field(256, ge=8)                    # tokens a training block
     eval_len: int = Field(256, ge=8)                   # tokens a document is cut to in calibration and evaluation
@@ -101,7 +108,7 @@ class RunConfig(BaseModel):
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     layer_drop: float = Field(0.0, ge=0.0, lt=1.0)     # stochastic depth: probability that a routable layer is dropped
-    bf16: bool | None = None                           # autocast in training and evaluation; None: where it is fast
+    bf16: Annotated[bool | None, MachineDecides()] = None      # autocast in training and evaluation; None: where it is fast
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=1)
     seed: int = 0
@@ -123,114 +130,85 @@ class RunConfig(BaseModel):
         return RouterConfig(**{name: getattr(self, name) for name in shared})
 
 
-class SettingsError(ValueError):
-    """A setting that is unknown, mistyped or out of range; the message names it and the remedy."""
-
-
-def _explain(error: dict, given: dict[str, Any], known: list[str]) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, known, n=1)
-        return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-    message = error["msg"].removeprefix("Value error, ")
-    if not name:
-        return message
-    hint = ""
-    if isinstance(given.get(name), str) and error["type"] in ("float_type", "int_type"):
-        hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
-    return f"{name}={given.get(name)!r}: {message[0].lower()}{message[1:]}{hint}"
-
-
-def validated(given: dict[str, Any], schema: type[BaseModel] = RunConfig) -> BaseModel:
-    """`schema(**given)`, or a SettingsError with one sentence a problem."""
-    try:
-        return schema(**given)
-    except ValidationError as errors:
-        known = list(schema.model_fields)
-        raise SettingsError("; ".join(_explain(e, given, known) for e in errors.errors())) from None
-
-
-def read_params(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML params file (differences from the defaults only).
-
-    Raises:
-        FileNotFoundError, SettingsError: no such file (the neighbours are named), or not a mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"No params file {str(path)!r}." + (f" There are: {', '.join(there)}." if there else ""))
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{str(path)!r} is not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded or {}, dict):
-        raise SettingsError(f"{str(path)!r} must hold 'name: value' lines, not a {type(loaded).__name__}.")
-    return loaded or {}
-
-
 # -- one schema a notebook: its parameters are these fields -----------------------------------------------------------
-RunName = Annotated[str, Field(pattern=r"^[\w.=+-]+$")]          # a folder's name, never a path
+class NotebookConfig(RunConfig):
+    """What the training notebooks share."""
+    run_name: RunName = ""                             # folder below results/<phase>/; '': an exploratory run (dlr.places)
+    steps: int = Field(40, ge=1)
+    eval_docs: int = Field(160, ge=1)
 
 
-class BaselinesConfig(RunConfig):
+class BaselinesConfig(NotebookConfig):
     """01: dense LoRA and stochastic depth."""
-    run_name: RunName = "default"
+    toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
+
     layer_drop: float = Field(0.5, ge=0.0, lt=1.0)
-    dropped: list[float] = [0.2, 0.4, 0.6]             # skip ratios at which stochastic depth is evaluated
+    dropped: list[Ratio] = [0.2, 0.4, 0.6]             # skip ratios at which stochastic depth is evaluated
 
 
-class SequenceConfig(RunConfig):
+class SequenceConfig(NotebookConfig):
     """02: sequence-level routing under one global penalty, swept."""
-    run_name: RunName = "default"
+    toy: ClassVar = RunConfig.toy | {"penalties": [1.0]}
+
     level: Literal["token", "sequence"] = "sequence"
     objective: Literal["controlled", "original", "global_penalty"] = "global_penalty"
     warm_start: bool = False
-    penalties: list[float] = [0.0, 0.3, 1.0, 3.0]
+    router_lr: float = Field(1e-2, gt=0.0)
+    penalties: list[Annotated[float, Field(ge=0.0)]] = [0.3, 1.0, 3.0]
+
+    @model_validator(mode="after")
+    def _told_apart(self):
+        names = [f"{penalty:g}" for penalty in self.penalties]
+        if len(set(names)) < len(names):
+            raise ValueError(f"penalties={self.penalties} holds one value twice.")
+        return self
 
 
-class TokenConfig(RunConfig):
+class TokenConfig(NotebookConfig):
     """03: token-level routing, version by version."""
-    run_name: RunName = "default"
     variants: list[str] = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
 
 
-class ParetoConfig(RunConfig):
+class ParetoConfig(NotebookConfig):
     """04: one point of the frontier, the router beside its controls, or the baselines of a seed."""
-    run_name: RunName = "default"
+    toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
+
     point: Literal["router", "baselines", "summary"] = "summary"
-    dropped: list[float] = [0.2, 0.4, 0.6]
+    dropped: list[Ratio] = [0.2, 0.4, 0.6]
 
 
-class LatencyConfig(BaseModel):
+class LatencyConfig(Settings):
     """06: time of dense, truncated, masked, two-pass and compact execution, under the plan of a trained router."""
-    model_config = ConfigDict(extra="forbid", strict=True)
+    toy: ClassVar = {"layers": 5, "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1, "plan_docs": 2,
+                     "skips": [0.5]}
+    data: ClassVar = "recorded plan"
 
-    run_name: RunName = "default"
+    run_name: RunName = ""
     shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
-    checkpoint: str = ""                               # whose router's plan is recorded; '': the embedded router
+    checkpoint: Local = ""                             # whose router's plan is recorded; '': the embedded router
     layers: int = Field(0, ge=0)                       # caps the depth to what memory holds; 0: the whole model
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"      # auto: bfloat16 where the hardware has it
-    skips: list[float] = [0.25, 0.4, 0.5]
-    lengths: list[int] = [512]                         # tokens of a prefill
-    batches: list[int] = [1]                           # sequences of a prefill
+    dtype: Annotated[Literal["auto"] | Dtype, MachineDecides()] = "auto"       # auto: bfloat16 where the hardware has it
+    skips: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field([0.25, 0.4, 0.5], min_length=1)
+    lengths: list[Count] = Field([512], min_length=1)              # tokens of a prefill
+    batches: list[Count] = Field([1], min_length=1)                # sequences of a prefill
     context: int = Field(256, ge=1)                    # tokens in the cache before decoding
-    decode_batches: list[int] = [1]
+    decode_batches: list[Count] = Field([1], min_length=1)
     decode_steps: int = Field(16, ge=1)                # steps a turn
     repeats: int = Field(9, ge=1)                      # turns; medians and quartiles are taken over them
     plan_docs: int = Field(16, ge=1)                   # test documents whose plan is recorded
     seed: int = 0
 
 
-class BaseModelConfig(BaseModel):
+class BaseModelConfig(Settings):
     """00: pretraining of the embedded base model."""
-    model_config = ConfigDict(extra="forbid", strict=True)
+    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "layers": 5, "width": 64, "vocab_size": 300, "eval_docs": 4}
+    data: ClassVar = "embedded+text_dir"
 
-    run_name: RunName = "default"
+    run_name: RunName = ""
     stage: Literal["report", "stable", "decay", "export"] = "report"
-    work_dir: str = "base-model"                       # checkpoints and the token stream; resumable, not committed
-    text_dir: str = ""                                 # folder of text beside the embedded corpus
-    dataset: str = ""                                  # a Hub dataset instead of both
+    work_dir: Annotated[str, LocalPath(output=True)] = "base-model"    # checkpoints, token stream; resumable, not committed
+    text_dir: Local = ""                               # folder of text beside the embedded corpus
+    dataset: Local = ""                                # a Hub dataset instead of both
     vocab_size: int = Field(4096, ge=300)
     layers: int = Field(16, ge=2)
     width: int = Field(192, ge=64)
@@ -240,74 +218,87 @@ class BaseModelConfig(BaseModel):
     muon_lr: float = Field(6e-3, gt=0.0)
     adamw_lr: float = Field(4e-3, gt=0.0)
     compile: bool = False
-    wikitext_test: str = ""                            # WikiText-103 test: text file, or one-column CSV as .txt
-    tinystories_validation: str = ""                   # a file of the TinyStories validation split
+    wikitext_test: Local = ""                          # WikiText-103 test: text file, or one-column CSV as .txt
+    tinystories_validation: Local = ""                 # a file of the TinyStories validation split
     eval_docs: int = Field(240, ge=1)
     seed: int = 0
 
 
-class ExplorerConfig(BaseModel):
+class ExplorerConfig(Settings):
     """08: the explorer."""
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    run_name: RunName = "default"
-    checkpoint: str = ""                               # folder or label; empty: the embedded router
+    run_name: RunName = ""
+    checkpoint: Local = ""                             # folder or label; empty: the embedded router
     text: str = ""                                     # empty: the first example
     skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
     seed: int = 0
 
 
-class TokenAnalysisConfig(BaseModel):
+class TokenAnalysisConfig(Settings):
     """07: what a trained router has learnt. Documents are those of the test split, in its order."""
-    model_config = ConfigDict(extra="forbid", strict=True)
+    toy: ClassVar = {"record_docs": 6, "eval_len": 32, "oracle_docs": 3, "probe_docs": 6, "oracle_len": 24, "budgets": [0.4],
+                     "weights": ["checkpoint"], "calibration_docs": 4, "frequency_docs": 4}
+    splits: ClassVar = ("test", "calibration")
 
-    run_name: RunName = "default"
-    checkpoint: str = ""                               # a checkpoint's folder; '' is the embedded router
+    run_name: RunName = ""
+    checkpoint: Local = ""                             # a checkpoint's folder; '' is the embedded router
     untrained: bool = False                            # random router logits: what meaningless routing looks like
-    dataset: str = "embedded"
+    dataset: Local = "embedded"
     record_docs: int = Field(96, ge=1)                 # documents recorded token by token
     eval_len: int = Field(192, ge=8)                   # tokens a recorded document is cut to
     oracle_docs: int = Field(16, ge=1)                 # documents of the oracle's sample; as many calibration ones
     probe_docs: int = Field(48, ge=3)                  # documents of the probes' sample
     oracle_len: int = Field(96, ge=8)                  # tokens their documents are cut to
-    budgets: list[float] = [0.2, 0.4, 0.6]             # skip ratios at which the headroom is measured
-    weights: list[Literal["checkpoint", "base"]] = ["checkpoint"]      # with the checkpoint's LoRA, and without
+    budgets: list[Ratio] = Field([0.2, 0.4, 0.6], min_length=1)         # skip ratios at which the headroom is measured
+    weights: list[Literal["checkpoint", "base"]] = Field(["checkpoint", "base"], min_length=1)  # with the LoRA, and without
     calibration_docs: int = Field(96, ge=1)            # for checkpoints that were saved without a dial
     frequency_docs: int = Field(400, ge=1)             # training documents in which tokens are counted
     seed: int = 0
 
 
-class VariantSpec(BaseModel):
+class VariantSpec(Settings):
     """One row of an evaluation: a checkpoint and what decides which layers run (dlr.variants.open_variant)."""
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     name: str
-    checkpoint: str = "nano"                           # checkpoint, run or phase; 'nano-router'; or a base model
+    checkpoint: Local = "nano"                         # checkpoint, run or phase; 'nano-router'; or a base model
     variant: Literal["routed", "static", "stochastic", "dense", "base"] | None = None
     skip: float | None = Field(None, ge=0.0, le=1.0)
-    order: str | None = None                           # run that holds the greedy static order
+    order: Annotated[str | None, LocalPath()] = None   # run that holds the greedy static order
     match: str | None = None                           # name of a routed row: its measured skip, task by task
 
 
-class EvaluationConfig(BaseModel):
-    """05: benchmark tasks through lm-evaluation-harness, every variant in one table."""
-    model_config = ConfigDict(extra="forbid", strict=True)
+# The comparison that every clone can make: the embedded base (always the first row), its router, and the static plan.
+EMBEDDED_ROWS = [
+    VariantSpec(name="router", checkpoint="nano-router"),
+    VariantSpec(name="static plan", checkpoint="nano-router", variant="static", order="results/token_routing/router",
+                match="router")]
 
-    run_name: RunName = "default"
+
+class EvaluationConfig(Settings):
+    """05: benchmark tasks through lm-evaluation-harness, every variant in one table."""
+    toy: ClassVar = {"limit": 2.0}
+    data: ClassVar = ""                                # tasks and checkpoints are told apart task by task (dlr.benchmark)
+
+    run_name: RunName = ""
     phase: str = ""                                    # every checkpoint of this phase's finished runs is a row
-    variants: list[VariantSpec] = []                   # rows beside those; none of either: the base model
-    model: str = "nano"                                # base model of the checkpoints, for the base row
-    tasks: list[str] = ["embedded"]                    # harness tasks, groups, tags; wikitext103, embedded
+    variants: list[VariantSpec] = EMBEDDED_ROWS        # rows beside those and the base model's
+    model: Local = "nano"                              # base model of the checkpoints, for the base row
+    tasks: list[str] = Field(["embedded"], min_length=1)       # harness tasks, groups, tags; wikitext103, embedded
     num_fewshot: int | None = Field(None, ge=0)        # examples before each question; None: the task's own
     limit: float | None = Field(40.0, gt=0.0)          # rows of each task, or a share below 1; None: all
-    data_dir: str = ""                                 # folder of local files instead of the hub
+    data_dir: Local = ""                               # folder of local files instead of the hub
     batch_size: int = Field(16, ge=1)                  # requests a forward pass
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"      # of the base model's weights
+    dtype: Dtype = "float32"                           # of the base model's weights
     attn_implementation: str = "sdpa"                  # sdpa, eager or flash_attention_2
     load_in_4bit: bool = False                         # NF4 base through bitsandbytes
 
+    @model_validator(mode="after")
+    def _rows_of_this_base(self):
+        """The default rows are of the embedded model: another base, or a phase, brings its own."""
+        if self.variants == EMBEDDED_ROWS and (self.phase or self.model != "nano"):
+            self.variants = []
+        return self
 
-PHASES: dict[str, tuple[str, type[BaseModel]]] = {
+
+PHASES: dict[str, tuple[str, type[Settings]]] = {
     "base_model": ("00_base_model", BaseModelConfig), "baselines": ("01_baselines", BaselinesConfig),
     "sequence_routing": ("02_sequence_routing", SequenceConfig), "token_routing": ("03_token_routing", TokenConfig),
     "pareto": ("04_pareto", ParetoConfig), "evaluation": ("05_evaluation", EvaluationConfig),

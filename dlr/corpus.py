@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from dlr.progress import tqdm
-from dlr.runs import atomic_file
+from dlr.runs import atomic_file, folder_from
 
 # Pinned in requirements.txt. An unpinned dependency would make the corpus drift without anyone's doing.
 PACKAGES = ("accelerate", "datasets", "jupytext", "lm_eval", "matplotlib", "networkx", "nltk", "numpy", "pandas",
@@ -34,7 +34,7 @@ _SKIPPED_FOLDERS = {"tests", "testing", "test", "_vendor", "site-packages", "idl
 
 def cache_folder() -> Path:
     """Where derived data is kept between runs: `$DLR_CACHE`, or `~/.cache/dlr`."""
-    return Path(os.environ.get("DLR_CACHE") or Path.home() / ".cache" / "dlr")
+    return folder_from("DLR_CACHE", Path.home() / ".cache" / "dlr")
 
 
 def split_of(name: str) -> str:

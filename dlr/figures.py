@@ -67,16 +67,6 @@ def heat(rates: pd.DataFrame, label: str, title: str = ""):
     return figure
 
 
-def _nothing(sentence: str, title: str = ""):
-    """A figure that says why it shows nothing."""
-    style()
-    figure, axes = plt.subplots(figsize=(6, 1.2))
-    axes.text(0.5, 0.5, sentence, ha="center", va="center")
-    axes.axis("off")
-    axes.set_title(title)
-    return figure
-
-
 def comparison(table: pd.DataFrame, title: str = ""):
     """Perplexity with 95 % intervals beside measured skip, one row a variant."""
     style()
@@ -149,9 +139,12 @@ def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
 
 
 def keep_rates(table: pd.DataFrame, always_keep: int = 4, title: str = ""):
-    """Share of tokens that run each routable unit, one row a variant. Rows that say their layers and units are believed."""
-    if not len(table):
-        return _nothing("No router was among these variants.", title)
+    """Share of tokens that run each routable unit, one row a variant; None without rows.
+
+    Rows that say their layers and units are believed.
+    """
+    if table.empty:
+        return None
     first = table.iloc[0].to_dict()
     rates = pd.DataFrame(table["keep_rate"].tolist(), index=table["variant"])
     rates.columns = unit_names(rates.shape[1], int(first.get("always_keep", always_keep)),
@@ -160,10 +153,10 @@ def keep_rates(table: pd.DataFrame, always_keep: int = 4, title: str = ""):
 
 
 def training(logs: dict[str, pd.DataFrame], title: str = ""):
-    """Cross-entropy and skip over the steps of each variant, with the budget asked for."""
-    if not logs:
-        return _nothing("No router was trained among these variants.", title)
+    """Cross-entropy and skip over the steps of each variant, with the budget asked for; None without logs."""
     style()
+    if not logs:
+        return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     palette = dict(zip(logs, sns.color_palette("colorblind", len(logs))))
     for name, log in logs.items():

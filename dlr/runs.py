@@ -1,25 +1,32 @@
-"""Run folders: settings, provenance, and metrics.json, written last and atomically.
+"""Run folders: settings, provenance, and metrics.json, written once the measurements are done, whole or not at all.
 
 results/<phase>/<run>/   run.json (settings, versions, seed, hardware, data hash, git commit), log.csv, checkpoint/,
-                         the executed notebook, metrics.json
+                         the executed notebook, metrics.json, and the table and figures drawn from it
 """
 
 import contextlib
+import hashlib
 import importlib.metadata as metadata
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
-METRICS = "metrics.json"
+METRICS, RECORD = "metrics.json", "run.json"
+# What a run writes, as patterns below its folder: all that a forced run removes before it starts.
+LEFT_BEHIND = (METRICS, RECORD, "log.csv", "table.md", "notebook.ipynb", "output.txt", "record.json",
+               "record.safetensors", "frequencies.safetensors", "oracle.safetensors", "tasks", "checkpoint", "trainer", "*/log.csv", "*/checkpoint", "*/trainer",
+               "*/harm-*.safetensors")
 
 
 def project_root() -> Path:
@@ -27,9 +34,29 @@ def project_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+def shell_folder() -> Path:
+    """The folder that relative paths are meant from: the current one, but the project's where a notebook is open.
+
+    JupyterLab starts kernels in notebooks/, while whoever started it stood in the project.
+    """
+    here = Path.cwd()
+    return project_root() if here == project_root() / "notebooks" else here
+
+
+def folder_from(variable: str, default: Path) -> Path:
+    """The folder an environment variable names, absolute, or `default`."""
+    given = os.environ.get(variable)
+    return shell_folder() / Path(given).expanduser() if given else default
+
+
 def results_folder() -> Path:
     """`$DLR_RESULTS`, or results/ in the project."""
-    return Path(os.environ.get("DLR_RESULTS") or project_root() / "results")
+    return folder_from("DLR_RESULTS", project_root() / "results")
+
+
+def shown_path(path: Path) -> str:
+    """`path` as people read it: from the project's root where it lies below."""
+    return path.relative_to(project_root()).as_posix() if path.is_relative_to(project_root()) else str(path)
 
 
 @contextlib.contextmanager
@@ -54,8 +81,8 @@ def atomic_file(path: Path):
 
 
 def slug(text: str) -> str:
-    """`text` as part of a file name."""
-    return re.sub(r"[^\w.=+-]+", "-", text).strip("-")
+    """`text` as part of a file name; never empty, a path or a hidden file."""
+    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.") or "x" + hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -106,35 +133,69 @@ def hardware() -> dict:
 
 
 class Run:
-    """One run's folder. `done` says whether it finished; `start` records where it comes from; `finish` its metrics."""
+    """One run's folder. `start` records where it comes from; `finish` its metrics, after which it is `done`."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, reused: bool = False):
         self.folder = Path(folder)
+        self.reused = reused                     # finished by someone else, earlier: shown, and never written to
         self._started = time.time()
 
     @property
     def done(self) -> bool:
         return (self.folder / METRICS).is_file()
 
-    def start(self, settings: dict, data_hash: str) -> "Run":
-        """Writes run.json, in which absolute paths are cut to their last part.
+    @property
+    def exists(self) -> bool:
+        """Whether a run was ever begun here."""
+        return self.done or (self.folder / RECORD).is_file()
+
+    @property
+    def record(self) -> dict:
+        """run.json, empty where it is missing or cannot be read."""
+        try:
+            return json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def metrics(self) -> dict:
+        """metrics.json of a finished run."""
+        return json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+
+    @property
+    def rows(self) -> list[dict]:
+        """One row a variant, of a finished run."""
+        return self.metrics["rows"]
+
+    def differences(self, settings: dict, data_hash: str, inputs: dict | None = None, schema=None) -> dict[str, tuple]:
+        """What keeps the run that is here from being the one of these settings and data (`dlr.identity.differences`)."""
+        from dlr import identity
+        record = self.record
+        if "settings" not in record:
+            return {RECORD: ("missing or unreadable", "settings to compare with")}
+        return identity.differences(record, plain(identity.portable(settings, schema)), data_hash, inputs or {}, schema)
+
+    def start(self, settings: dict, data_hash: str, inputs: dict | None = None, schema=None) -> "Run":
+        """Writes run.json, in which no absolute path is kept. A run begun here with the same settings and data goes on.
+
+        Args:
+            inputs: setting to digest of the files it names, see `dlr.identity.inputs_of`.
+            schema: the class of `settings`, which knows their defaults; without it every setting must be equal.
 
         Raises:
-            ValueError: the folder holds a run with other settings.
+            ValueError: the folder holds a run with other settings or data.
         """
-        path = self.folder / "run.json"
-        settings = {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in settings.items()}
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-            changed = sorted(k for k in before.keys() | settings.keys() if before.get(k) != plain(settings).get(k))
-            if changed:
-                raise ValueError(f"{str(self.folder)!r} holds a run with other settings ({', '.join(changed[:5])}); "
-                                 "give this one another name (--name) or remove that folder.")
-        record = {"settings": settings, "seed": settings.get("seed"), "data_hash": data_hash,
+        from dlr import identity
+        other = self.differences(settings, data_hash, inputs, schema) if self.exists else {}
+        if other:
+            raise ValueError(f"{shown_path(self.folder)!r} holds a run with other settings or data ({identity.said(other)}). "
+                             "Give this one a name of its own (run_name, --name), or replace that one with --force.")
+        settings = identity.portable(settings, schema)
+        record = {"settings": settings, "seed": settings.get("seed"), "data_hash": data_hash, "inputs": inputs or {},
                   "versions": {"python": platform.python_version()} | {v: metadata.version(v) for v in VERSIONS},
                   "hardware": hardware(), "git_commit": _git_commit(),
                   "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        write_atomically(path, json.dumps(plain(record), indent=2) + "\n")
+        write_atomically(self.folder / RECORD, json.dumps(plain(record), indent=2) + "\n")
         return self
 
     def finish(self, rows: list[dict], **extra) -> dict:
@@ -143,12 +204,33 @@ class Run:
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=1) + "\n")
         return metrics
 
+    def clear(self) -> None:
+        """Removes what a run leaves, and nothing else that may lie in its folder."""
+        figures = [path for png in self.folder.glob("*.png") if (path := png.with_suffix(".pdf")).is_file()]
+        for path in [*figures, *(pdf.with_suffix(".png") for pdf in figures),
+                     *(path for pattern in LEFT_BEHIND for path in self.folder.glob(pattern))]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    # -- what notebooks show ------------------------------------------------------------------------------------------
+    def table(self, table: pd.DataFrame) -> pd.DataFrame:
+        """`table` as it is, which the run keeps as table.md unless it is only shown."""
+        if not self.reused:
+            write_atomically(self.folder / "table.md", table.to_markdown(index=False) + "\n")
+        return table
+
+    def logs(self, names: dict[str, str]) -> dict[str, pd.DataFrame]:
+        """Training logs by variant, of those of `names` (variant to subfolder) that were trained here."""
+        paths = {name: self.folder / folder / "log.csv" for name, folder in names.items()}
+        return {name: pd.read_csv(path) for name, path in paths.items() if path.is_file()}
+
+    def figure(self, picture, name: str) -> None:
+        """Keeps a figure as PNG and PDF beside the metrics, unless this run is only shown. None: nothing to draw."""
+        if picture is not None and not self.reused:
+            from dlr.figures import save
+            save(picture, self.folder, name)
+
 
 def finished_runs(phase: str, root: Path | None = None) -> dict[str, dict]:
     """Run name to {'metrics', 'run'} for every finished run of a phase, by name."""
-    found = {}
-    for path in sorted(((root or results_folder()) / phase).glob(f"*/{METRICS}")):
-        run = path.with_name("run.json")
-        found[path.parent.name] = {"metrics": json.loads(path.read_text(encoding="utf-8")),
-                                   "run": json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}}
-    return found
+    runs = [Run(path.parent) for path in sorted(((root or results_folder()) / phase).glob(f"*/{METRICS}"))]
+    return {run.folder.name: {"metrics": run.metrics, "run": run.record} for run in runs}

@@ -3,21 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 import dlr.models as models
-from dlr import oracle
+from dlr import analysis, oracle
 from dlr.calibration import threshold_at
-from dlr.categories import frequencies
+from dlr.categories import categories, frequencies, load_spacy, part_of_speech, partition
 from dlr.checkpoint import from_pretrained
 from dlr.config import RunConfig, TokenAnalysisConfig
 from dlr.data import Documents, load_documents, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, perplexity
 from dlr.policy import RouterPolicy, ShuffledPlan
 from dlr.predictability import predictability
+from dlr.record import Record, record
 from dlr.routed import NANO_NAME, Routing, attach, routing_of
-from dlr.runs import project_root
+from dlr.runs import project_root, save_tensors
 
 ROWS = 8                  # texts a forward pass of the oracle's instruments
 DEPTHS = (0, 1, 2, 4, 8, 12)          # layers after which probes read the state, as far as the model has them
@@ -130,6 +132,48 @@ def probe_rows(study: Study, found: dict[str, torch.Tensor]) -> list[dict]:
     """Rows of `predictability`, by depth and kind of probe."""
     states = {int(name.split(".")[1]): value.numpy() for name, value in found.items() if name.startswith("state.")}
     return predictability(states, found["kl"].numpy(), found["document"].numpy(), study.config.seed)
+
+
+def measure(config: TokenAnalysisConfig, run) -> dict:
+    """Everything notebook 07 shows: the record and the samples' tensors into the folder of `run`, the rest its metrics."""
+    study = open_study(config)
+    record(study.model, study.routing, study.tokenizer, study.test.texts[:config.record_docs], max_len=config.eval_len,
+           top=1).save(run.folder / "record")
+    save_tensors({"count": token_frequencies(study)}, run.folder / "frequencies.safetensors")
+    tokens = Record.load(run.folder / "record")
+    kinds = categories(tokens, load_counts(run.folder / "frequencies.safetensors"))
+    pipeline = load_spacy()
+    if pipeline is not None:
+        speech = part_of_speech(tokens, pipeline)
+        kinds = kinds.assign(**{f"POS {tag}": speech == tag for tag in np.unique(speech) if tag})
+    rows, static, sample = [], {}, benefits(study)
+    for kind in config.weights:
+        found, static[kind] = headroom(study, kind)
+        rows += found
+        static[kind]["agreement"] = analysis.agreement_with_static(tokens, static[kind]["order"])
+    plans = {name: value for part in static.values() for name, value in part.pop("tensors").items()}
+    save_tensors({name: value for name, value in sample.items() if not name.startswith("state")} | plans,
+                 run.folder / "oracle.safetensors")
+    return run.finish(
+        rows, target=study.routing.config.calibrated_skip, skip=tokens.skip_ratio, shuffled=shuffled_gap(study),
+        static=static, probes=probe_rows(study, sample), least=10 if config.record_docs > 20 else 2,
+        **_statistics(tokens, kinds, sample))
+
+
+def _statistics(tokens: Record, kinds, sample: dict[str, torch.Tensor]) -> dict:
+    """What is read off the record, and off the probe sample, without the model."""
+    mine, depth = analysis.free(tokens), tokens.active_layers.double().numpy()
+    document, labels = tokens.document.numpy()[mine], {"category": partition(kinds)} | {k: kinds[k].to_numpy() for k in kinds}
+    gates, owner = sample["gates"].numpy(), sample["document"].numpy()
+    return {
+        "categories": analysis.by_category(tokens, kinds).to_dict("records"),
+        "information": {name: analysis.mutual_information(label[mine], depth[mine], document)
+                        for name, label in labels.items()},
+        "variance": analysis.variance_shares(tokens.gates.numpy()[mine]), "collapse": analysis.collapse(tokens),
+        "between": analysis.same_word(tokens)[1], "difficulty": analysis.difficulty(tokens).to_dict("records"),
+        "benefit": analysis.benefit_correlations(gates, sample["kl"].numpy(), owner).to_dict("records"),
+        "benefit_loss": analysis.benefit_correlations(gates, sample["loss"].numpy(), owner).to_dict("records"),
+        "position": analysis.by_position(tokens).to_dict("records")}
 
 
 def load_counts(path: Path) -> torch.Tensor:

@@ -18,12 +18,25 @@
 # did not run on every request is an error. Skip is measured on scored tokens; padding and prompts are counted apart. A
 # static plan runs each task at the skip that the router it is matched with had on that very task.
 #
-#     python -m dlr run evaluation --params params/evaluation/nano.yaml --set data_dir=DIR
+# The defaults need neither network nor files: the embedded model, its router, and the static plan found beside that router,
+# on the embedded corpus. Any task of the harness can be named, and any checkpoint be a row:
+#
+#     python -m dlr run evaluation --set tasks=[blimp,arc_challenge] --set data_dir=DIR
+#
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
+# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of 512 tokens
+# that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+#
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
+# `run_name` is given one.
 
 # %% tags=["parameters"]
-run_name: str = "default"
+run_name: str = ""
 phase: str = ""
-variants: list = []
+variants: list = [
+    {"name": "router", "checkpoint": "nano-router"},
+    {"name": "static plan", "checkpoint": "nano-router", "variant": "static", "order": "results/token_routing/router",
+     "match": "router"}]
 model: str = "nano"
 tasks: list = ["embedded"]
 limit: float = 40.0
@@ -42,24 +55,23 @@ config = notebook_settings("evaluation", globals())
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import figures, figures_evaluation
-from dlr.benchmark import evaluate_variants, recorded
+from dlr import benchmark, figures_evaluation
 from dlr.evalcommand import environment, scores_table
-from dlr.runs import Run, results_folder
+from dlr.runs import Run, project_root
+from dlr.workbook import open_run
 
-run = Run(results_folder() / "evaluation" / config.run_name)
-run.start(recorded(config), "")
+run = open_run("evaluation", config)
 
 # %% [markdown]
 # Each task is kept as soon as it is finished (`tasks/<variant>/<task>.json`); an interrupted run goes on from there.
 
 # %% tags=["nbval-ignore-output"]
-rows, harness, differences = evaluate_variants(config, run.folder)
-run.finish(rows, against_static=differences, environment=environment(), tasks=config.tasks, limit=config.limit,
-           num_fewshot=config.num_fewshot, harness=harness)
-table = scores_table(rows)
-(run.folder / "table.md").write_text(table.to_markdown(index=False) + "\n", encoding="utf-8")
-table
+if not run.done:
+    rows, harness, differences = benchmark.evaluate_variants(config, run.folder)
+    run.finish(rows, against_static=differences, environment=environment(), tasks=config.tasks, limit=config.limit,
+               num_fewshot=config.num_fewshot, harness=harness)
+rows, harness = run.rows, run.metrics["harness"]
+run.table(scores_table(rows))
 
 # %% [markdown]
 # ## Scores
@@ -68,47 +80,51 @@ table
 # and so is the number of a group's tasks that are not.
 
 # %% tags=["nbval-ignore-output"]
-figures.save(figures_evaluation.bars(rows), run.folder, "scores");
+run.figure(figures_evaluation.bars(rows), "scores")
 
 # %% tags=["nbval-ignore-output"]
-figures.save(figures_evaluation.scatter(rows), run.folder, "score_against_skip");
+run.figure(figures_evaluation.scatter(rows), "score_against_skip")
 
 # %% [markdown]
 # A group's mean hides where a model is right, at chance, or systematically wrong: every task of every group.
 
 # %% tags=["nbval-ignore-output"]
 for group in figures_evaluation.groups(rows):
-    figures.save(figures_evaluation.group_tasks(rows, harness, group), run.folder, f"tasks_{group}")
+    run.figure(figures_evaluation.group_tasks(rows, harness, group), f"tasks_{group}")
 
 # %% [markdown]
 # ## Which layers were skipped on the scored tokens
 
 # %% tags=["nbval-ignore-output"]
-picture = figures_evaluation.layer_skips(rows)
-if picture is not None:
-    figures.save(picture, run.folder, "layers")
-skips = [{"variant": r["variant"], "scored tokens": r["skip"], "prompts": r["context_skip"]} for r in rows]
-pd.DataFrame(skips)
-
-# %% [markdown]
-# ## The router against the best static plan, on the same items
-#
-# Mean accuracy over tasks, router minus static plan at the same measured skip, with a paired 95 % interval; positive
-# favours the router.
-
-# %% tags=["nbval-ignore-output"]
-pd.DataFrame(differences).round(4)
-
-# %% [markdown]
-# ## Tasks that are not above chance
-
-# %% tags=["nbval-ignore-output"]
-below = [{"variant": r["variant"], "of": s["task"], "tasks": ", ".join(s.get("tasks_not_above_chance") or [s["task"]])}
-         for r in rows for s in r["scores"] if s.get("tasks_not_above_chance") or s.get("above_chance") is False]
-pd.DataFrame(below)
+run.figure(figures_evaluation.layer_skips(rows), "layers")
+pd.DataFrame([{"variant": row["variant"], "scored tokens": row["skip"], "prompts": row["context_skip"]} for row in rows])
 
 # %% [markdown]
 # ## What it means
 #
 # A router earns its place on a task where its score lies above the matched static plan's and the paired interval excludes
 # zero. Where a row is at chance, the task says nothing about routing at this size of model.
+
+# %% tags=["nbval-ignore-output"]
+from IPython.display import Markdown
+
+from dlr import findings
+
+Markdown(findings.evaluation(rows, run.metrics["against_static"]))
+
+# %% [markdown]
+# ## The recorded comparison on BLiMP
+#
+# All 67,000 pairs, on the checkpoints of the frontier sweep (notebook 04), which are not in the repository:
+#
+#     python -m dlr sweep params/pareto/nano.yaml
+#     python -m dlr run evaluation --params params/evaluation/nano.yaml --set data_dir=DIR
+
+# %% tags=["nbval-ignore-output"]
+recorded = Run(project_root() / "results" / "evaluation" / "nano", reused=True)
+if recorded.done:
+    display(scores_table(recorded.rows))
+    figures_evaluation.group_tasks(recorded.rows, recorded.metrics["harness"], "blimp")
+
+# %% tags=["nbval-ignore-output"]
+Markdown(findings.evaluation(recorded.rows, recorded.metrics["against_static"]) if recorded.done else "Not in this copy.")

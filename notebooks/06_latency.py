@@ -18,14 +18,18 @@
 # alike (masked and two-pass, which save nothing, in every second turn). Ratios are taken within a turn; medians and quartiles
 # over the turns are shown. The systems: *dense*; *truncation* (the first layers only, as many as the plan keeps: the
 # ceiling); *masked* (everything computed, then blended); *two-pass* (the original hooks: a pass for the router, then a
-# masked one); and *compact*. The plan is that of a trained
-# router, recorded on test documents; on another shape it is stretched over the layers. Every routed system runs its
+# masked one); and *compact*. The plan is that of a trained router,
+# recorded on test documents; on another shape it is stretched over the layers. Every routed system runs its
 # router as well. Shapes of published models hold random weights: speed does not depend on what the weights are.
 #
 #     python -m dlr run latency --params params/latency/tinyllama.yaml
+#
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
+# `run_name` is given one. Times are the machine's:
+# the line below says whose.
 
 # %% tags=["parameters"]
-run_name: str = "default"
+run_name: str = ""
 shape: str = "nano"
 checkpoint: str = ""
 layers: int = 0
@@ -51,23 +55,38 @@ config = notebook_settings("latency", globals())
 import pandas as pd
 import torch
 
-from dlr import figures, figures_latency, latency, shapes
+from dlr import figures_latency, latency, shapes
 from dlr.config import RunConfig
 from dlr.models import load_base
-from dlr.runs import Run, hardware, results_folder
+from dlr.workbook import open_run
 
-run = Run(results_folder() / "latency" / config.run_name)
-run.start(config.model_dump(), "recorded plan")
-hardware()
+run = open_run("latency", config)
+run.record["hardware"]
 
 # %% tags=["nbval-ignore-output"]
-device = "cuda" if torch.cuda.is_available() else "cpu"
-logits = shapes.recorded_logits(config.checkpoint, config.plan_docs)
-dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-model = load_base(RunConfig())[0].to(device) if config.shape == "nano" else None
-subject = latency.subject(config.shape, logits, config.skips, layers=config.layers or None, dtype=dtype, device=device,
-                          model=model)
-print(f"{subject.layers} layers, {subject.model.dtype}, {torch.get_num_threads()} threads")
+if not run.done:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = shapes.recorded_logits(config.checkpoint, config.plan_docs)
+    subject = latency.subject(
+        config.shape, plan, config.skips, layers=config.layers or None, device=device,
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        model=load_base(RunConfig())[0].to(device) if config.shape == "nano" else None)
+    works = [latency.Prefill(subject, batch, length) for batch in config.batches for length in config.lengths]
+    rows = [latency.measure(work, [0.0, *config.skips], repeats=config.repeats) for work in works]
+    rows += [latency.measure(latency.Decode(subject, batch, config.context, config.decode_steps), config.skips,
+                             repeats=config.repeats) for batch in config.decode_batches]
+    short = latency.Prefill(subject, 1, min(config.lengths))
+    extra = {"costs": latency.counts(short, config.skips), "products": latency.row_costs(works[0], config.skips),
+             "profile": latency.where(works[0], config.skips)}
+    run.finish(pd.concat(rows).to_dict("records"), **{name: frame.to_dict("records") for name, frame in extra.items()})
+
+# %% tags=["nbval-ignore-output"]
+metrics, table = run.metrics, pd.DataFrame(run.rows)
+COLUMNS = ["batch", "length", "part", "system", "skip", "median", "q1", "q3", "speedup", "speedup_q1", "speedup_q3", "bound",
+           "share_of_bound", "share_of_truncation"]
+table = table.reindex(columns=[*table.columns, *(name for name in COLUMNS if name not in table)])
+first = table.iloc[0]
+print(f"{first['layers']} layers, {first['dtype']}, {run.record['hardware']['threads']} threads")
 
 # %% [markdown]
 # ## Prefill
@@ -75,11 +94,7 @@ print(f"{subject.layers} layers, {subject.model.dtype}, {torch.get_num_threads()
 # One pass with last-token logits; *layers* is the time from the embedding to the last norm.
 
 # %% tags=["nbval-ignore-output"]
-tables = [latency.measure(latency.Prefill(subject, batch, length), [0.0, *config.skips], repeats=config.repeats)
-          for batch in config.batches for length in config.lengths]
-columns = ["part", "system", "skip", "median", "q1", "q3", "speedup", "speedup_q1", "speedup_q3", "bound", "share_of_bound",
-           "share_of_truncation"]
-pd.concat(tables)[["batch", "length", *columns]].round(3)
+table[table["work"] == "prefill"][COLUMNS].round(3)
 
 # %% [markdown]
 # How near can it come? A product of few rows costs more a row than one of many, whoever asks for it. Timed alone, at the
@@ -87,8 +102,9 @@ pd.concat(tables)[["batch", "length", *columns]].round(3)
 # beside the layer-count bound and what compact execution reached (`compact`, layers only).
 
 # %% tags=["nbval-ignore-output"]
-products = latency.row_costs(latency.Prefill(subject, config.batches[0], config.lengths[0]), config.skips)
-reached = tables[0].query("system == 'compact' and part == 'layers'").set_index("skip")["speedup"]
+products = pd.DataFrame(metrics["products"])
+same = table[(table["work"] == "prefill") & (table["batch"] == first["batch"]) & (table["length"] == first["length"])]
+reached = same.query("system == 'compact' and part == 'layers'").set_index("skip")["speedup"]
 products.assign(compact=products["skip"].map(reached)).round(3)
 
 # %% [markdown]
@@ -96,8 +112,7 @@ products.assign(compact=products["skip"].map(reached)).round(3)
 # beside what it would be if its time were proportional to the layers run.
 
 # %% tags=["nbval-ignore-output"]
-profile = latency.where(latency.Prefill(subject, config.batches[0], config.lengths[0]), config.skips)
-profile.round(1)
+pd.DataFrame(metrics["profile"]).round(1)
 
 # %% [markdown]
 # ## Decoding
@@ -105,34 +120,33 @@ profile.round(1)
 # Seconds a step, one token a sequence.
 
 # %% tags=["nbval-ignore-output"]
-steps = [latency.measure(latency.Decode(subject, batch, config.context, config.decode_steps), config.skips,
-                         repeats=config.repeats) for batch in config.decode_batches]
-pd.concat(steps)[["batch", "length", *columns]].round(3)
+table[table["work"] != "prefill"][COLUMNS].round(3)
 
 # %% tags=["nbval-ignore-output"]
-table = pd.concat([*tables, *steps], ignore_index=True)
-picture = figures_latency.speedups(table, title=f"{config.shape}, {table['dtype'].iloc[0]}")
-figures.save(picture, run.folder, "speedups");
+run.figure(figures_latency.speedups(table, title=f"{config.shape}, {first['dtype']}"), "speedups")
 
 # %% [markdown]
 # ## Operations and memory
 #
-# FLOPs of the same prefill by torch's counter (with eager attention, which it can count) and in closed form, without the
-# output head; most memory in use, relative to the dense model; bytes of keys and values, which skipping does not change.
+# FLOPs of the same prefill by torch's counter and in closed form, without the output head; most memory in use, relative to
+# the dense model; bytes of keys and values, which skipping does not change. The counter lies above the closed form, dense
+# model included, because it can count eager attention only, which computes the whole square of scores: the closed form
+# counts the half that a causal model needs.
 
 # %% tags=["nbval-ignore-output"]
-work = latency.Prefill(subject, 1, min(config.lengths))
-costs = latency.counts(work, config.skips)
-costs.round(3)
-
-# %%
-run.finish(table.to_dict("records"), costs=costs.to_dict("records"), products=products.to_dict("records"),
-           profile=profile.to_dict("records"));
+pd.DataFrame(metrics["costs"]).round(3)
 
 # %% [markdown]
 # ## What it means
 #
 # `share_of_bound` compares with time proportional to the layers run; `share_of_truncation` with a model that has only so
-# many layers. Masked and two-pass execution save nothing, whatever the plan. What compact execution leaves on the table
-# are products of few rows, which cost more a row, the keys and values of skipped tokens, and, on small layers, the time
-# it takes to call a layer's modules twice, whatever the number of rows.
+# many layers. What compact execution leaves on the table are products of few rows, which cost more a row, the keys and
+# values of skipped tokens, and, on small layers, the time it takes to call a layer's modules twice, whatever the number of
+# rows.
+
+# %% tags=["nbval-ignore-output"]
+from IPython.display import Markdown
+
+from dlr import findings
+
+Markdown(findings.latency(table))

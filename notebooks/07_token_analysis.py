@@ -20,9 +20,16 @@
 # best static plan (KL from the dense model, measured on finished plans), and probes that predict each layer's harm.
 #
 #     python -m dlr run token_analysis --params params/token_analysis/nano.yaml
+#
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
+# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of 512 tokens
+# that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+#
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
+# `run_name` is given one.
 
 # %% tags=["parameters"]
-run_name: str = "default"
+run_name: str = ""
 checkpoint: str = ""
 dataset: str = "embedded"
 record_docs: int = 96
@@ -31,7 +38,7 @@ oracle_docs: int = 16
 probe_docs: int = 48
 oracle_len: int = 96
 budgets: list = [0.2, 0.4, 0.6]
-weights: list = ["checkpoint"]
+weights: list = ["checkpoint", "base"]
 seed: int = 0
 
 # %%
@@ -44,18 +51,13 @@ from dlr.workbook import notebook_settings
 config = notebook_settings("token_analysis", globals())
 
 # %% tags=["nbval-ignore-output"]
-import numpy as np
 import pandas as pd
 
-from dlr import analysis, categories, figures_analysis, token_study
-from dlr.record import Record, record
-from dlr.runs import Run, results_folder, save_tensors
+from dlr import figures_analysis, token_study
+from dlr.record import Record
+from dlr.workbook import open_run
 
-run = Run(results_folder() / "token_analysis" / config.run_name)
-study = token_study.open_study(config)
-run.start(config.model_dump(), f"{study.test.hash}-{study.calibration.hash}")
-print(f"target {study.routing.config.calibrated_skip:.0%}, {study.routing.units} routable units, "
-      f"{len(study.test)} test documents")
+run = open_run("token_analysis", config)
 
 # %% [markdown]
 # ## The record
@@ -64,12 +66,11 @@ print(f"target {study.routing.config.calibrated_skip:.0%}, {study.routing.units}
 # record, without the model.
 
 # %% tags=["nbval-ignore-output"]
-record(study.model, study.routing, study.tokenizer, study.test.texts[:config.record_docs], max_len=config.eval_len,
-       top=1).save(run.folder / "record")
-save_tensors({"count": token_study.token_frequencies(study)}, run.folder / "frequencies.safetensors")
-tokens = Record.load(run.folder / "record")
+if not run.done:
+    token_study.measure(config, run)
+metrics, tokens = run.metrics, Record.load(run.folder / "record")
 print(f"{len(tokens):,} tokens, skip {tokens.skip_ratio:.3f}, perplexity {tokens.perplexity('dense'):.2f} dense, "
-      f"{tokens.perplexity():.2f} routed")
+      f"{tokens.perplexity():.2f} routed; target {metrics['target']:.0%}")
 
 # %% [markdown]
 # ## Who gets depth
@@ -77,19 +78,13 @@ print(f"{len(tokens):,} tokens, skip {tokens.skip_ratio:.3f}, perplexity {tokens
 # Categories of the token read at a position. A token may belong to several, so the rows overlap.
 
 # %% tags=["nbval-ignore-output"]
-frequency = token_study.load_counts(run.folder / "frequencies.safetensors")
-kinds = categories.categories(tokens, frequency)
-pipeline = categories.load_spacy()
-if pipeline is None:
-    print("Parts of speech are left out: spaCy or its model en_core_web_sm is not installed.")
-else:
-    speech = categories.part_of_speech(tokens, pipeline)
-    kinds = kinds.assign(**{f"POS {tag}": speech == tag for tag in np.unique(speech) if tag})
-by_category = analysis.by_category(tokens, kinds)
+by_category = pd.DataFrame(metrics["categories"])
+if not by_category["category"].str.startswith("POS").any():
+    print("Parts of speech are left out: spaCy or its model en_core_web_sm was not installed.")
 by_category.filter(regex="^(?!keep)").sort_values("active_layers").round(3)
 
 # %% tags=["nbval-ignore-output"]
-figures_analysis.category_depth(by_category);
+run.figure(figures_analysis.category_depth(by_category), "category_depth")
 
 # %% [markdown]
 # ## Does the plan depend on the token?
@@ -99,44 +94,34 @@ figures_analysis.category_depth(by_category);
 # out again within each document); variance shares say how the plan varies, not whether that serves the tokens.
 
 # %% tags=["nbval-ignore-output"]
-gap = token_study.shuffled_gap(study)
-mine, depth = analysis.free(tokens), tokens.active_layers.double().numpy()
-label, document = categories.partition(kinds), tokens.document.numpy()
-information = {"category": analysis.mutual_information(label[mine], depth[mine], document[mine])}
-for name in kinds:
-    information[name] = analysis.mutual_information(kinds[name].to_numpy()[mine], depth[mine], document[mine])
-shares = analysis.variance_shares(tokens.gates.numpy()[mine])
-collapse = analysis.collapse(tokens)
-repeated, between = analysis.same_word(tokens)
+gap, plans = metrics["shuffled"], metrics["collapse"]
 print(f"perplexity {gap['routed']:.2f}, shuffled {gap['shuffled']:.2f}: {gap['nll_difference']:+.4f} nats a token "
       f"({gap['low']:+.4f} to {gap['high']:+.4f})")
-print("shares of the plan's variance:", {k: round(v, 3) for k, v in shares.items()})
-print("collapse:", collapse)
-pd.DataFrame(information).T.round(4)
+print(f"{plans['plans']} different plans, the commonest for {plans['commonest_plan']:.0%} of the tokens; of {tokens.gates.shape[1]} "
+      f"routable units {len(plans['always'])} always run and {len(plans['never'])} never do")
+pd.DataFrame(metrics["information"]).T.round(4)
+
+# %% tags=["nbval-ignore-output"]
+pd.DataFrame([metrics["variance"]], index=["share of the plan's variance"]).round(3)
 
 # %% [markdown]
 # ## Difficulty, position, context
 
 # %% tags=["nbval-ignore-output"]
-hard = analysis.difficulty(tokens)
-found = token_study.benefits(study)
-benefit = analysis.benefit_correlations(found["gates"].numpy(), found["kl"].numpy(), found["document"].numpy())
-benefit_loss = analysis.benefit_correlations(found["gates"].numpy(), found["loss"].numpy(), found["document"].numpy())
-print(f"active layers with the summed benefit: {benefit['correlation'].iloc[0]:+.3f} in KL, "
-      f"{benefit_loss['correlation'].iloc[0]:+.3f} in loss")
-figures_analysis.difficulty(hard.to_dict("records"), benefit.to_dict("records"));
+benefit, loss = metrics["benefit"], metrics["benefit_loss"]
+print(f"active layers with the summed benefit: {benefit[0]['correlation']:+.3f} in KL, {loss[0]['correlation']:+.3f} in loss")
+run.figure(figures_analysis.difficulty(metrics["difficulty"], benefit), "difficulty")
 
 # %% tags=["nbval-ignore-output"]
-position = analysis.by_position(tokens)
-figures_analysis.position(position.to_dict("records"));
+run.figure(figures_analysis.position(metrics["position"]), "position")
 
 # %% [markdown]
-# The same token in different contexts. Between-token share of the variance of depth: what a lookup table would decide.
+# The same token in different contexts, and the shares of the variance of depth that lie between tokens (what a lookup table
+# would decide) and between documents.
 
 # %% tags=["nbval-ignore-output"]
-least = 10 if config.record_docs > 20 else 2
-print({k: round(v, 3) for k, v in between.items()})
-figures_analysis.words(tokens, least);
+run.figure(figures_analysis.words(tokens, metrics["least"]), "words")
+pd.DataFrame([metrics["between"]], index=["share of the variance of depth"]).round(3)
 
 # %% [markdown]
 # ## How much of the headroom is captured?
@@ -147,17 +132,13 @@ figures_analysis.words(tokens, least);
 # which favours the router; the base model's own weights favour none.
 
 # %% tags=["nbval-ignore-output"]
-rows, made = [], {}
-for kind in config.weights:
-    more, made[kind] = token_study.headroom(study, kind)
-    rows += more
-    made[kind]["agreement"] = analysis.agreement_with_static(tokens, made[kind]["order"])
-    print(f"{kind} weights: {made[kind]['passes']} forward passes; the router agrees with the best static plan in "
-          f"{made[kind]['agreement']:.1%} of gates")
-pd.DataFrame(rows).round(3)
+for kind, found in metrics["static"].items():
+    print(f"{kind} weights: {found['passes']} forward passes; the router agrees with the best static plan in "
+          f"{found['agreement']:.1%} of gates")
+pd.DataFrame(run.rows).round(3)
 
 # %% tags=["nbval-ignore-output"]
-figures_analysis.headroom(rows);
+run.figure(figures_analysis.headroom(run.rows), "headroom")
 
 # %% [markdown]
 # ## How much could any router know?
@@ -166,20 +147,7 @@ figures_analysis.headroom(rows);
 # (clipped at its 1st and 99th percentile), on documents held out. Depth 0 is the token's embedding alone.
 
 # %% tags=["nbval-ignore-output"]
-probes = token_study.probe_rows(study, found)
-figures_analysis.predictability(probes, study.routing.first);
-
-# %% tags=["nbval-ignore-output"]
-kept = {name: value for name, value in found.items() if not name.startswith("state")}
-plans = {name: value for part in made.values() for name, value in part.pop("tensors").items()}
-save_tensors(kept | plans, run.folder / "oracle.safetensors")
-metrics = run.finish(
-    rows, target=study.routing.config.calibrated_skip, skip=tokens.skip_ratio,
-    categories=by_category.to_dict("records"), shuffled=gap, information=information, variance=shares,
-    collapse=collapse, between=between, least=least, difficulty=hard.to_dict("records"),
-    benefit=benefit.to_dict("records"), benefit_loss=benefit_loss.to_dict("records"), position=position.to_dict("records"),
-    static=made, probes=probes)
-figures_analysis.draw(run.folder);
+run.figure(figures_analysis.predictability(metrics["probes"], tokens.meta["always_keep"]), "predictability")
 
 # %% [markdown]
 # ## What it means
@@ -187,4 +155,4 @@ figures_analysis.draw(run.folder);
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-Markdown(token_study.verdict(metrics, study.routing.first))
+Markdown(token_study.verdict(metrics, tokens.meta["always_keep"]))

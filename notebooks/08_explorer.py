@@ -23,7 +23,7 @@
 #     python -m dlr explore --serve
 
 # %% tags=["parameters"]
-run_name: str = "default"
+run_name: str = ""
 checkpoint: str = ""
 text: str = ""
 skip: float = -1.0

@@ -1,0 +1,177 @@
+"""What makes two runs the same run: their settings and their data.
+
+A setting absent on one side counts as its default, so a new setting orphans no old run; a value that the machine decides
+equals any other; of paths only the part that is the same on every machine is kept, and the files' content decides.
+"""
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from dlr.settings import LocalPath, MachineDecides, Settings, default_of, items_of
+
+NAMES = ("", "nano", "nano-router", "embedded")          # what path-like settings hold when they name no file
+_SAMPLE = 1 << 16                                        # bytes read at each place of a large file
+
+
+# -- paths ----------------------------------------------------------------------------------------------------------------
+def map_paths(values: dict, schema: type[Settings], change, prefix: str = "") -> dict:
+    """`values` with `change(text, mark, name)` in place of every path-like setting, rows of lists included."""
+    out = dict(values)
+    for name, field in schema.model_fields.items():
+        value, rows = out.get(name), _rows_schema(field.annotation)
+        mark = next((m for m in field.metadata if isinstance(m, LocalPath)), None)
+        if mark is not None and isinstance(value, str):
+            out[name] = change(value, mark, prefix + name)
+        elif rows is not None and isinstance(value, list):
+            out[name] = [map_paths(row, rows, change, f"{prefix}{name}.{i}.") if isinstance(row, dict) else row
+                         for i, row in enumerate(value)]
+    return out
+
+
+def _rows_schema(annotation) -> type[Settings] | None:
+    inner = items_of(annotation)
+    return inner if isinstance(inner, type) and issubclass(inner, Settings) else None
+
+
+def resolved(values: dict, schema: type[Settings]) -> dict:
+    """`values` with relative paths made absolute where such a file is: in the caller's folder, else in the project.
+
+    What names no file ('nano', a Hub id) stays as it is. A folder to write to is one of the caller's in any case.
+    """
+    from dlr.runs import project_root, shell_folder
+
+    def change(text: str, mark: LocalPath, name: str) -> str:
+        if text in NAMES:
+            return text
+        path = Path(text).expanduser()
+        for root in (Path.cwd(), shell_folder(), project_root()):
+            if (root / path).exists():
+                return str((root / path).resolve())
+        return str((shell_folder() / path).absolute()) if mark.output else text
+    return map_paths(values, schema, change)
+
+
+def _portable(text: str, *_) -> str:
+    """A path as run.json keeps it: below the project or the results folder from there, else its last part."""
+    from dlr.runs import project_root, results_folder
+    path = Path(text)
+    if path.is_absolute():
+        for root in (project_root(), results_folder()):
+            if path.is_relative_to(root) and path != root:
+                return path.relative_to(root).as_posix()
+        return path.name
+    return path.name if text.startswith("..") else text
+
+
+def portable(settings: dict, schema: type[Settings] | None) -> dict:
+    """`settings` without absolute paths; without a schema every absolute path is cut to its last part."""
+    if schema is not None:
+        return map_paths(settings, schema, _portable)
+    return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in settings.items()}
+
+
+# -- data -----------------------------------------------------------------------------------------------------------------
+def digest(path: Path) -> str:
+    """Sixteen hex digits of a file or of all files below a folder (of a model's folder: its weights).
+
+    Large files are sampled at sixteen places, so that a model of many gigabytes takes no longer than a small one.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    found = hashlib.sha256()
+    for file in weights or files:
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(path) if file != path else file.suffix}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= 16 * _SAMPLE:
+                found.update(stream.read())
+                continue
+            for place in range(16):
+                stream.seek(place * (size - _SAMPLE) // 15)
+                found.update(stream.read(_SAMPLE))
+    return found.hexdigest()[:16]
+
+
+def inputs_of(config: Settings) -> dict[str, str]:
+    """Setting to `digest` of every file or folder that `config` reads."""
+    from dlr.models import NANO, NANO_ROUTER
+    embedded = {"nano": NANO / "model.safetensors", "nano-router": NANO_ROUTER}
+    found = {}
+
+    def note(text: str, mark: LocalPath, name: str) -> str:
+        path = embedded.get(text) or Path(text)
+        if text and text != "embedded" and not mark.output and path.exists():
+            found[name] = digest(path)
+        return text
+    map_paths(config.model_dump(), type(config), note)
+    if "checkpoint" in type(config).model_fields and not config.checkpoint and NANO_ROUTER.is_dir():
+        found["checkpoint"] = digest(NANO_ROUTER)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _documents_hash(dataset: str, splits: tuple[str, ...]) -> str:
+    from dlr.data import load_documents
+    return "-".join(load_documents(dataset, split).hash for split in splits)
+
+
+def data_hash(config: Settings) -> str:
+    """Hash of the documents a run of `config` reads, split by split; a constant where they are no setting."""
+    splits = getattr(config, "splits", None)
+    return _documents_hash(config.dataset, splits) if splits else getattr(config, "data", "")
+
+
+# -- comparison -----------------------------------------------------------------------------------------------------------
+def _complete(values: dict, schema: type[Settings]) -> dict:
+    """`values` with defaults for what is absent, in lists of rows too, as JSON would hold them."""
+    out = {name: default_of(schema, name) for name in schema.model_fields if not schema.model_fields[name].is_required()}
+    out |= values
+    for name, field in schema.model_fields.items():
+        rows = _rows_schema(field.annotation)
+        if rows is not None:
+            plain = [row.model_dump() if isinstance(row, Settings) else row for row in out[name]]
+            out[name] = [_complete(row, rows) for row in plain]
+    return json.loads(json.dumps(map_paths(out, schema, lambda text, *_: "/".join(Path(_portable(text)).parts[-3:]))))
+
+
+def _free(field, *values) -> bool:
+    """Whether the machine decided one of `values`."""
+    return any(isinstance(mark, MachineDecides) for mark in field.metadata) and any(v in (None, "auto") for v in values)
+
+
+def different_settings(before: dict, now: dict, schema: type[Settings] | None) -> dict[str, tuple]:
+    """Name to (before, now) of every setting in which two runs differ; `run_name` is none."""
+    old, new = (_complete(values, schema) if schema else values for values in (before, now))
+    fields = schema.model_fields if schema else {}
+    return {name: (old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())
+            if name != "run_name" and old.get(name) != new.get(name)
+            and not (name in fields and _free(fields[name], old.get(name), new.get(name)))}
+
+
+def differences(record: dict, settings: dict, data: str, inputs: dict[str, str],
+                schema: type[Settings] | None) -> dict[str, tuple]:
+    """What keeps the run in `record` (a run.json) from being the run of `settings` on this data; empty: they are one."""
+    found = different_settings(record.get("settings", {}), settings, schema)
+    earlier = record.get("inputs", {})
+    for name in earlier.keys() & inputs.keys():             # files known on both sides: content decides, not the name
+        found.pop(name, None)
+        if earlier[name] != inputs[name]:
+            found[name] = ("other files", "the ones there now")
+    if not found and record.get("data_hash") and data and record["data_hash"] != data:
+        found["data"] = (record["data_hash"], data)
+    return found
+
+
+def said(found: dict[str, tuple], most: int = 4) -> str:
+    """Differences in words: 'steps: 40, now 400; ...'."""
+    parts = [f"{name}: {_short(old)}, now {_short(new)}" for name, (old, new) in list(found.items())[:most]]
+    more = len(found) - most
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
+
+
+def _short(value) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

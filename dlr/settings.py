@@ -1,0 +1,187 @@
+"""Settings from people: notebook cells, YAML files and `--set name=value`, validated into objects or refused in a sentence."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")          # YAML 1.1 reads 1e-4 as text
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown, mistyped or out of range; the message names it and the remedy."""
+
+
+class LocalPath:
+    """Marks a setting that may name a file or folder; `output` says that it is written to, so need not exist."""
+
+    def __init__(self, output: bool = False):
+        self.output = output
+
+
+class MachineDecides:
+    """Marks a setting whose None or 'auto' leaves the choice to the machine: in comparisons it equals any value."""
+
+
+Local = Annotated[str, LocalPath()]
+
+
+class Settings(BaseModel):
+    """What all settings share: no unknown names, no conversions, and copies that are validated again."""
+    model_config = ConfigDict(extra="forbid", strict=True)
+    toy: ClassVar[dict[str, Any]] = {}         # what DLR_PRESET=toy puts in place of defaults: seconds a notebook, for tests
+
+    def changed(self, **changes):
+        """A copy with other values, validated as a whole; pydantic's own `model_copy(update=...)` checks nothing.
+
+        Raises:
+            SettingsError: an unknown name, a wrong value, or values that do not go together.
+        """
+        return validated(self.model_dump() | changes, type(self))
+
+
+def checked_name(name: str) -> str:
+    """`name` if it can be a folder's name.
+
+    Raises:
+        ValueError: it is a path, begins with a dot, or holds signs that make trouble in folders' names.
+    """
+    if not re.fullmatch(r"[\w=+-][\w.=+-]*", name) or len(name.encode()) > 150:
+        raise ValueError("it names a folder: letters, digits and _ . = + - only, no dot at its start, 150 bytes at most")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(lambda name: name and checked_name(name))]
+
+
+# -- what a field takes -------------------------------------------------------------------------------------------------
+def _parts(annotation) -> tuple:
+    """The alternatives of an annotation, without None."""
+    if get_origin(annotation) is Annotated:
+        return _parts(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(part for a in get_args(annotation) for part in _parts(a) if part is not type(None))
+    return (annotation,)
+
+
+def _is_text(annotation) -> bool:
+    return all(part is str or get_origin(part) is Literal and all(isinstance(value, str) for value in get_args(part))
+               for part in _parts(annotation))
+
+
+def items_of(annotation):
+    """The annotation of a list's items, or None."""
+    lists = [part for part in _parts(annotation) if get_origin(part) is list]
+    return get_args(lists[0])[0] if lists else None
+
+
+def _numbers(value, annotation):
+    """`value` with texts like '1e-4' as numbers, where the field takes numbers."""
+    if isinstance(value, str) and float in _parts(annotation) and _EXPONENT.fullmatch(value.strip()):
+        return float(value)
+    if isinstance(value, list) and items_of(annotation) is not None:
+        return [_numbers(item, items_of(annotation)) for item in value]
+    return value
+
+
+def from_text(name: str, text: str, schema: type[Settings]):
+    """The value of setting `name` written as `text` on a command line: as it is for a text, else read as YAML.
+
+    Raises:
+        SettingsError: it is not valid YAML.
+    """
+    if name not in schema.model_fields or _is_text(schema.model_fields[name].annotation):
+        return text                              # an unknown name is refused by `validated`, which knows the nearest
+    items = items_of(schema.model_fields[name].annotation)
+    loader = yaml.BaseLoader if items is not None and _is_text(items) else yaml.SafeLoader
+    try:
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        what = "a list such as [a, b]" if items is not None else "one value"
+        raise SettingsError(f"{name}={text!r} cannot be read ({_problem(error)}); write {what}.") from None
+
+
+def _problem(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------------
+def nearest(name: str, known, cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, or None."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def _hint(error: dict) -> str:
+    value = error["input"]
+    if error["type"] == "list_type":
+        return " (write [a, b])"
+    if error["type"] == "string_type" and value is not None and not isinstance(value, (list, dict)):
+        return f" (YAML reads it as {type(value).__name__}: put it in quotes)"
+    return ""
+
+
+def _explain(error: dict, schema: type[BaseModel]) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = nearest(name, schema.model_fields) if len(error["loc"]) == 1 else None
+        return f"unknown setting {name!r}" + (f"; did you mean {near!r}?" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    shown = repr(error["input"])
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{name}={shown}: {message[0].lower()}{message[1:]}{_hint(error)}"
+
+
+def validated(given: dict[str, Any], schema: type[BaseModel]) -> BaseModel:
+    """`schema(**given)`, or a SettingsError with one sentence a problem."""
+    fields = schema.model_fields
+    given = {k: _numbers(v, fields[k].annotation) if k in fields else v for k, v in given.items()}
+    try:
+        return schema.model_validate(given)
+    except ValidationError as errors:
+        raise SettingsError("; ".join(_explain(e, schema) for e in errors.errors())) from None
+
+
+def default_of(schema: type[BaseModel], name: str):
+    """The value field `name` has when nobody gives one."""
+    return schema.model_fields[name].get_default(call_default_factory=True)
+
+
+def effective(given: dict[str, Any], schema: type[Settings]) -> Settings:
+    """Validated settings, on the toy preset where the environment asks for it (`DLR_PRESET=toy`).
+
+    The preset replaces defaults only, so that a value someone chose still counts.
+    """
+    preset = os.environ.get("DLR_PRESET", "")
+    if preset not in ("", "toy"):
+        raise SettingsError(f"DLR_PRESET={preset!r} is no preset; there is 'toy', for tests.")
+    config = validated(given, schema)
+    if preset == "toy":
+        plain = {k: v for k, v in schema.toy.items() if getattr(config, k) == getattr(schema.model_construct(), k)}
+        config = config.changed(**plain)
+    return config
+
+
+def read_params(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML params file (differences from the defaults only).
+
+    Raises:
+        FileNotFoundError, SettingsError: no such file (the neighbours are named), or not a mapping.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"No params file {str(path)!r}." + (f" There are: {', '.join(there)}." if there else ""))
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{str(path)!r} is not valid YAML: {_problem(error)}") from None
+    if not isinstance(loaded or {}, dict):
+        raise SettingsError(f"{str(path)!r} must hold 'name: value' lines, not a {type(loaded).__name__}.")
+    return {str(name): value for name, value in (loaded or {}).items()}
