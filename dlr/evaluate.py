@@ -9,6 +9,7 @@ import torch
 
 from dlr.calibration import calibrate, calibration_curve
 from dlr.config import fast_bf16
+from dlr.logits import last_only
 from dlr.objective import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
@@ -126,7 +127,7 @@ def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool | 
     for batch in tqdm(batches, desc="calibrating", unit="batch"):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with autocast(device, bf16), routing.using(RouterPolicy()):
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **last_only(model))      # logits are not read
         plan = routing.plan
         free = plan.real & (mask.cumsum(1) - 1 >= first)
         found.append(plan.logits[free].float().cpu())
