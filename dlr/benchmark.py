@@ -194,7 +194,8 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
            "keep_rate": [], "requests": meter.requests, "truncated": meter.truncated, "scored_tokens": meter.scored}
     if routing is not None and lm.loaded.policy is not None:
         settings = routing.config
-        row["keep_rate"] = [round(rate, 4) for rate in meter.keep_rate]
+        row |= {"keep_rate": [round(rate, 4) for rate in meter.keep_rate], "unit": settings.unit,
+                "always_keep": settings.always_keep}
         row["active_layers"] = settings.always_keep + settings.keep_last + sum(meter.keep_rate) / routing.units_per_layer
         router = settings.router_hidden if lm.loaded.variant == "routed" else 0
         row["flops"] = plan_flops_per_token(config, meter.mean_reach, meter.keep_rate, settings.always_keep,

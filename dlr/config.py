@@ -80,7 +80,7 @@ class RunConfig(Settings):
     objective: Literal["controlled", "original", "global_penalty"] = "controlled"
     target_skip: float = Field(0.4, ge=0.0, le=1.0)    # the budget asked for
     ramp: float = Field(0.2, ge=0.0, le=1.0)           # share of the steps over which the budget grows from 0
-    dual_rate: float = Field(1.0, gt=0.0)              # logit units the threshold moves a unit of missed skip
+    dual_rate: float = Field(1.0, gt=0.0)              # share of the missed skip that one step makes good
     penalty: float = Field(1.0, ge=0.0)                # lambda of 'global_penalty' and of 'original'
     l1_weight: float = Field(5.0, ge=0.0)              # 'original': per-layer L1, summed over layers
     target_weight: float = Field(8.0, ge=0.0)          # 'original': squared distance to the target

@@ -31,5 +31,8 @@ def _one_thread():
 
 @pytest.fixture
 def by_rows(monkeypatch):
-    """Layers of tiny models are run by rows too, although that never pays for them: the guard is off."""
+    """Layers of tiny models are run by rows too, although that never pays for them and the product would not.
+
+    Modules that test compact execution ask for it: `pytestmark = pytest.mark.usefixtures("by_rows")`.
+    """
     monkeypatch.setitem(OVERHEAD, "cpu", 0.0)

@@ -6,7 +6,7 @@ from tiny_models import tiny
 from test_routed import half_skipping
 
 import dlr
-from dlr.baselines import drop, evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
+from dlr.baselines import drop, evaluate_static, greedy_static_order, static_pair
 from dlr.calibration import Controller, calibrate
 from dlr.config import RouterConfig
 from dlr.evaluate import bootstrap, calibrate_router, evaluate, mix, paired_difference, perplexity, skip_ratio, summary
@@ -142,7 +142,3 @@ def test_tables_are_a_row_a_document_and_intervals_hold_the_value():
     same = paired_difference(table, table)
     assert same == {"nll_difference": 0.0, "low": 0.0, "high": 0.0}
     assert bootstrap(table, perplexity) == bootstrap(table, perplexity)
-
-
-def test_the_mean_plan_drops_what_the_router_keeps_least():
-    assert order_of_mean_plan([0.9, 0.1, 0.5]) == [1, 2, 0]

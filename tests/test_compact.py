@@ -16,6 +16,7 @@ from dlr.routed import NotRoutable
 from dlr.rows import plan_rows
 
 pytestmark = pytest.mark.usefixtures("by_rows")
+
 OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
 PLANS = ("none", "half", "most", "all", "one row", "whole layers")
 
@@ -267,6 +268,7 @@ def test_training_stays_masked_and_gradients_flow(llama, ids):
 
 def test_the_tests_of_this_file_do_run_layers_by_rows(llama, ids, monkeypatch):
     """And without the fixture, the guard leaves layers this small alone."""
+    assert OVERHEAD["cpu"] == 0.0, "the fixture is in force here"
     seen, products = [], torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: seen.append(x.shape[:-1]) or products(x, *rest))
     routing = dlr.attach(llama, OPEN, execution="compact")

@@ -22,6 +22,8 @@ from dlr.tasks import load_tasks, manager_for
 from dlr.variants import Loaded, RandomByDocument, StaticByDocument, draw
 from dlr.wikitext import strided_perplexity, windows
 
+pytestmark = pytest.mark.usefixtures("by_rows")
+
 TASKS = ["blimp_causative", "arc_challenge", "mmlu_anatomy", "gsm8k"]
 
 

@@ -10,6 +10,8 @@ from dlr.config import RouterConfig
 from dlr.policy import GivenPlan, RandomPlan, RouterPolicy, ShuffledPlan, StaticPlan
 from dlr.routed import NotRoutable, decoder_and_layers
 
+pytestmark = pytest.mark.usefixtures("by_rows")
+
 OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
 
 
