@@ -33,7 +33,7 @@ def stop_words() -> frozenset[str]:
 
 
 def frequencies(texts: list[str], tokenizer) -> torch.Tensor:
-    """How often each token id occurs in `texts`, `[V]` int64; V covers every id, also of tokenizers with gaps in theirs."""
+    """How often each token id occurs in `texts`, `[V]` int64; V covers ids beyond gaps in them too."""
     ids = np.concatenate([np.zeros(0, np.int64), *(np.array(row, np.int64) for row in encode(tokenizer, texts))])
     return torch.from_numpy(np.bincount(ids, minlength=len(tokenizer)))
 

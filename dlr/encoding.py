@@ -100,8 +100,8 @@ def tokenizer_of(model, folder: str | Path | None = None):
     try:
         return AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise OSError(f"The base model {base!r} comes without a tokenizer that can be loaded ({type(error).__name__}); save "
-                      "one into the checkpoint's folder with tokenizer.save_pretrained(folder).") from error
+        raise OSError(f"The base model {base!r} comes without a tokenizer that can be loaded ({type(error).__name__}); "
+                      "save one into the checkpoint's folder with tokenizer.save_pretrained(folder).") from error
 
 
 def opening_token(tokenizer) -> int:
@@ -113,8 +113,8 @@ def opening_token(tokenizer) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise ValueError(f"The tokenizer {_name(tokenizer)} has neither a beginning-of-text nor an end-of-text token, so no "
-                     "document can be opened: set tokenizer.bos_token or tokenizer.eos_token to a token of its "
+    raise ValueError(f"The tokenizer {_name(tokenizer)} has neither a beginning-of-text nor an end-of-text token, so "
+                     "no document can be opened: set tokenizer.bos_token or tokenizer.eos_token to a token of its "
                      "vocabulary.")
 
 
@@ -127,5 +127,5 @@ def padding_token(tokenizer) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
             return token
-    raise ValueError(f"The tokenizer {_name(tokenizer)} has neither a padding nor an end-of-text token, so rows cannot be "
-                     "filled up: set tokenizer.pad_token or tokenizer.eos_token to a token of its vocabulary.")
+    raise ValueError(f"The tokenizer {_name(tokenizer)} has neither a padding nor an end-of-text token, so rows cannot "
+                     "be filled up: set tokenizer.pad_token or tokenizer.eos_token to a token of its vocabulary.")

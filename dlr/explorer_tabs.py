@@ -132,7 +132,8 @@ class Generator(Quiet, W.VBox):
         loading: dtype, device and load_in_4bit, see `dlr.session.Session`.
     """
 
-    def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None, **loading):
+    def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None,
+                 **loading):
         self.error, self.progress, self._task, self._stopped, self._seed = None, None, None, False, -1
         self._owned, self.session = session is None, session or Session(checkpoint, **loading)
         self.source = self.session.folder

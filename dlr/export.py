@@ -1,7 +1,7 @@
 """What can be taken away: one HTML file, PNG and PDF for a paper, CSV and JSON of the record.
 
-Every file appears whole or not at all. The HTML file is the live view itself inside a page: no script, no network. Text in
-the CSV that a spreadsheet would run as a formula has an apostrophe before it; the JSON holds every text exactly.
+Every file appears whole or not at all. The HTML file is the live view itself inside a page: no script, no network. Text
+in the CSV that a spreadsheet would run as a formula has an apostrophe before it; the JSON holds every text exactly.
 """
 
 import base64
@@ -56,12 +56,12 @@ def to_json(record: Record, cost: Cost | None = None) -> str:
                              "cost": vars(cost) if cost else None, "tokens": rows(record)}), ensure_ascii=False, indent=1)
 
 
-# What a spreadsheet reads as a formula, also after spaces and quotes, and in full width; and what moves to another cell.
+# What a spreadsheet reads as a formula, also after spaces and quotes and in full width, or takes for another cell.
 _FORMULA = re.compile(r"[\t\r\n]|[\s'\"\u200b\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 
 
 def cell(value):
-    """`value` for a CSV file: a text that a spreadsheet would run gets an apostrophe before it; numbers stay numbers."""
+    """`value` for a CSV file: a text that a spreadsheet would run gets an apostrophe; numbers stay numbers."""
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 

@@ -22,9 +22,10 @@ ELEMENTS = 3 * 2**22
 
 
 def last_only(model) -> dict:
-    """What to pass to a forward pass of which only the last token's logits, or none, are wanted; {} where it has no such
-    setting."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(causal_lm(model)).forward).parameters else {}
+    """What to pass to a forward pass of which only the last token's logits, or none, are wanted; {} where `model` has no
+    such setting."""
+    known = inspect.signature(type(causal_lm(model)).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
 def chunks(model, tokens: int) -> list[slice]:
@@ -40,7 +41,7 @@ def _vocabulary(model) -> int:
 def logits_of(model, routing: Routing, ids: torch.Tensor) -> Callable[[slice], torch.Tensor]:
     """Runs `model` on ids `[1, s]` and returns a function from a slice of rows to their logits `[rows, V]`.
 
-    Call the function under the adapters and the autocast that the pass itself ran under: the head may have adapters too.
+    Call the function under the adapters and the autocast of the pass itself: the head may have adapters too.
     """
     if len(chunks(model, ids.shape[1])) <= 1:
         logits = model(input_ids=ids, use_cache=False).logits[0]
@@ -93,6 +94,6 @@ def _with_decoder(causal: nn.Module, decoder: nn.Module, stand_in: nn.Module) ->
 def _shallow(module: nn.Module) -> nn.Module:
     copied = module.__new__(type(module))
     copied.__dict__.update(module.__dict__)
-    copied.__dict__.pop("forward", None)            # a forward put on the instance (offloading) is bound to the original
+    copied.__dict__.pop("forward", None)            # put there by offloading, and bound to the original
     copied.__dict__["_modules"] = dict(module._modules)
     return copied

@@ -39,7 +39,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def pretraining_texts(text_dir: str, seed: int = 0, dataset: str = "") -> list[str]:
-    """Documents of `text_dir` (may be empty) and of the embedded corpus's train split, or of `dataset`'s instead of both;
+    """Documents of `text_dir` (may be empty) and of the embedded corpus's train split, or of `dataset` instead of both;
     shuffled."""
     texts = load_documents(dataset or "embedded", "train").texts
     if text_dir and not dataset:
@@ -49,10 +49,10 @@ def pretraining_texts(text_dir: str, seed: int = 0, dataset: str = "") -> list[s
 
 
 def pretraining_stream(text_dir: str, tokenizer, cache: Path, dataset: str = "") -> np.ndarray:
-    """The training tokens `[n]` (uint32, which holds any vocabulary), tokenised once and kept beside `cache` (a .npy file).
+    """The training tokens `[n]` (uint32, which holds any vocabulary), tokenised once, kept beside `cache` (a .npy file).
 
-    The file's name ends in a hash of texts, tokenizer and the rules of `dlr.encoding`: a stream of other text, or one in
-    which spelled-out special tokens end documents, is never taken for this one.
+    The file's name ends in a hash of texts, tokenizer and the rules of `dlr.encoding`: a stream of other text, or one
+    in which spelled-out special tokens end documents, is never taken for this one.
     """
     texts = pretraining_texts(text_dir, dataset=dataset)
     path = cache.with_name(f"{cache.stem}-{_stream_key(texts, tokenizer)}.npy")
@@ -65,7 +65,8 @@ def pretraining_stream(text_dir: str, tokenizer, cache: Path, dataset: str = "")
 
 def _stream_key(texts: list[str], tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else repr(sorted(getattr(tokenizer, "get_vocab", dict)().items()))
+    words = getattr(tokenizer, "get_vocab", dict)
+    vocabulary = backend.to_str() if backend is not None else repr(sorted(words().items()))
     digest = hashlib.sha256(f"{encoding.RULES}\0{encoding.opening_token(tokenizer)}\0{vocabulary}".encode())
     for text in texts:
         digest.update(text.encode() + b"\0")

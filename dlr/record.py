@@ -82,7 +82,8 @@ class Record:
         """The plan at another threshold, from the logits alone; routed losses and predictions are unknown (NaN, -1)."""
         gates = (self.logits > threshold) | (self.position < self.meta["keep_first_tokens"]).unsqueeze(1)
         unknown = torch.full_like(self.loss_routed, NAN)
-        return replace(self, gates=gates, loss_routed=unknown, kl=unknown.clone(), top_routed=torch.full_like(self.top_routed, -1),
+        return replace(self, gates=gates, loss_routed=unknown, kl=unknown.clone(),
+                       top_routed=torch.full_like(self.top_routed, -1),
                        top_routed_probability=torch.full_like(self.top_routed_probability, NAN),
                        meta=self.meta | {"threshold": threshold})
 
@@ -187,8 +188,8 @@ def document_ids(tokenizer, text: str, model) -> list[int]:
     ids = [opening_token(tokenizer), *encode(tokenizer, text)]
     known = causal_lm(model).get_input_embeddings().num_embeddings
     if max(ids) >= known:
-        raise ValueError(f"The tokenizer gives token id {max(ids):,}, but the model knows {known:,} tokens only; use the "
-                         "tokenizer that belongs to this model.")
+        raise ValueError(f"The tokenizer gives token id {max(ids):,}, but the model knows {known:,} tokens only; use "
+                         "the tokenizer that belongs to this model.")
     return ids
 
 

@@ -4,9 +4,9 @@
     python -m dlr explore --serve
 
 The page, its kernels and their websockets answer only who brings the token of the printed address (or the cookie it is
-exchanged for), since other users of a machine reach its loopback address too. Voilà's own scripts and style sheets, which
-hold nothing of the text, are served to anybody. A kernel holds a model: that of a closed tab ends within IDLE + CHECK
-seconds.
+exchanged for), since other users of a machine reach its loopback address too. Voilà's own scripts and style sheets,
+which hold nothing of the text, are served to anybody. A kernel holds a model: that of a closed tab ends within IDLE +
+CHECK seconds.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def add_parser(commands, formatter) -> None:
     explore.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint (default: the embedded router)")
     explore.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                          help="of the base model's weights (default: as the checkpoint records)")
-    explore.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: an accelerator if there is one)")
+    explore.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: an accelerator if any)")
     explore.add_argument("--skip", type=float, metavar="RATIO", help="budget, 0 to 0.8 (default: the calibrated one)")
     explore.add_argument("--out", metavar="FOLDER", help="also write the view as HTML, PNG, PDF, CSV and JSON")
     explore.add_argument("--plain", action="store_true", help="numbers without colours")
@@ -66,8 +66,8 @@ def explore(arguments) -> int:
     loading = {name: value for name in ("dtype", "device") if (value := getattr(arguments, name)) is not None}
     if arguments.serve:
         if arguments.skip is not None or arguments.out or arguments.plain:
-            raise ValueError("--serve takes --checkpoint, --dtype, --device, a text, --port and --no-browser; budget and "
-                             "export are in the page.")
+            raise ValueError("--serve takes --checkpoint, --dtype, --device, a text, --port and --no-browser; budget "
+                             "and export are in the page.")
         return serve(arguments.checkpoint, arguments.port, not arguments.no_browser, arguments.text, **loading)
     if arguments.port or arguments.no_browser:
         raise ValueError("--port and --no-browser belong to --serve.")
@@ -94,7 +94,7 @@ def explore(arguments) -> int:
 
 
 def notebook(checkpoint: str | None, text: str | None = None, **loading) -> str:
-    """The one-cell notebook behind the page, as JSON. The kernel runs elsewhere, so a checkpoint is named by its folder."""
+    """The one-cell notebook behind the page, as JSON. The kernel runs elsewhere: a checkpoint is named by its folder."""
     import nbformat
 
     from dlr.session import folder_of
@@ -127,8 +127,8 @@ def _options(book: Path, port: int, idle: float, check: float) -> list[str]:
 
 
 @contextlib.contextmanager
-def server(checkpoint: str | None = None, port: int = 0, text: str | None = None, *, idle: int = IDLE, check: int = CHECK,
-           **loading):
+def server(checkpoint: str | None = None, port: int = 0, text: str | None = None, *, idle: int = IDLE,
+           check: int = CHECK, **loading):
     """A running Voilà server of the explorer; yields its address, token included. It listens on 127.0.0.1 only.
 
     Args:
@@ -187,7 +187,7 @@ def _await(process, address: str, log: Path, seconds: float = 90) -> None:
 def serve(checkpoint: str | None, port: int, browser: bool, text: str | None = None, **loading) -> int:
     """Serves until interrupted."""
     with server(checkpoint, port, text, **loading) as address:
-        print(f"The explorer is at {address} (this machine only, and only with this token). Ctrl-C ends it.", flush=True)
+        print(f"The explorer is at {address} (this machine and this token only). Ctrl-C ends it.", flush=True)
         with _opened(address) if browser else contextlib.nullcontext():
             try:
                 while True:
@@ -199,8 +199,8 @@ def serve(checkpoint: str | None, port: int, browser: bool, text: str | None = N
 
 @contextlib.contextmanager
 def _opened(address: str):
-    """A browser at `address`, led there by a file that only this user can read: others would see the token on the browser's
-    command line."""
+    """A browser at `address`, led there by a file that only this user can read: others would see the token on the
+    browser's command line."""
     import webbrowser
     handle, name = tempfile.mkstemp(suffix=".html", prefix="dlr-explore-")
     try:

@@ -11,6 +11,7 @@ Every session loads its own copy of the model; `close` takes router and adapters
 import contextlib
 import statistics
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def folder_of(checkpoint: str | Path | None) -> Path:
     """The folder of a checkpoint; None is the embedded router, or the first there is.
 
     Args:
-        checkpoint: a label of `checkpoints()`, or what `dlr.discovery.find_checkpoint` takes: a folder, a run, a phase. A
-            relative path is looked for from here, then from the project's root.
+        checkpoint: a label of `checkpoints()`, or what `dlr.discovery.find_checkpoint` takes: a folder, a run, a phase.
+            A relative path is looked for from here, then from the project's root.
 
     Raises:
         FileNotFoundError: there is none; the message names those there are.
@@ -104,8 +105,8 @@ class Session:
     Args:
         checkpoint: a checkpoint as in `folder_of`; the embedded router by default.
         model, tokenizer: a routed model that is there already, instead of a checkpoint; `close` then leaves it alone.
-        loading: dtype, device and load_in_4bit, as in `dlr.from_pretrained`; what is None is as the checkpoint records it,
-            on an accelerator where there is one.
+        loading: dtype, device and load_in_4bit, as in `dlr.from_pretrained`; what is None is as the checkpoint records
+            it, on an accelerator where there is one.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; the message names those there are.
@@ -114,24 +115,25 @@ class Session:
 
     def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None, **loading):
         loading = {name: value for name, value in loading.items() if value is not None}
-        self.owned = model is None
+        self.owned, self.note = model is None, ""
         self.name, self.folder = "given model", None
         if self.owned:
             self.folder = folder_of(checkpoint)
             if torch.cuda.is_available():
                 loading.setdefault("device", "cuda")
-            with _no_bars():
-                model = from_pretrained(self.folder, **loading)
-            tokenizer = tokenizer_of(model, self.folder)
             self.name = _label(self.folder)
+            with _no_bars(), _warnings_of_this_project() as said:
+                model = from_pretrained(self.folder, **loading)
+            self.note = " ".join(said).replace(str(self.folder), self.name)
+            tokenizer = tokenizer_of(model, self.folder)
         elif tokenizer is None or checkpoint is not None or loading:
-            raise ValueError("Session(model=...) takes a routed model that is loaded, and its tokenizer=...; checkpoint, "
-                             f"dtype, device and the like have no effect on it ({', '.join(loading) or 'given wrongly'}).")
+            given = [*loading, *(["checkpoint"] if checkpoint is not None else [])]
+            raise ValueError("Session(model=...) takes a routed model that is loaded, and its tokenizer=...; "
+                             f"checkpoint, dtype, device and the like have no effect on it (given: {', '.join(given) or 'none'}).")
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
         with contextlib.suppress(NotRoutable):              # where it cannot run compact, it stays masked
             self.routing.execution = "compact"
         self._curve: list[float] = list(self.routing.config.curve)
-        self.note = ""
 
     @property
     def context(self) -> int:
@@ -153,8 +155,8 @@ class Session:
 
     def cut(self, found: Record | None) -> str:
         """Says so where a text was cut; else ''."""
-        if found is None or len(found) < found.meta.get("longest", self.context):  # whole: no need to count its tokens at every redraw
-            return ""
+        if found is None or len(found) < found.meta.get("longest", self.context):
+            return ""                                       # whole: no need to count its tokens at every redraw
         tokens = self.length(found.meta["text"])
         limit = "the model's context" if len(found) == self.context else "the most that is shown here"
         return f"Cut to {len(found):,} of {tokens:,} tokens, {limit}." if tokens > len(found) else ""
@@ -162,7 +164,7 @@ class Session:
     # -- records ----------------------------------------------------------------------------------------------------
     def read(self, text: str, policy: Policy | None = None, threshold: float | None = None,
              longest: int | None = None) -> Record:
-        """The record of one text (two forward passes), cut to the model's context, or to `longest` tokens if that is less."""
+        """The record of one text (two forward passes), cut to the model's context, or to `longest` tokens if fewer."""
         longest = min(self.context, longest or self.context)
         with self.routing.at(threshold=self.routing.threshold if threshold is None else threshold):
             found = record(self.model, self.routing, self.tokenizer, [text], max_len=longest, policy=policy,
@@ -237,8 +239,8 @@ class Session:
     @torch.no_grad()
     def turn(self, found: Record) -> dict[str, float]:
         """Seconds of one forward pass: 'dense', the base model; 'routed', the plan of `found` and the router that made it on
-        the base's weights, which is what merging LoRA leaves; 'unmerged', the same with LoRA's products apart. As in reading
-        a prompt, logits are made of the last token only."""
+        the base's weights, which is what merging LoRA leaves; 'unmerged', the same with LoRA's products apart. As in
+        reading a prompt, logits are made of the last token only."""
         ids = found.ids[None].to(device_of(self.model))
         plan = RecordedPlan(found.gates) if found.meta["policy"] == "RouterPolicy" else GivenPlan(found.gates[None])
         with frozen_base(self.model, self.routing):
@@ -278,6 +280,19 @@ def _no_bars():
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _warnings_of_this_project():
+    """Yields a list that then holds what this project warned of, for the view; other warnings go on their way."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        yield said
+    for warning in caught:
+        if Path(warning.filename).parent == Path(__file__).parent:
+            said.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _label(folder: Path) -> str:

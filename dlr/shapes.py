@@ -45,8 +45,8 @@ def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
     """Router logits `[n, U]` of test documents, in reading order, by the router of `checkpoint`.
 
     Args:
-        checkpoint: as in `dlr.discovery.find_checkpoint`, a relative path from here or from the project's root; '' is the
-            embedded router. The text is cut by the checkpoint's own tokenizer.
+        checkpoint: as in `dlr.discovery.find_checkpoint`, a relative path from here or from the project's root; '' is
+            the embedded router. The text is cut by the checkpoint's own tokenizer.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

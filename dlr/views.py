@@ -105,8 +105,8 @@ def card(record: Record, i: int, token: Shown, kind: str, shares: list[float]) -
     note = f"<tr><th>bytes</th><td colspan=3>{escape(token.note)}</td></tr>" if token.note else ""
     return (
         f"<span class=dlr-card role=note><q><bdi>{escape(token.marked)}</bdi></q>"
-        f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · {escape(kind)}"
-        f"</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{float(record.active_layers[i]):g}"
+        f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · "
+        f"{escape(kind)}</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{float(record.active_layers[i]):g}"
         f" of {record.meta['layers']}</b><br>ran {spans(ran)}{half}<br>skipped {spans(skipped)}</td></tr>"
         f"<tr><th>loss</th><td colspan=3>dense {dense} · routed {routed} nats{ahead}</td></tr>"
         f"<tr><th>KL</th><td colspan=3>{kl} nats, dense to routed</td></tr></table>"

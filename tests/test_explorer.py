@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -272,15 +273,18 @@ def test_dtype_and_device_reach_every_model_that_is_opened(monkeypatch):
 
     def opened(folder, **loading):
         seen.append(loading)
+        if loading:
+            warnings.warn_explicit(f"{folder} was made in <float32>", UserWarning, module.__file__, 1)
         return dlr.from_pretrained(folder)
 
     monkeypatch.setattr(module, "from_pretrained", opened)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Session(dtype=None, device=None).close()
     both = Comparison(text="Some text.", dtype="bfloat16", device="cpu")
+    assert "embedded router was made in &lt;float32&gt;" in both.view.value, "what loading warns of is said in the view"
     both.close()
     assert seen == [{}, {"dtype": "bfloat16", "device": "cpu"}]
-    with pytest.raises(ValueError, match="have no effect.*dtype"):
+    with pytest.raises(ValueError, match="have no effect.*given: dtype"):
         Session(model=both, tokenizer=both, dtype="bfloat16")
 
 
