@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     notebooks = commands.add_parser("notebooks", help="execute committed notebooks anew, in place", **shape)
     notebooks.add_argument("names", nargs="*", metavar="notebook", help="name, number or phase (default: all)")
     for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", default=bool(os.environ.get("DLR_DEBUG")),
+        command.add_argument("--debug", action="store_true", default=os.environ.get("DLR_DEBUG", "0") not in ("", "0"),
                              help=argparse.SUPPRESS)
     return top
 
@@ -119,6 +119,18 @@ def notebooks(arguments) -> int:
     return 0
 
 
+EXPECTED = ("SettingsError", "NotRoutable", "WrongBase")       # beside built-in errors of values and files
+
+
+def _expected(error: BaseException) -> bool:
+    """Whether an error is one that a sentence explains: of settings, values, files. Others are shown with traceback."""
+    import builtins
+    if type(error).__name__ != "PapermillExecutionError":
+        return isinstance(error, (OSError, ValueError))
+    kind = getattr(builtins, error.ename, None)
+    return error.ename in EXPECTED or isinstance(kind, type) and issubclass(kind, (OSError, ValueError))
+
+
 def say_error(error: BaseException) -> str:
     """One clear sentence for the terminal; the last line of a notebook's own error where papermill wraps one."""
     if type(error).__name__ == "PapermillExecutionError":
@@ -138,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
-        from papermill.exceptions import PapermillExecutionError
-        if arguments.debug or not isinstance(error, (PapermillExecutionError, OSError, ValueError)):
+        if arguments.debug or not _expected(error):
             raise
         print(f"error: {say_error(error)}", file=sys.stderr)
         return 2

@@ -130,7 +130,7 @@ class RunConfig(Settings):
         return RouterConfig(**{name: getattr(self, name) for name in shared})
 
 
-# -- one schema a notebook: its parameters are these fields -----------------------------------------------------------
+# -- one schema a notebook: its parameters are these fields -----------------------------------------------------------------------
 class NotebookConfig(RunConfig):
     """What the training notebooks share."""
     run_name: RunName = ""                             # folder below results/<phase>/; '': an exploratory run (dlr.places)

@@ -16,7 +16,7 @@ NAMES = ("", "nano", "nano-router", "embedded")          # what path-like settin
 _SAMPLE = 1 << 16                                        # bytes read at each place of a large file
 
 
-# -- paths ----------------------------------------------------------------------------------------------------------------
+# -- paths -----------------------------------------------------------------------
 def map_paths(values: dict, schema: type[Settings], change, prefix: str = "") -> dict:
     """`values` with `change(text, mark, name)` in place of every path-like setting, rows of lists included."""
     out = dict(values)
@@ -73,7 +73,7 @@ def portable(settings: dict, schema: type[Settings] | None) -> dict:
     return {k: Path(v).name if isinstance(v, str) and os.path.isabs(v) else v for k, v in settings.items()}
 
 
-# -- data -----------------------------------------------------------------------------------------------------------------
+# -- data -----------------------------------------------------------------------
 def digest(path: Path) -> str:
     """Sixteen hex digits of a file or of all files below a folder (of a model's folder: its weights).
 
@@ -124,7 +124,7 @@ def data_hash(config: Settings) -> str:
     return _documents_hash(config.dataset, splits) if splits else getattr(config, "data", "")
 
 
-# -- comparison -----------------------------------------------------------------------------------------------------------
+# -- comparison -----------------------------------------------------------------------
 def _complete(values: dict, schema: type[Settings]) -> dict:
     """`values` with defaults for what is absent, in lists of rows too, as JSON would hold them."""
     out = {name: default_of(schema, name) for name in schema.model_fields if not schema.model_fields[name].is_required()}

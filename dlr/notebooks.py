@@ -22,7 +22,7 @@ def folder() -> Path:
     return project_root() / "notebooks"
 
 
-# -- the pair -------------------------------------------------------------------------------------------------------------
+# -- the pair -----------------------------------------------------------------------
 def _cells(notebook) -> list[tuple]:
     return [(cell.cell_type, cell.source.strip(), tuple(cell.metadata.get("tags", []))) for cell in notebook.cells]
 
@@ -69,7 +69,7 @@ def cell_defaults(notebook) -> dict:
     return found
 
 
-# -- execution ------------------------------------------------------------------------------------------------------------
+# -- execution -----------------------------------------------------------------------
 def _same_python():
     """A kernel manager that starts this very Python, whatever kernel is registered as 'python3'.
 

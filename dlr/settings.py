@@ -59,7 +59,7 @@ def checked_name(name: str) -> str:
 RunName = Annotated[str, AfterValidator(lambda name: name and checked_name(name))]
 
 
-# -- what a field takes -------------------------------------------------------------------------------------------------
+# -- what a field takes -----------------------------------------------------------------------
 def _parts(annotation) -> tuple:
     """The alternatives of an annotation, without None."""
     if get_origin(annotation) is Annotated:
@@ -110,7 +110,7 @@ def _problem(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------
+# -- refusals -----------------------------------------------------------------------
 def nearest(name: str, known, cutoff: float = 0.6) -> str | None:
     """The known name most like `name`, or None."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

@@ -17,7 +17,7 @@ COLUMNS = ["variant", "skip", "active_layers", "perplexity", "perplexity_low", "
 INJECTED = "# Parameters"                     # the first line of the cell that papermill puts after the parameters cell
 
 
-# -- a notebook's settings ------------------------------------------------------------------------------------------------
+# -- a notebook's settings -----------------------------------------------------------------------
 def notebook_settings(phase: str, names: dict) -> Settings:
     """Validated settings from a notebook's globals, to be called in the cell after its parameters.
 
@@ -108,7 +108,7 @@ def effective_of(phase: str, given: dict, notebook=None) -> Settings:
     return effective(cell_defaults(notebook) | given, schema_of(phase))
 
 
-# -- tables over runs -----------------------------------------------------------------------------------------------------
+# -- tables over runs -----------------------------------------------------------------------
 def shown(rows: list[dict]) -> pd.DataFrame:
     """What people read of rows of `dlr.study`."""
     return pd.DataFrame(rows)[COLUMNS].round(3)
@@ -160,5 +160,6 @@ def comparable(table: pd.DataFrame, say=print) -> pd.DataFrame:
         return table
     most = table.groupby("settings")["run"].nunique().idxmax()
     others = table[table["settings"] != most]
-    say(f"{others['run'].nunique()} runs with other settings are left out: {'; '.join(others['settings'].unique())}.")
+    count, said = others["run"].nunique(), "; ".join(others["settings"].unique())
+    say(f"Left out for their other settings: {count} of {table['run'].nunique()} runs ({said}).")
     return table[table["settings"] == most]

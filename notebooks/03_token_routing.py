@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 03 · Token-level routing
 #
-# **Question.** Which training makes a token-level router hit its budget, and does it then beat plans that do not look at
-# the token?
+# **Question.** Which training makes a token-level router hit its budget, and does it then beat plans that do not look
+# at the token?
 #
 # **Method.** All variants share base, data, steps, LoRA and seed.
 #
@@ -21,18 +21,22 @@
 # | v1 | cross-entropy, distillation and one global penalty on the mean gate | router and LoRA, by gradients |
 # | v2 | the original objective: per-layer L1, summed, and a squared target term | router and LoRA, by gradients |
 # | cold | controlled budget (the threshold is the dual variable) | router and LoRA, by gradients, end to end |
-# | DLR | the default: warm start, then a budget that stays put | LoRA alone by gradients. The router is regressed on marginal harm, shrunk towards the best static plan, and calibrated (`router_share` above 0 trains it further) |
+# | DLR | the default: warm start, then a plan that stays put | LoRA alone by gradients; the router is regressed |
 # | DLR without KD | the default with cross-entropy alone | as DLR |
 #
+# In the default the router gets no gradient: it is regressed on labels of marginal harm, shrunk towards the best static
+# plan, and calibrated (`router_share` above 0 trains it further).
+#
 # Every controlled router is calibrated on held-out text and measured on the test split, beside its own plan shuffled
-# across tokens, its mean plan, a random plan at the same skip, and the best static plan healed by the same LoRA budget.
+# across tokens, its mean plan, a random plan at the same skip, and the best static plan healed by the same LoRA
+# budget.
 #
 # Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of 512 tokens
-# that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
+# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
-# `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
+# its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -111,8 +115,8 @@ run.figure(figures.keep_rates(table[~table["variant"].isin(["base", "dense LoRA"
 # ## What it means
 #
 # Whether a router is truly token-dependent shows in its distance to its own shuffled plan, and whether that is worth
-# anything in its distance to the best static plan. A router that scores worse than a random plan on its own weights has
-# learnt a plan that its model was not healed for.
+# anything in its distance to the best static plan. A router that scores worse than a random plan on its own weights
+# has learnt a plan that its model was not healed for.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

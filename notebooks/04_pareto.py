@@ -11,21 +11,21 @@
 # %% [markdown]
 # # 04 · The frontier: quality against layers run
 #
-# **Question.** At 20, 40 and 60 % measured skip, is a token-level router better than the best static plan, and than its
-# own shuffled and mean plans?
+# **Question.** At 20, 40 and 60 % measured skip, is a token-level router better than the best static plan, and than
+# its own shuffled and mean plans?
 #
-# **Method.** `point="router"` trains one router and one healed static plan at one target and seed; `point="baselines"`
-# trains dense LoRA and stochastic depth for a seed; `point="summary"` (the default) reads every finished run and draws
-# the frontier. The sweep runs them all:
+# **Method.** `point="router"` trains one router and one healed static plan at one target and seed;
+# `point="baselines"` trains dense LoRA and stochastic depth for a seed; `point="summary"` (the default) reads every
+# finished run and draws the frontier. The sweep runs them all:
 #
 #     python -m dlr sweep params/pareto/nano.yaml
 #
 # Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of 512 tokens
-# that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
+# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
 #
-# A point that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if `run_name` is
-# given one. The summary writes nothing; `python -m dlr.figures` keeps its figure.
+# A point that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
+# `run_name` is given one. The summary writes nothing; `python -m dlr.figures` keeps its figure.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -94,8 +94,8 @@ if len(table):
 # %% [markdown]
 # ## DLR against the best static plan
 #
-# Difference of the mean negative log-likelihood on the same documents, with a paired 95 % bootstrap interval; negative
-# favours DLR.
+# Difference of the mean negative log-likelihood on the same documents, with a paired 95 % bootstrap interval;
+# negative favours DLR.
 
 # %% tags=["nbval-ignore-output"]
 differences.round(4)
@@ -103,8 +103,8 @@ differences.round(4)
 # %% [markdown]
 # ## What it means
 #
-# A router earns its place where its line lies below the best static plan's and the intervals above exclude zero. Where
-# they do not, a fixed set of layers does the same work with less machinery.
+# A router earns its place where its line lies below the best static plan's and the intervals above exclude zero.
+# Where they do not, a fixed set of layers does the same work with less machinery.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

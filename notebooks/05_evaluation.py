@@ -11,24 +11,24 @@
 # %% [markdown]
 # # 05 · Benchmarks: what skipping costs on tasks
 #
-# **Question.** How do routed, static, stochastic and dense models score on standard tasks, and what did the router really
-# skip on the tokens that were scored?
+# **Question.** How do routed, static, stochastic and dense models score on standard tasks, and what did the router
+# really skip on the tokens that were scored?
 #
-# **Method.** lm-evaluation-harness with its own prompts, metrics and few-shot examples. A routed row on which the router
-# did not run on every request is an error. Skip is measured on scored tokens; padding and prompts are counted apart. A
-# static plan runs each task at the skip that the router it is matched with had on that very task.
+# **Method.** lm-evaluation-harness with its own prompts, metrics and few-shot examples. A routed row on which the
+# router did not run on every request is an error. Skip is measured on scored tokens; padding and prompts are counted
+# apart. A static plan runs each task at the skip that the router it is matched with had on that very task.
 #
-# The defaults need neither network nor files: the embedded model, its router, and the static plan found beside that router,
-# on the embedded corpus. Any task of the harness can be named, and any checkpoint be a row:
+# The defaults need neither network nor files: the embedded model, its router, and the static plan found beside that
+# router, on the embedded corpus. Any task of the harness can be named, and any checkpoint be a row:
 #
 #     python -m dlr run evaluation --set tasks=[blimp,arc_challenge] --set data_dir=DIR
 #
 # Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of 512 tokens
-# that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
+# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
-# `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
+# its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -76,8 +76,8 @@ run.table(scores_table(rows))
 # %% [markdown]
 # ## Scores
 #
-# Bars are 95 % intervals; the dotted line is what guessing gives. A row that is not above chance is marked in the table,
-# and so is the number of a group's tasks that are not.
+# Bars are 95 % intervals; the dotted line is what guessing gives. A row that is not above chance is marked in the
+# table, and so is the number of a group's tasks that are not.
 
 # %% tags=["nbval-ignore-output"]
 run.figure(figures_evaluation.bars(rows), "scores")
@@ -97,13 +97,14 @@ for group in figures_evaluation.groups(rows):
 
 # %% tags=["nbval-ignore-output"]
 run.figure(figures_evaluation.layer_skips(rows), "layers")
-pd.DataFrame([{"variant": row["variant"], "scored tokens": row["skip"], "prompts": row["context_skip"]} for row in rows])
+pd.DataFrame([{"variant": row["variant"], "scored tokens": row["skip"], "prompts": row["context_skip"]}
+              for row in rows])
 
 # %% [markdown]
 # ## What it means
 #
-# A router earns its place on a task where its score lies above the matched static plan's and the paired interval excludes
-# zero. Where a row is at chance, the task says nothing about routing at this size of model.
+# A router earns its place on a task where its score lies above the matched static plan's and the paired interval
+# excludes zero. Where a row is at chance, the task says nothing about routing at this size of model.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
@@ -127,4 +128,5 @@ if recorded.done:
     figures_evaluation.group_tasks(recorded.rows, recorded.metrics["harness"], "blimp")
 
 # %% tags=["nbval-ignore-output"]
-Markdown(findings.evaluation(recorded.rows, recorded.metrics["against_static"]) if recorded.done else "Not in this copy.")
+Markdown(findings.evaluation(recorded.rows, recorded.metrics["against_static"])
+         if recorded.done else "This copy of the project does not hold it.")

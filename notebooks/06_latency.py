@@ -11,22 +11,21 @@
 # %% [markdown]
 # # 06 · Latency: is the time really saved?
 #
-# **Question.** How much faster is a pass that skips 25, 40 or 50 % of the routable layers, against the dense model and
-# against the ceiling, a model cut to the same number of layers?
+# **Question.** How much faster is a pass that skips 25, 40 or 50 % of the routable layers, against the dense model
+# and against the ceiling, a model cut to the same number of layers?
 #
-# **Method.** Five systems take turns in one run, each turn in an order of its own, so that drift of the machine falls on all
-# alike (masked and two-pass, which save nothing, in every second turn). Ratios are taken within a turn; medians and quartiles
-# over the turns are shown. The systems: *dense*; *truncation* (the first layers only, as many as the plan keeps: the
-# ceiling); *masked* (everything computed, then blended); *two-pass* (the original hooks: a pass for the router, then a
-# masked one); and *compact*. The plan is that of a trained router,
-# recorded on test documents; on another shape it is stretched over the layers. Every routed system runs its
-# router as well. Shapes of published models hold random weights: speed does not depend on what the weights are.
+# **Method.** Five systems take turns in one run, each turn in an order of its own, so that drift of the machine falls
+# on all alike (masked and two-pass, which save nothing, in every second turn). Ratios are taken within a turn;
+# medians and quartiles over the turns are shown. The systems: *dense*; *truncation* (the first layers only, as many
+# as the plan keeps: the ceiling); *masked* (everything computed, then blended); *two-pass* (the original hooks: a
+# pass for the router, then a masked one); and *compact*. The plan is that of a trained router, recorded on test
+# documents; on another shape it is stretched over the layers. Every routed system runs its router as well. Shapes of
+# published models hold random weights: speed does not depend on what the weights are.
 #
 #     python -m dlr run latency --params params/latency/tinyllama.yaml
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
-# `run_name` is given one. Times are the machine's:
-# the line below says whose.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
+# its own if `run_name` is given one. Times are the machine's: the line below says whose.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -82,9 +81,9 @@ if not run.done:
 
 # %% tags=["nbval-ignore-output"]
 metrics, table = run.metrics, pd.DataFrame(run.rows)
-COLUMNS = ["batch", "length", "part", "system", "skip", "median", "q1", "q3", "speedup", "speedup_q1", "speedup_q3", "bound",
-           "share_of_bound", "share_of_truncation"]
-table = table.reindex(columns=[*table.columns, *(name for name in COLUMNS if name not in table)])
+COLUMNS = ["batch", "length", "part", "system", "skip", "median", "q1", "q3", "speedup", "speedup_q1", "speedup_q3",
+           "bound", "share_of_bound", "share_of_truncation"]
+COLUMNS = [name for name in COLUMNS if name in table]
 first = table.iloc[0]
 print(f"{first['layers']} layers, {first['dtype']}, {run.record['hardware']['threads']} threads")
 
@@ -97,9 +96,9 @@ print(f"{first['layers']} layers, {first['dtype']}, {run.record['hardware']['thr
 table[table["work"] == "prefill"][COLUMNS].round(3)
 
 # %% [markdown]
-# How near can it come? A product of few rows costs more a row than one of many, whoever asks for it. Timed alone, at the
-# rows the plan keeps, the layer's largest product gives the speed-up that such products allow (`product_bound`), to set
-# beside the layer-count bound and what compact execution reached (`compact`, layers only).
+# How near can it come? A product of few rows costs more a row than one of many, whoever asks for it. Timed alone, at
+# the rows the plan keeps, the layer's largest product gives the speed-up that such products allow (`product_bound`),
+# to set beside the layer-count bound and what compact execution reached (`compact`, layers only).
 
 # %% tags=["nbval-ignore-output"]
 products = pd.DataFrame(metrics["products"])
@@ -108,8 +107,8 @@ reached = same.query("system == 'compact' and part == 'layers'").set_index("skip
 products.assign(compact=products["skip"].map(reached)).round(3)
 
 # %% [markdown]
-# And where the time goes, by torch's profiler: milliseconds of matrix products, attention and all other operations, each
-# beside what it would be if its time were proportional to the layers run.
+# And where the time goes, by torch's profiler: milliseconds of matrix products, attention and all other operations,
+# each beside what it would be if its time were proportional to the layers run.
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame(metrics["profile"]).round(1)
@@ -128,10 +127,10 @@ run.figure(figures_latency.speedups(table, title=f"{config.shape}, {first['dtype
 # %% [markdown]
 # ## Operations and memory
 #
-# FLOPs of the same prefill by torch's counter and in closed form, without the output head; most memory in use, relative to
-# the dense model; bytes of keys and values, which skipping does not change. The counter lies above the closed form, dense
-# model included, because it can count eager attention only, which computes the whole square of scores: the closed form
-# counts the half that a causal model needs.
+# FLOPs of the same prefill by torch's counter and in closed form, without the output head; most memory in use,
+# relative to the dense model; bytes of keys and values, which skipping does not change. The counter lies above the
+# closed form, dense model included, because it can count eager attention only, which computes the whole square of
+# scores: the closed form counts the half that a causal model needs.
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame(metrics["costs"]).round(3)
@@ -139,10 +138,10 @@ pd.DataFrame(metrics["costs"]).round(3)
 # %% [markdown]
 # ## What it means
 #
-# `share_of_bound` compares with time proportional to the layers run; `share_of_truncation` with a model that has only so
-# many layers. What compact execution leaves on the table are products of few rows, which cost more a row, the keys and
-# values of skipped tokens, and, on small layers, the time it takes to call a layer's modules twice, whatever the number of
-# rows.
+# `share_of_bound` compares with time proportional to the layers run; `share_of_truncation` with a model that has only
+# so many layers. What compact execution leaves on the table are products of few rows, which cost more a row, the keys
+# and values of skipped tokens, and, on small layers, the time it takes to call a layer's modules twice, whatever the
+# number of rows.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

@@ -11,22 +11,23 @@
 # %% [markdown]
 # # 07 · What the router has learnt
 #
-# **Question.** Does a trained router's plan depend on the token, on what in the token, and how much of what a per-token
-# plan could save does it save?
+# **Question.** Does a trained router's plan depend on the token, on what in the token, and how much of what a
+# per-token plan could save does it save?
 #
 # **Method.** A trained router (the embedded one unless `checkpoint` names another) is run over test documents, which
 # nothing was trained on, and every token is recorded. Statistics and figures are functions of that record. On smaller
-# samples three instruments run the model again: the plan shuffled among tokens, the greedy per-token oracle beside the
-# best static plan (KL from the dense model, measured on finished plans), and probes that predict each layer's harm.
+# samples three instruments run the model again: the plan shuffled among tokens, the greedy per-token oracle beside
+# the best static plan (KL from the dense model, measured on finished plans), and probes that predict each layer's
+# harm.
 #
 #     python -m dlr run token_analysis --params params/token_analysis/nano.yaml
 #
 # Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of 512 tokens
-# that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
+# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
-# `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
+# its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -89,16 +90,16 @@ run.figure(figures_analysis.category_depth(by_category), "category_depth")
 # %% [markdown]
 # ## Does the plan depend on the token?
 #
-# The shuffled plan has the same layers' rates and the same numbers of layers, but the tokens' plans are dealt out again
-# among them: what it loses is what token-dependence is worth. Mutual information is given beside chance (depths dealt
-# out again within each document); variance shares say how the plan varies, not whether that serves the tokens.
+# The shuffled plan has the same layers' rates and the same numbers of layers, but the tokens' plans are dealt out
+# again among them: what it loses is what token-dependence is worth. Mutual information is given beside chance (depths
+# dealt out again within each document); variance shares say how the plan varies, not whether that serves the tokens.
 
 # %% tags=["nbval-ignore-output"]
 gap, plans = metrics["shuffled"], metrics["collapse"]
 print(f"perplexity {gap['routed']:.2f}, shuffled {gap['shuffled']:.2f}: {gap['nll_difference']:+.4f} nats a token "
       f"({gap['low']:+.4f} to {gap['high']:+.4f})")
-print(f"{plans['plans']} different plans, the commonest for {plans['commonest_plan']:.0%} of the tokens; of {tokens.gates.shape[1]} "
-      f"routable units {len(plans['always'])} always run and {len(plans['never'])} never do")
+print(f"{plans['plans']} different plans, the commonest for {plans['commonest_plan']:.0%} of the tokens; of "
+      f"{tokens.gates.shape[1]} routable units {len(plans['always'])} always run and {len(plans['never'])} never do")
 pd.DataFrame(metrics["information"]).T.round(4)
 
 # %% tags=["nbval-ignore-output"]
@@ -109,15 +110,16 @@ pd.DataFrame([metrics["variance"]], index=["share of the plan's variance"]).roun
 
 # %% tags=["nbval-ignore-output"]
 benefit, loss = metrics["benefit"], metrics["benefit_loss"]
-print(f"active layers with the summed benefit: {benefit[0]['correlation']:+.3f} in KL, {loss[0]['correlation']:+.3f} in loss")
+print(f"correlation of active layers with the summed benefit: {benefit[0]['correlation']:+.3f} in KL, "
+      f"{loss[0]['correlation']:+.3f} in loss")
 run.figure(figures_analysis.difficulty(metrics["difficulty"], benefit), "difficulty")
 
 # %% tags=["nbval-ignore-output"]
 run.figure(figures_analysis.position(metrics["position"]), "position")
 
 # %% [markdown]
-# The same token in different contexts, and the shares of the variance of depth that lie between tokens (what a lookup table
-# would decide) and between documents.
+# The same token in different contexts, and the shares of the variance of depth that lie between tokens (what a lookup
+# table would decide) and between documents.
 
 # %% tags=["nbval-ignore-output"]
 run.figure(figures_analysis.words(tokens, metrics["least"]), "words")

@@ -1,20 +1,46 @@
-"""The committed notebooks: pairs agree, outputs are there and small, results are what they claim."""
+"""The notebooks: pairs agree and the edited half runs, outputs show what results/ hold, nothing committed is written to."""
+
+import html
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
 
 import jupytext
 import nbformat
+import pandas as pd
 import pytest
+from clone import contents, copy_project, environment
 
 import dlr
-from dlr.config import PHASES, RunConfig
+from dlr import figures, findings, notebooks, token_study
+from dlr.config import PHASES, RunConfig, SettingsError
 from dlr.data import load_documents, padded_batches
 from dlr.evaluate import evaluate, router_logits, skip_ratio
 from dlr.models import NANO_ROUTER, load_base
 from dlr.policy import RouterPolicy
-from dlr.runs import finished_runs, project_root
+from dlr.runs import Run, finished_runs, project_root
+from dlr.workbook import results_table, seeds_table, shown
 
 NAMES = [name for name, _ in PHASES.values()]
+RESULTS = project_root() / "results"
 
 
+def committed(name: str):
+    return nbformat.read(project_root() / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def outputs(name: str) -> list:
+    return [output for cell in committed(name).cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def text_of(output) -> str:
+    return "".join(output.get("text") or output.get("data", {}).get("text/plain", ""))
+
+
+# -- as they are committed --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
 def test_pairs_agree_cell_by_cell(name):
     folder = project_root() / "notebooks"
@@ -27,23 +53,203 @@ def test_pairs_agree_cell_by_cell(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_notebooks_hold_executed_output_and_stay_readable(name):
     path = project_root() / "notebooks" / f"{name}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    code = [c for c in notebook.cells if c.cell_type == "code"]
+    code = [c for c in committed(name).cells if c.cell_type == "code"]
     assert all(c.execution_count for c in code), "not executed"
-    assert any("image/png" in o.get("data", {}) for c in code for o in c.outputs), "no figure"
+    pictures = [o["data"]["image/png"] for o in outputs(name) if "image/png" in o.get("data", {})]
+    assert pictures and len(pictures) == len(set(pictures)), "no figure, or one twice"
     assert path.stat().st_size < 1_000_000
     assert all(len(c.source.splitlines()) <= 20 for c in code)
+    for output in outputs(name):
+        assert output.get("name") != "stderr" and not re.search(r" object at 0x|\d%\||Loading weights|Traceback", text_of(output))
+
+
+def tables(name: str) -> list[list[str]]:
+    """Cells of every table a committed notebook shows, without the index."""
+    found = [output["data"]["text/html"] for output in outputs(name) if "text/html" in output.get("data", {})]
+    return [[html.unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", "".join(table), re.DOTALL)] for table in found]
+
+
+def same_cells(shown_cells: list[str], frame: pd.DataFrame) -> bool:
+    expected = frame.to_numpy().ravel().tolist()
+    return len(shown_cells) == len(expected) and all(
+        text == value if isinstance(value, str) else
+        text in ("NaN", "None") if value is None or value != value else abs(float(text) - value) <= 1e-9 + 5e-4 * abs(value)
+        for text, value in zip(shown_cells, expected))
+
+
+def frames(phase: str, run: Run) -> list[pd.DataFrame]:
+    """What a notebook shows of a run, computed from results/."""
+    table = pd.DataFrame(run.rows) if run.done else pd.DataFrame()
+    if phase in ("baselines", "sequence_routing", "token_routing"):
+        return [shown(run.rows)]
+    if phase == "pareto":
+        return [seeds_table(results_table("pareto", RESULTS)), figures.verdicts(finished_runs("pareto", RESULTS)).round(4)]
+    if phase == "latency":
+        columns = ["skip", "bound", "product_bound", "row_cost"]
+        return [pd.DataFrame(run.metrics["costs"]).round(3), pd.DataFrame(run.metrics["profile"]).round(1),
+                pd.DataFrame(run.metrics["products"])[columns].assign(compact=pd.DataFrame(run.rows).query(
+                    "system == 'compact' and part == 'layers' and work == 'prefill' and skip > 0")["speedup"].tolist()).round(3)]
+    if phase == "token_analysis":
+        kinds = pd.DataFrame(run.metrics["categories"]).filter(regex="^(?!keep)").sort_values("active_layers").round(3)
+        return [table.round(3), kinds, pd.DataFrame(run.metrics["information"]).T.round(4)]
+    return [table.round(3)]
+
+
+@pytest.mark.parametrize("phase", ["base_model", "baselines", "sequence_routing", "token_routing", "pareto", "latency",
+                                   "token_analysis"])
+def test_committed_notebooks_show_what_results_hold(phase):
+    name = PHASES[phase][0]
+    said = re.search(r"(results/\S+) holds this run", "".join(map(text_of, outputs(name))))
+    assert said or phase == "pareto", "no recorded run is shown; execute it anew: python -m dlr notebooks"
+    run = Run(project_root() / (said[1] if said else "results/pareto"))
+    there = tables(name)
+    for frame in frames(phase, run):
+        assert any(same_cells(cells, frame) for cells in there), f"python -m dlr notebooks {phase}\n{frame}"
 
 
 def test_no_result_or_notebook_names_a_machine():
     root = project_root()
-    for path in [*root.glob("results/**/*.json"), *root.glob("notebooks/*.ipynb"), *root.glob("results/**/*.md")]:
+    for path in [*root.glob("results/*/*/*.json"), *root.glob("notebooks/*.ipynb"), *root.glob("results/*/*/*.ipynb"),
+                 *root.glob("results/**/*.md")]:
         text = path.read_text(encoding="utf-8")
         assert "/work/" not in text and "/root/" not in text and "/home/" not in text, path
 
 
+def test_one_sentence_tells_the_perplexities_apart():
+    from dlr import basemodel, wikitext
+    said = set()
+    for name in ("00_base_model", "01_baselines", "02_sequence_routing", "03_token_routing", "04_pareto", "05_evaluation",
+                 "07_token_analysis"):
+        prose = " ".join(" ".join(cell.source.split()) for cell in committed(name).cells if cell.cell_type == "markdown")
+        said |= set(re.findall(r"Perplexities of one model differ.*? in 07\.", prose)) or {name}
+    assert len(said) == 1
+    numbers = [int(number) for number in re.findall(r"\b\d{2,}\b", said.pop()) if not number.startswith("0")]
+    lengths, study, rows = RunConfig(), PHASES["token_analysis"][1](), PHASES["evaluation"][1]()
+    assert numbers == [basemodel.CONTEXT, lengths.eval_len, PHASES["baselines"][1]().eval_docs, rows.limit, wikitext.WINDOW,
+                       wikitext.STRIDE, study.eval_len, study.record_docs]
+
+
+# -- what they say -----------------------------------------------------------------------------------------------------
+def test_any_subset_of_variants_is_drawn_and_told():
+    rows = Run(RESULTS / "token_routing" / "default").rows
+    verdict = {"nll_difference": -0.01, "low": -0.02, "high": 0.01}
+    for chosen in itertools.chain.from_iterable(itertools.combinations(("v1", "cold", "DLR", "best static", "dense LoRA"), n)
+                                                for n in range(3)):
+        some = [row for row in rows if row["variant"].split(",")[0] in ("base", *chosen)]
+        table = pd.DataFrame(some)
+        figures.comparison(table)
+        figures.keep_rates(table[~table["variant"].isin(["base", "dense LoRA"])])
+        told = findings.token_routing(some, 0.4, verdict if {"DLR", "best static"} <= set(chosen) else None)
+        assert ("not distinguishable from the best static plan" in told) == ({"DLR", "best static"} <= set(chosen))
+        figures.plt.close("all")
+    assert figures.training({}) is None
+    told = findings.token_routing(rows, 0.4, None)
+    assert "**cold**, whose router was trained end to end, at perplexity 63.5" in told
+    assert "worse than its random plan (43.8)" in told and "99.6 % (v2)" in told
+
+
+def test_findings_follow_the_numbers():
+    rows = Run(RESULTS / "baselines" / "default").rows
+    assert "from 27.18 to 26.81" in findings.baselines(rows) and "random" not in findings.baselines(rows[:3])
+    assert "worse than it in 3 of 3" in findings.frontier(figures.verdicts(finished_runs("pareto", RESULTS)))
+    assert "No finished run" in findings.frontier(figures.verdicts({}))
+    assert "layers 1; a static plan" in findings.base_model([], [1.0, 0.0, 0.5])
+    assert "did not always" in findings.sequence([{"variant": f"lambda = {i}", "skip": s, "perplexity": 1.0}
+                                                  for i, s in enumerate((0.5, 0.2))])
+    run = Run(RESULTS / "evaluation" / "nano")
+    assert "DLR 20 % is worse than best static 20 % by 0.0030" in findings.evaluation(run.rows, run.metrics["against_static"])
+    assert "bound 1.43" in findings.latency(pd.DataFrame(Run(RESULTS / "latency" / "default").rows))
+
+
+# -- as they are run -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def pair(tmp_path, monkeypatch):
+    """A folder of notebooks of one's own, with one pair in it."""
+    monkeypatch.setattr(notebooks, "folder", lambda: tmp_path)
+    notebook = jupytext.reads("# %% tags=[\"parameters\"]\nsteps: int = 1\nname = make()\n", fmt="py:percent")
+    nbformat.write(notebook, tmp_path / "x.ipynb")
+    jupytext.write(notebook, tmp_path / "x.py", fmt="py:percent")
+    return tmp_path
+
+
+@pytest.mark.parametrize("edited, age", [(".py", 1), (".py", -1), (".ipynb", 1), (".py", 0)])
+def test_the_half_that_was_saved_last_runs(pair, edited, age):
+    said = []
+    assert notebooks.cell_defaults(notebooks.read_pair("x", said.append)) == {"steps": 1} and not said
+    path = pair / f"x{edited}"
+    path.write_text(path.read_text().replace("steps: int = 1", "steps: int = 2"))
+    other = pair / ("x.py" if edited == ".ipynb" else "x.ipynb")
+    os.utime(path, ns=(10**18, 10**18 + age))
+    os.utime(other, ns=(10**18, 10**18))
+    if age == 0:
+        with pytest.raises(SettingsError, match="x.py and x.ipynb differ and were saved at the same time"):
+            notebooks.read_pair("x", said.append)
+        return
+    assert notebooks.cell_defaults(notebooks.read_pair("x", said.append)) == {"steps": 2 if age > 0 else 1}
+    assert "differ" in said[0] and f"x{edited if age > 0 else other.suffix}, saved last" in said[0]
+
+
+def test_without_ipykernel_a_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="has no ipykernel.*pip install"):
+        notebooks._same_python()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return copy_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.slow
+def test_an_edited_script_runs_under_the_python_that_was_called(project, tmp_path):
+    kernel = tmp_path / "kernels" / "python3" / "kernel.json"                 # another Python's, without ipykernel
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(json.dumps({"argv": ["/nowhere/python", "{connection_file}"], "display_name": "x", "language": "python"}))
+    script = project / "notebooks" / "06_latency.py"
+    before = script.read_text()
+    script.write_text(before.replace("import sys\n", "import sys\nraise RuntimeError('the edit ran in ' + sys.executable)\n", 1))
+    try:
+        answer = subprocess.run([sys.executable, "-m", "dlr", "run", "latency", "--name", "edited"], cwd=project, text=True,
+                                capture_output=True, env=environment(project, JUPYTER_PATH=str(tmp_path)))
+    finally:
+        script.write_text(before)
+        (project / "notebooks" / "06_latency.ipynb").touch()
+    assert answer.returncode == 1 and f"the edit ran in {sys.executable}" in answer.stderr
+    assert "06_latency.py, saved last, is what runs" in answer.stdout
+
+
+CHANGED = {"00_base_model": {"eval_docs: int = 240": "eval_docs: int = 3"},
+           "01_baselines": {"dropped: list = [0.2, 0.4, 0.6]": "dropped: list = []"},
+           "02_sequence_routing": {"penalties: list = [0.3, 1.0, 3.0]": "penalties: list = []"},
+           "03_token_routing": {'variants: list = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]':
+                                'variants: list = ["dense LoRA"]'},
+           "04_pareto": {'point: str = "summary"': 'point: str = "router"', "target_skip: float = 0.4": "target_skip: float = 0.5"},
+           "05_evaluation": {"limit: float = 40.0": "limit: float = 1.0"},
+           "06_latency": {"skips: list = [0.25, 0.4, 0.5]": "skips: list = [0.6]"},
+           "07_token_analysis": {'weights: list = ["checkpoint", "base"]': 'weights: list = ["base"]'}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGED)
+def test_run_all_with_a_changed_parameter_in_a_clone_writes_to_scratch_alone(name, project):
+    """As in JupyterLab: a kernel in notebooks/, the project's own results folder, no command line."""
+    from nbclient import NotebookClient
+    before, notebook = contents(project), jupytext.read(project / "notebooks" / f"{name}.py")
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for old, new in CHANGED[name].items():
+        assert old in cell.source
+        cell.source = cell.source.replace(old, new)
+    client = NotebookClient(notebook, timeout=600, kernel_manager_class=notebooks._same_python(),
+                            resources={"metadata": {"path": str(project / "notebooks")}})
+    client.execute(env=environment(project))
+    phase = next(phase for phase, (notebook_name, _) in PHASES.items() if notebook_name == name)
+    assert len(list((project / "results" / "scratch" / phase).glob("*/metrics.json"))) == 1
+    assert contents(project) == before
+
+
+# -- what they rest on ---------------------------------------------------------------------------------------------------
 def test_recorded_skip_ratios_are_within_a_point_of_their_targets():
-    rows = [row for name, run in finished_runs("pareto", project_root() / "results").items()
+    rows = [row for name, run in finished_runs("pareto", RESULTS).items()
             for row in run["metrics"]["rows"] if row["variant"] == "DLR"]
     assert {row["target_skip"] for row in rows} >= {0.2, 0.4, 0.6}
     assert len({row["seed"] for row in rows}) >= 3
