@@ -253,11 +253,17 @@ def _start(folder, pause):
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert _start(folder, 0).wait(120) == 0
+    return load_file(folder / "end.safetensors")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_after", [2, 7])
-def test_a_killed_run_ends_with_the_same_weights(tmp_path, kill_after):
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, uninterrupted, kill_after):
     """kill -9 before the first checkpoint or after the second, then resume: bitwise what an uninterrupted run ends with."""
-    assert _start(tmp_path / "whole", 0).wait(120) == 0
     process = _start(tmp_path / "killed", 0.15)
     for line in process.stdout:
         if line.strip() == f"step {kill_after}":
@@ -267,7 +273,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, kill_after):
     assert process.wait(60) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "end.safetensors").exists()
     assert _start(tmp_path / "killed", 0).wait(120) == 0
-    whole, resumed = (load_file(tmp_path / f / "end.safetensors") for f in ("whole", "killed"))
+    whole, resumed = uninterrupted, load_file(tmp_path / "killed" / "end.safetensors")
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
