@@ -230,12 +230,8 @@ def _cheapest(instruments: list[Instrument], plans: list[torch.Tensor], count: i
 def router_plan(instrument: Instrument, threshold: float) -> torch.Tensor:
     """The router's own gates `[n, U]` at a threshold, on the weights the instrument measures."""
     routing, sample = instrument.routing, instrument.sample
-    before, routing.config.threshold = routing.config.threshold, threshold
-    try:
-        with instrument._setting(), routing.using(RouterPolicy()):
-            instrument.model(input_ids=sample.ids, attention_mask=sample.real.long(), use_cache=False)
-    finally:
-        routing.config.threshold = before
+    with instrument._setting(), routing.at(policy=RouterPolicy(), threshold=threshold):
+        instrument.model(input_ids=sample.ids, attention_mask=sample.real.long(), use_cache=False)
     return (routing.plan.gates[sample.free] > 0.5).cpu()
 
 

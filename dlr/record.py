@@ -217,7 +217,7 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
     forced = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
     likely = torch.cat([tensors["top_dense"], tensors["top_routed"]]).unique().tolist()
     meta = {"model": name or describe_base(model)["name"], "policy": type(policy).__name__, "layers": len(routing.layers),
-            "always_keep": config.always_keep, "keep_last": config.keep_last, "threshold": config.threshold,
+            "always_keep": config.always_keep, "keep_last": config.keep_last, "threshold": routing.threshold,
             "keep_first_tokens": forced, "units_per_layer": routing.units_per_layer,
             "text_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}

@@ -163,13 +163,10 @@ class Session:
     def read(self, text: str, policy: Policy | None = None, threshold: float | None = None,
              longest: int | None = None) -> Record:
         """The record of one text (two forward passes), cut to the model's context, or to `longest` tokens if that is less."""
-        config, longest = self.routing.config, min(self.context, longest or self.context)
-        before, config.threshold = config.threshold, config.threshold if threshold is None else threshold
-        try:
+        longest = min(self.context, longest or self.context)
+        with self.routing.at(threshold=self.routing.threshold if threshold is None else threshold):
             found = record(self.model, self.routing, self.tokenizer, [text], max_len=longest, policy=policy,
                            name=self.name, bar=False)
-        finally:
-            config.threshold = before
         likely = [*found.ids.tolist(), *map(int, found.meta["top_tokens"])]
         return replace(found, meta=found.meta | {"text": text, "longest": longest,
                                                 "bytes": piece_bytes(self.tokenizer, likely)})

@@ -113,18 +113,15 @@ def generate(session: Session, prompt: str, tokens: int = 60, threshold: float |
     room = session.context - len(ids)
     if room < 1:
         raise ValueError(f"The prompt has {len(ids):,} tokens and the model's context is {session.context:,}; shorten it.")
-    config, routing = session.routing.config, session.routing
+    routing = session.routing
     streams = [_Stream(session, ids, side, torch.Generator().manual_seed(seed), temperature)
                for side in ((False, True) if dense else (False,))]
     progress = Progress(prompt, streams[0].side, streams[-1].side if dense else Side(), len(routing.layers),
                         routing.execution)
     going = [True] * len(streams)
     for _ in range(min(tokens, room)):
-        before, config.threshold = config.threshold, config.threshold if threshold is None else threshold
-        try:
+        with routing.at(threshold=routing.threshold if threshold is None else threshold):
             going = [alive and stream.step() for alive, stream in zip(going, streams)]
-        finally:
-            config.threshold = before                 # restored between steps: the consumer may use the session meanwhile
         progress.bytes |= piece_bytes(session.tokenizer, [s.side.ids[-1] for s in streams])
         yield progress
         if not any(going):

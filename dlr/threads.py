@@ -53,11 +53,12 @@ class ThreadState:
     @contextlib.contextmanager
     def at(self, change: dict):
         """Lets `change` hold in this thread for the duration."""
-        changes = self.changes.setdefault(get_ident(), [])
+        thread = get_ident()
+        changes = self.changes.setdefault(thread, [])
         changes.append(change)
         try:
             yield
         finally:
             changes[:] = [other for other in changes if other is not change]
-            if not changes:
-                self.changes.pop(get_ident(), None)
+            if not changes and self.changes.get(thread) is changes:
+                del self.changes[thread]

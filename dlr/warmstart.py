@@ -52,7 +52,7 @@ class Background:
             rate = torch.rand(shape[0], 1, 1, generator=self.generator) * min(1.0, 2 * self.target)
             return (draw >= rate.to(hidden.device)).float()
         if self.own:
-            gates = hard_gates(self.routing.router(hidden), self.routing.config.threshold)
+            gates = hard_gates(self.routing.router(hidden), self.routing.threshold)
         else:
             fewer, more, share = static_pair(self.order, self.routing.units, self.target)
             second = torch.rand(shape[0], generator=self.generator) < share
