@@ -281,7 +281,8 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path, skips: list[f
     if config.layer_drop == 0:
         raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 (0.5, say).")
     with _trained(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop)) as variant:
-        save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic")
+        save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
+                     skip=config.layer_drop)
         rows = [measure(bench, variant, "stochastic depth, full", None, "stochastic")]
         forced = forced_share(bench, config.keep_first_tokens)
         return rows + [measure(bench, variant, f"stochastic depth, {skip:.0%} dropped",

@@ -47,7 +47,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class DLRTrainer(Trainer):
-    """Trains LoRA and router of a routed PEFT model.
+    """Trains LoRA of a routed PEFT model, and its router for `config.router_share` of the steps (all of them without a warm start).
 
     Args:
         policy: None trains the router's own plan; a fixed policy (static, stochastic depth, dense) trains LoRA under it.

@@ -1,4 +1,4 @@
-"""Warm start: regress the router on each token's marginal harm before end-to-end training.
+"""Warm start: regress the router on each token's marginal harm. With `router_share=0` that is all its training.
 
 The marginal harm of a unit for a token is what skipping it adds to that token's KL from the dense model, on top of a
 background plan. Round 1 uses random plans or the best static plan as background; later rounds use the router's own plan

@@ -93,6 +93,15 @@ def test_the_controller_reaches_its_goal_on_a_drifting_router():
     assert sum(skips[-20:]) / 20 == pytest.approx(0.4, abs=0.03)
 
 
+def test_the_controller_makes_good_its_share_of_the_miss_in_one_step():
+    def skip_at(threshold):
+        return 0.1 + 0.05 * threshold
+    for rate, left in ((1.0, 0.0), (0.5, 0.5)):
+        threshold = Controller(0.4, rate).update(0.0, skip_at(0.0), 0, slope=0.05)
+        assert 0.4 - skip_at(threshold) == pytest.approx(left * 0.3)
+    assert Controller(0.4).update(0.0, 0.1, 0, slope=0.0) == pytest.approx(6.0), "bounded where every gate is certain"
+
+
 @pytest.mark.parametrize("skip", [0.2, 0.33, 0.5, 0.9])
 def test_static_plans_mix_to_an_exact_ratio(skip):
     model = tiny()
