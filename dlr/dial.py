@@ -22,7 +22,10 @@ def budget(model, skip: float):
     """
     routing = routing_of(model)
     before, routing.config.threshold = routing.config.threshold, threshold_at(routing.config.curve, skip)
+    outer, routing.calibrated_threshold = getattr(routing, "calibrated_threshold", None), before
+    if outer is not None:
+        routing.calibrated_threshold = outer
     try:
         yield routing
     finally:
-        routing.config.threshold = before
+        routing.config.threshold, routing.calibrated_threshold = before, outer

@@ -14,12 +14,13 @@ from torch import nn
 from dlr.compact import ATTENTION, MLP, CompactLayer, NotCompactable, compact_layers
 from dlr.config import RouterConfig
 from dlr.execution import blend_layer, gate_sublayer, hide_skipped_keys, needs_first_pass, run_first_pass
+from dlr.identity import NANO_NAME, base_record, describe_base  # noqa: F401
+from dlr.packed import keep_differentiable
 from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router
 from dlr.rows import plan_rows
 
-NANO_NAME = "dlr-nano"            # what files call the embedded model, wherever it lies
 EXECUTIONS, DECODE_PLANS = ("masked", "compact"), ("exact", "consensus", "prompt")
 _HANDLE = "_dlr_routing"          # entry in the base model's __dict__
 _CACHE_OWNERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()        # cache to the routing that began it
@@ -254,14 +255,6 @@ def _new_pass(args, kwargs) -> Pass:
     return Pass(real, place.expand(batch, length), cache)
 
 
-def describe_base(model: nn.Module) -> dict:
-    """What a router file says about the model it was made for."""
-    config = causal_lm(model).config.get_text_config()
-    name = getattr(config, "_name_or_path", "") or ""
-    return {"model_type": config.model_type, "name": NANO_NAME if name.endswith("dlr/nano") else name,
-            "layers": config.num_hidden_layers, "width": config.hidden_size, "vocabulary": config.vocab_size}
-
-
 def attach(model: nn.Module, config: RouterConfig | None = None, execution: str | None = None) -> Routing:
     """Adds a fresh router to a causal LM (or a PEFT model around one) and returns its handle.
 
@@ -285,10 +278,11 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
         raise NotRoutable("kv='drop' needs an attention that takes any mask; load the model with attn_implementation='sdpa' "
                           "or 'eager'.")
     per_layer = 2 if config.unit == "sublayer" else 1
+    keep_differentiable(base)
     units = (len(layers) - config.always_keep - config.keep_last) * per_layer
     router = Router(base.config.get_text_config().hidden_size, units, config)
     router.to(next(layers[config.always_keep].parameters()).device)
-    routing = Routing(model, config.model_copy(update={"base": describe_base(model)}), router, decoder, layers,
+    routing = Routing(model, config.model_copy(update={"base": base_record(model)}), router, decoder, layers,
                       RouterPolicy())
     try:
         routing.execution = execution or "compact"

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from dlr.baselines import static_pair
-from dlr.checkpoint import CONFIG, _refuse_other_base, atomic_folder, fingerprint, from_pretrained
+from dlr.checkpoint import CONFIG, atomic_folder, fingerprint, from_pretrained
+from dlr.checkpoint import refuse_other_base as _refuse_other_base
 from dlr.config import RouterConfig, RunConfig, SettingsError, validated
 from dlr.discovery import CONTROL, find_checkpoint, from_project
 from dlr.models import load_base
