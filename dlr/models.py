@@ -14,6 +14,7 @@ from dlr.packed import keep_differentiable
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 NANO_ROUTER = NANO / "router"            # a trained, calibrated router for it
+DTYPES = ("float32", "bfloat16", "float16")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
        "bnb_4bit_compute_dtype": "bfloat16"}
 # Names of attention and MLP projections in the families we know; PEFT takes those a model has.
@@ -28,7 +29,7 @@ def load_base(config: RunConfig):
 
     Raises:
         ConnectionError: neither a local folder nor reachable on the Hub; the message names the embedded model.
-        ValueError: the weights are there as a pickle only.
+        ValueError: the weights are there as a pickle only, or an unknown dtype.
     """
     return open_base(config.model, config.dtype, config.attn_implementation, NF4 if config.load_in_4bit else None)
 
@@ -45,6 +46,8 @@ def open_base(name: str, dtype: str | None = None, attn_implementation: str | No
 
     Raises: as `load_base`.
     """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
     embedded = name in ("nano", NANO_NAME)
     source = str(NANO) if embedded else name
     dtype = dtype or ("float32" if embedded else "auto")

@@ -207,7 +207,8 @@ def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
 def stochastic_rows(bench: Bench, config: RunConfig, folder: Path, skips: list[float]) -> list[dict]:
     """LoRA under stochastic depth, evaluated at full depth and with each of `skips` dropped at random."""
     variant = train(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop or 0.5))
-    save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic")
+    save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
+                 skip=config.layer_drop or 0.5)
     try:
         rows = [measure(bench, variant, "stochastic depth, full", None)]
         forced = forced_share(bench, config.keep_first_tokens)
