@@ -83,6 +83,7 @@ def without_adapters(model: nn.Module, routing):
         yield
         return
     for name, config in carrier.peft_config.items():
+        _refuse_changed_base(name, config)
         if getattr(config, "bias", "none") != "none":
             raise ValueError(f"The adapter {name!r} trains the base model's own biases (bias={config.bias!r}), so the base model "
                              "can no longer be run beside it; use bias='none'.")
@@ -117,6 +118,14 @@ def _state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
         return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
+def _refuse_changed_base(name: str, config) -> None:
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise NotSaveable(f"The adapter {name!r} began with init_lora_weights={start!r}, which changes the base model's own "
+                          "weights: neither is the base there to compare with, nor would a checkpoint fit it. Use True or "
+                          "'gaussian'.")
+
+
 def refuse_unsaveable_adapter(model: nn.Module) -> str:
     """The name of the adapter a checkpoint of `model` would hold.
 
@@ -125,10 +134,7 @@ def refuse_unsaveable_adapter(model: nn.Module) -> str:
     """
     name = active_adapter(model)
     config = model.peft_config[name]
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise NotSaveable(f"The adapter {name!r} began with init_lora_weights={start!r}, which changes the base model's own "
-                          "weights; its files would not fit the base. Use True or 'gaussian'.")
+    _refuse_changed_base(name, config)
     state = _state(model, name)
     if not state:
         raise NotSaveable(f"The adapter {name!r} has no weights in the model any more; was it merged or unloaded? Save before "
@@ -183,7 +189,7 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False, nam
     wrong = sorted(stored ^ _state(model, name).keys())
     if wrong:
         raise ValueError(f"The adapter in {str(folder)!r} does not fit this model; first difference: {wrong[0]!r}.")
-    return model
+    return model if is_trainable else model.requires_grad_(False)
 
 
 @contextlib.contextmanager

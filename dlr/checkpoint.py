@@ -19,7 +19,7 @@ from dlr.config import RouterConfig, validated
 from dlr.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder, digests, has_adapter,
                         refuse_incomplete)
 from dlr.identity import NANO_NAME, base_record, differences, fingerprint, said_of  # noqa: F401
-from dlr.models import NF4, open_base
+from dlr.models import NF4, open_model
 from dlr.router import ROUTER_NAME, Router
 from dlr.routed import Routing, attach, causal_lm, routing_of
 from dlr.runs import save_tensors, write_atomically
@@ -95,8 +95,8 @@ def read_config(record: dict) -> RouterConfig:
     return validated({name: value for name, value in record.items() if name not in ("files", "adapter")}, RouterConfig)
 
 
-def open_named_base(stored: dict, where: str, model: str | None = None, **loading):
-    """(model, tokenizer) of the base a record names, at the dtype and quantisation recorded.
+def named_base(stored: dict, where: str, model: str | None = None, **loading) -> dict:
+    """The arguments of `models.open_model` for the base a record names, at the dtype and quantisation recorded.
 
     Args:
         stored: the record's `base`; where: the file that says so; model: another name to load it from.
@@ -115,8 +115,9 @@ def open_named_base(stored: dict, where: str, model: str | None = None, **loadin
     if four is not None and bool(four) != bool(recorded.get("load_in_4bit")):
         quantisation = NF4 if four else None
     dtype = loading.get("dtype") or recorded.get("loaded_as") or stored.get("dtype")
-    return open_base(name, dtype, loading.get("attn_implementation"), quantisation, loading.get("device"),
-                     upcast=quantisation is not recorded or stored.get("dtype") == "float32")
+    return {"name": name, "dtype": dtype, "quantisation": quantisation, "device": loading.get("device"),
+            "attn_implementation": loading.get("attn_implementation"),
+            "upcast": quantisation is not recorded or stored.get("dtype") == "float32"}
 
 
 def refuse_other_base(stored: dict, model, folder: Path, biases: bool = False) -> None:
@@ -176,7 +177,7 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
     config, weights = read_config(record), load_file(folder / WEIGHTS)
     loading = {"dtype": dtype, "load_in_4bit": load_in_4bit, "attn_implementation": attn_implementation, "device": device}
     if model is None:
-        model, _ = open_named_base(config.base, str(folder / CONFIG), **loading)
+        model = open_model(**named_base(config.base, str(folder / CONFIG), **loading))
     elif given := [name for name, value in loading.items() if value is not None]:
         raise ValueError(f"{', '.join(given)} says how to load a base model, but a model was given; load it so yourself, or "
                          "leave the model out.")

@@ -30,10 +30,10 @@ def base_tensors(model: nn.Module):
     tied = getattr(base, "all_tied_weights_keys", None) or {}
 
     def walk(module, prefix):
-        if hasattr(module, "adapter_layer_names"):               # PEFT's wrapper of a layer
-            yield from walk(module.get_base_layer(), prefix)
-        elif hasattr(module, "original_module"):                 # PEFT's wrapper of a module that is trained whole
+        if hasattr(module, "original_module"):                   # PEFT's wrapper of a module that is trained whole
             yield from walk(module.original_module, prefix)
+        elif hasattr(module, "adapter_layer_names"):             # PEFT's wrapper of a layer
+            yield from walk(module.get_base_layer(), prefix)
         else:
             for name, tensor in module._parameters.items():
                 again = tensor is not None and tensor.is_meta and prefix + name in tied

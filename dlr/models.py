@@ -34,9 +34,19 @@ def load_base(config: RunConfig):
     return open_base(config.model, config.dtype, config.attn_implementation, NF4 if config.load_in_4bit else None)
 
 
-def open_base(name: str, dtype: str | None = None, attn_implementation: str | None = None,
+def open_base(name: str, *args, **options):
+    """(model, tokenizer) of the base `name`; arguments and errors as in `open_model`."""
+    model = open_model(name, *args, **options)
+    return model, AutoTokenizer.from_pretrained(_source(name))
+
+
+def _source(name: str) -> str:
+    return str(NANO) if name in ("nano", NANO_NAME) else name
+
+
+def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,
               quantisation: dict | None = None, device: str | None = None, upcast: bool = True):
-    """(model, tokenizer) of the base `name`, in evaluation mode and without gradients.
+    """The base model `name`, in evaluation mode and without gradients.
 
     Args:
         name: 'nano' (the embedded model), a local folder or a Hub id.
@@ -48,9 +58,8 @@ def open_base(name: str, dtype: str | None = None, attn_implementation: str | No
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
-    embedded = name in ("nano", NANO_NAME)
-    source = str(NANO) if embedded else name
-    dtype = dtype or ("float32" if embedded else "auto")
+    source = _source(name)
+    dtype = dtype or ("float32" if source == str(NANO) else "auto")
     options = {"dtype": getattr(torch, dtype, dtype), "attn_implementation": attn_implementation or "sdpa",
                "use_safetensors": True, "adapter_kwargs": {"subfolder": "none"}}      # no adapter that lies beside the base
     if device:
@@ -61,9 +70,8 @@ def open_base(name: str, dtype: str | None = None, attn_implementation: str | No
         options["quantization_config"] = BitsAndBytesConfig(**settings)
     _refuse_pickle(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except Exception as error:          # a missing tokenizer, file or network each raise a class of their own
+    except Exception as error:          # a missing file or network each raise a class of their own
         if Path(source).exists():
             raise
         if "safetensors" in str(error):
@@ -74,7 +82,7 @@ def open_base(name: str, dtype: str | None = None, attn_implementation: str | No
     if quantisation and quantisation.get("load_in_4bit") and upcast:
         from peft import prepare_model_for_kbit_training
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return keep_differentiable(model).eval().requires_grad_(False), tokenizer
+    return keep_differentiable(model).eval().requires_grad_(False)
 
 
 _PICKLE = ("The weights of {} are there as a pickle only (pytorch_model.bin); loading one runs whatever code it holds, so it is "

@@ -13,7 +13,7 @@ import torch
 from dlr.adapters import adapted, write_adapter
 from dlr.baselines import static_pair
 from dlr.calibration import threshold_at
-from dlr.checkpoint import from_pretrained, load_onto, open_named_base, refuse_other_base, refuse_unsaveable, trains_biases
+from dlr.checkpoint import from_pretrained, load_onto, named_base, refuse_other_base, refuse_unsaveable, trains_biases
 from dlr.config import RouterConfig, SettingsError, validated
 from dlr.discovery import find_checkpoint, from_project
 from dlr.folder import (CONFIG, CONTROL, PARTS, RECORDS, as_json, atomic_folder, digests, looks_like,
@@ -179,7 +179,7 @@ def open_variant(checkpoint: str, variant: str | None = None, skip: float | None
     kind = variant or (record["variant"] if control else "routed")
     _refuse_unused(kind, {"skip": skip, "order": order}, control)
     where = str(folder / (CONTROL if control else CONFIG))
-    net, tokenizer = open_named_base(record.get("base", {}), where, model and _source(model), **loading)
+    net, tokenizer = open_base(**named_base(record.get("base", {}), where, model and _source(model), **loading))
     if control:
         loaded = _open_control(folder, record, net, tokenizer, kind, skip)
     else:
