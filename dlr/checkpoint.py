@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dlr.adapters import (NotSaveable, active_adapter, adapted, adapted_already, as_it_was, load_adapter,
                           refuse_unsaveable_adapter, write_adapter)
 from dlr.config import RouterConfig, validated
+from dlr.discovery import from_project
 from dlr.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder, digests, has_adapter,
                         refuse_incomplete)
 from dlr.identity import NANO_NAME, base_record, differences, fingerprint, said_of  # noqa: F401
@@ -106,6 +107,8 @@ def named_base(stored: dict, where: str, model: str | None = None, **loading) ->
         WrongBase: the record names no base.
     """
     name = model or stored.get("name", "")
+    if name and from_project(name).is_dir():
+        name = str(from_project(name))                   # a relative path, wherever this process runs
     if not name:
         raise WrongBase(f"{where} names no base model (it was built in memory); give the model: from_pretrained(folder, model).")
     if model is None and name != NANO_NAME:

@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 
 from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
-from dlr.checkpoint import fingerprint, save_pretrained
+from dlr.checkpoint import save_pretrained
 from dlr.config import RunConfig
 from dlr.corpus import cache_folder
 from dlr.data import load_documents, packed, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, summary
+from dlr.identity import identity
 from dlr.models import add_lora, load_base
 from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.routed import Routing, attach
@@ -128,7 +129,7 @@ def base_row(bench: Bench) -> dict:
 def best_static_order(bench: Bench) -> list[int]:
     """Greedy order in which a static plan drops the base model's layers; found once a base, data and shape."""
     config = bench.config
-    key = f"{fingerprint(bench.base)} {bench.data_hash} {config.always_keep} {config.keep_last} {config.unit} " \
+    key = f"{identity(bench.base)} {bench.data_hash} {config.always_keep} {config.keep_last} {config.unit} " \
           f"{config.eval_len} {config.autocast} {config.static_docs}"
     path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if bench.order is None and path.is_file():
