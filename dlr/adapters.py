@@ -1,7 +1,7 @@
 """PEFT adapters on a routed model: which one is active, the base without it, and its files.
 
-Adapters come from PEFT (`get_peft_model`) or from transformers itself (`model.add_adapter`). What could not be loaded again
-as it was trained is refused before it is saved.
+Adapters come from PEFT (`get_peft_model`) or from transformers itself (`model.add_adapter`). What could not be
+loaded again as it was trained is refused before it is saved.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dlr.folder import ADAPTER, ADAPTER_CONFIG
 from dlr.identity import base_tensors
 from dlr.router import ROUTER_NAME
 
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")       # PEFT's ways to begin that subtract from the base
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")       # beginnings that subtract from the base
 
 
 class NotSaveable(ValueError):
@@ -31,7 +31,8 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def _wrapped(base: nn.Module) -> bool:
-    return any(hasattr(module, "adapter_layer_names") or hasattr(module, "original_module") for module in base.modules())
+    return any(hasattr(module, "adapter_layer_names") or hasattr(module, "original_module")
+               for module in base.modules())
 
 
 def adapted_already(model: nn.Module) -> bool:
@@ -66,8 +67,8 @@ def active_adapter(model: nn.Module) -> str:
     active = model.active_adapters
     active = list(active() if callable(active) else active)
     if len(active) != 1:
-        raise NotSaveable(f"{len(active)} adapters are active at once ({', '.join(active)}); a checkpoint holds one. Join them "
-                          "(add_weighted_adapter) or activate one (set_adapter).")
+        raise NotSaveable(f"{len(active)} adapters are active at once ({', '.join(active)}); a checkpoint holds one. "
+                          "Join them (add_weighted_adapter) or activate one (set_adapter).")
     return active[0]
 
 
@@ -85,8 +86,8 @@ def without_adapters(model: nn.Module, routing):
     for name, config in carrier.peft_config.items():
         _refuse_changed_base(name, config)
         if getattr(config, "bias", "none") != "none":
-            raise ValueError(f"The adapter {name!r} trains the base model's own biases (bias={config.bias!r}), so the base model "
-                             "can no longer be run beside it; use bias='none'.")
+            raise ValueError(f"The adapter {name!r} trains the base model's own biases (bias={config.bias!r}), so the "
+                             "base model can no longer be run beside it; use bias='none'.")
     flags = [(parameter, parameter.requires_grad) for parameter in carrier.parameters()]
     try:
         if hasattr(carrier, "disable_adapter"):
@@ -121,9 +122,9 @@ def _state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 def _refuse_changed_base(name: str, config) -> None:
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise NotSaveable(f"The adapter {name!r} began with init_lora_weights={start!r}, which changes the base model's own "
-                          "weights: neither is the base there to compare with, nor would a checkpoint fit it. Use True or "
-                          "'gaussian'.")
+        raise NotSaveable(f"The adapter {name!r} began with init_lora_weights={start!r}, which changes the base "
+                          "model's own weights: neither is the base there to compare with, nor would a checkpoint "
+                          "fit it. Use True or 'gaussian'.")
 
 
 def refuse_unsaveable_adapter(model: nn.Module) -> str:
@@ -137,8 +138,9 @@ def refuse_unsaveable_adapter(model: nn.Module) -> str:
     _refuse_changed_base(name, config)
     state = _state(model, name)
     if not state:
-        raise NotSaveable(f"The adapter {name!r} has no weights in the model any more; was it merged or unloaded? Save before "
-                          "merging, or save the merged model itself (save_pretrained) and attach a router to that.")
+        raise NotSaveable(f"The adapter {name!r} has no weights in the model any more; was it merged or unloaded? "
+                          "Save before merging, or save the merged model itself (save_pretrained) and attach a "
+                          "router to that.")
     kept = {tensor.data_ptr() for tensor in state.values()}
     others = tuple(other for other in model.peft_config if other != name)
     base = {id(tensor) for _, tensor in base_tensors(model)}
@@ -147,12 +149,12 @@ def refuse_unsaveable_adapter(model: nn.Module) -> str:
             and (id(parameter) in base or not config.is_prompt_learning)
             and not any(f".{other}." in f"{key}." for other in others)]
     if lost:
-        raise NotSaveable(f"{len(lost)} parameters are trained that a checkpoint would not hold: {', '.join(lost[:3])}"
-                          f"{' ...' if len(lost) > 3 else ''}. Name their modules in the adapter's modules_to_save, or freeze "
-                          "them (requires_grad_(False)) before training.")
+        raise NotSaveable(f"{len(lost)} parameters are trained that a checkpoint would not hold: "
+                          f"{', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}. Name their modules in the "
+                          "adapter's modules_to_save, or freeze them (requires_grad_(False)) before training.")
     if others:
-        warnings.warn(f"The model has {len(others) + 1} adapters; the checkpoint holds the active one, {name!r}, and not "
-                      f"{', '.join(others)}.", stacklevel=3)
+        warnings.warn(f"The model has {len(others) + 1} adapters; the checkpoint holds the active one, {name!r}, and "
+                      f"not {', '.join(others)}.", stacklevel=3)
     return name
 
 
@@ -179,14 +181,16 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False, nam
     """
     from peft import PeftModel
     if adapted_already(model):
-        raise ValueError(f"This {type(inner(model)).__name__} carries adapters already; give the base model without them "
-                         "(model.unload()).")
+        raise ValueError(f"This {type(inner(model)).__name__} carries adapters already; give the base model without "
+                         "them (model.unload()).")
+    with safe_open(folder / ADAPTER, "pt") as file:
+        stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+    halves = any(dtype in ("BF16", "F16") for dtype in stored.values())       # PEFT would make float32 of them
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")        # refused below
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, adapter_name=name)
-    with safe_open(folder / ADAPTER, "pt") as file:
-        stored = set(file.keys())
-    wrong = sorted(stored ^ _state(model, name).keys())
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, adapter_name=name,
+                                          autocast_adapter_dtype=not halves)
+    wrong = sorted(stored.keys() ^ _state(model, name).keys())
     if wrong:
         raise ValueError(f"The adapter in {str(folder)!r} does not fit this model; first difference: {wrong[0]!r}.")
     return model if is_trainable else model.requires_grad_(False)

@@ -2,8 +2,8 @@
 
     model = dlr.from_pretrained("results/token_routing/default-s0/checkpoint")
 
-A checkpoint is what was trained: what its files would not hold is refused when it is saved. It names the base model it was
-made for by weights, dtype and quantisation, and loading restores those.
+A checkpoint is what was trained: what its files would not hold is refused when it is saved. It names the base model it
+was made for by weights, dtype and quantisation, and loading restores those.
 """
 
 import json
@@ -20,7 +20,7 @@ from dlr.discovery import from_project
 from dlr.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder, digests, has_adapter,
                         refuse_incomplete)
 from dlr.identity import NANO_NAME, base_record, differences, fingerprint, said_of  # noqa: F401
-from dlr.models import NF4, open_model
+from dlr.models import NF4, open_model, source_of
 from dlr.router import ROUTER_NAME, Router
 from dlr.routed import Routing, attach, causal_lm, routing_of
 from dlr.runs import save_tensors, write_atomically
@@ -35,26 +35,47 @@ def refuse_unsaveable(model, routing: Routing) -> str | None:
     """Says, before a training is lost, what of `model` a checkpoint could not hold; returns its adapter's name, if any.
 
     Raises:
-        NotSaveable: adapters on the router, several active ones, trained base weights, or a base that was changed or merged
-            since the router was attached.
+        NotSaveable: adapters on the router, several active ones, trained base weights, or a base that was changed or
+            merged since the router was attached.
     """
     expected = {name for name, _ in Router(1, routing.units, routing.config).named_parameters()}
     if getattr(causal_lm(model), ROUTER_NAME, None) is not routing.router or \
             {name for name, _ in routing.router.named_parameters()} != expected:
-        raise NotSaveable("An adapter took in the router, whose weights have files of their own; leave 'dlr_router' out of the "
-                          "adapter's target_modules and modules_to_save.")
+        raise NotSaveable("An adapter took in the router, whose weights have files of their own; leave 'dlr_router' "
+                          "out of the adapter's target_modules and modules_to_save.")
     carrier = adapted(model, routing)
     name = None if carrier is None else refuse_unsaveable_adapter(carrier)
-    changed, _ = differences(routing.config.base, base_record(model), _trains_biases(carrier))
+    base = base_record(model)
+    changed, _ = differences(routing.config.base, base, _trains_biases(carrier))
     if changed:
-        raise NotSaveable(f"The base model's own weights are no longer those the router was attached to ({', '.join(changed)}): "
-                          "an adapter was merged into them, or they were trained. Save before merging (or unmerge_adapter()); "
-                          "or save the changed model itself (model.save_pretrained), load it, and attach a router to that.")
+        raise NotSaveable("The base model's own weights are no longer those the router was attached to "
+                          f"({', '.join(changed)}): an adapter was merged into them, or they were trained. Save "
+                          "before merging (or unmerge_adapter()); or save the changed model itself "
+                          "(model.save_pretrained), load it, and attach a router to that.")
+    _refuse_reshaped(base)
     return name
 
 
+def _refuse_reshaped(base: dict) -> None:
+    """Where the named base is at hand: a model that was resized since has weights that no file holds."""
+    from transformers import AutoConfig
+    if not base["name"]:
+        return
+    try:
+        config = AutoConfig.from_pretrained(source_of(base["name"]), local_files_only=True).get_text_config()
+    except (OSError, ValueError):
+        return
+    shape = {"layers": config.num_hidden_layers, "width": config.hidden_size, "vocabulary": config.vocab_size}
+    changed = [f"{key} {base[key]} instead of {value}" for key, value in shape.items() if base[key] != value]
+    if changed:
+        raise NotSaveable(f"The base model is no longer {base['name']}: {', '.join(changed)}. A checkpoint would name "
+                          "that one; save the changed model itself (model.save_pretrained), load it, and attach a "
+                          "router to that.")
+
+
 def _trains_biases(carrier) -> bool:
-    return carrier is not None and any(getattr(config, "bias", "none") != "none" for config in carrier.peft_config.values())
+    configs = carrier.peft_config.values() if carrier is not None else ()
+    return any(getattr(config, "bias", "none") != "none" for config in configs)
 
 
 def write_router(routing: Routing, folder: Path, model=None) -> None:
@@ -67,7 +88,7 @@ def write_router(routing: Routing, folder: Path, model=None) -> None:
     name = None if carrier is None else active_adapter(carrier)
     base = base_record(model)
     if _trains_biases(carrier):
-        base["fingerprint"] = routing.config.base.get("fingerprint", "")         # of the biases before they were trained
+        base["fingerprint"] = routing.config.base.get("fingerprint", "")      # of the biases before they were trained
     if name is not None and not (folder / ADAPTER_CONFIG).exists():
         write_adapter(carrier, name, folder, base["name"])
     save_tensors(routing.router.weights(), folder / WEIGHTS)
@@ -110,7 +131,8 @@ def named_base(stored: dict, where: str, model: str | None = None, **loading) ->
     if name and from_project(name).is_dir():
         name = str(from_project(name))                   # a relative path, wherever this process runs
     if not name:
-        raise WrongBase(f"{where} names no base model (it was built in memory); give the model: from_pretrained(folder, model).")
+        raise WrongBase(f"{where} names no base model (it was built in memory); give the model: "
+                        "from_pretrained(folder, model).")
     if model is None and name != NANO_NAME:
         print(f"base model: {name}, as {where} says", file=sys.stderr, flush=True)
     recorded, four = stored.get("quantisation") or {}, loading.get("load_in_4bit")
@@ -137,19 +159,19 @@ def refuse_other_base(stored: dict, model, folder: Path, biases: bool = False) -
             return f"{base.get('name') or base.get('model_type')}" + \
                 (f" ({', '.join(f'{key} {base[key]}' for key in told)})" if told else "")
         parts = [part for part in other if part not in stored]
-        raise WrongBase(f"The checkpoint {str(folder)!r} was made for {say(stored)} and cannot be loaded onto {say(own)}"
-                        f"{': the weights differ (fingerprint of ' + ', '.join(parts) + ')' if parts else ''}; load it onto the "
-                        "model it was made for.")
+        raise WrongBase(f"The checkpoint {str(folder)!r} was made for {say(stored)} and cannot be loaded onto "
+                        f"{say(own)}{': the weights differ (fingerprint of ' + ', '.join(parts) + ')' if parts else ''}; "
+                        "load it onto the model it was made for.")
     if [key for key in precision if key != "fingerprint"]:
         def precise(base):
             return f"{base.get('dtype')}, {said_of(base.get('quantisation'))}"
-        warnings.warn(f"The checkpoint {str(folder)!r} was made on a base in {precise(stored)}; this one is {precise(own)}. Its "
-                      "router, threshold and adapter were fitted to the other: gates and scores will differ. Give no dtype and no "
-                      "load_in_4bit to load the base as it was.", stacklevel=3)
+        warnings.warn(f"The checkpoint {str(folder)!r} was made on a base in {precise(stored)}; this one is "
+                      f"{precise(own)}. Its router, threshold and adapter were fitted to the other: gates and scores "
+                      "will differ. Give no dtype and no load_in_4bit to load the base as it was.", stacklevel=3)
     if "fingerprint" in precision:
-        warnings.warn(f"The weights under the checkpoint {str(folder)!r} could not be compared with those it was made for, only "
-                      "their shapes: its record is of an earlier form, or one of the two is in float16. Save it again to have "
-                      "them compared.", stacklevel=3)
+        warnings.warn(f"The weights under the checkpoint {str(folder)!r} could not be compared with those it was made "
+                      "for, only their shapes: its record is of an earlier form, or one of the two is in float16. "
+                      "Save it again to have them compared.", stacklevel=3)
 
 
 def trains_biases(folder: Path, record: dict) -> bool:
@@ -159,14 +181,15 @@ def trains_biases(folder: Path, record: dict) -> bool:
 
 
 def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = False, dtype: str | None = None,
-                    load_in_4bit: bool | None = None, attn_implementation: str | None = None, device: str | None = None):
+                    load_in_4bit: bool | None = None, attn_implementation: str | None = None,
+                    device: str | None = None):
     """A routed model from `folder`, onto `model` or onto the base model the checkpoint names, in evaluation mode.
 
     Args:
         model: the base model; a load that fails leaves it as it was.
         is_trainable: adapter and router can go on training; otherwise neither takes gradients.
-        dtype, load_in_4bit, attn_implementation, device: how the base is loaded where no `model` is given; by default with
-            the dtype and quantisation the checkpoint was trained at.
+        dtype, load_in_4bit, attn_implementation, device: how the base is loaded where no `model` is given; by default
+            with the dtype and quantisation the checkpoint was trained at.
 
     Raises:
         FileNotFoundError: no checkpoint in `folder`, or half of one. WrongBase: `model` is not what it was made for.
@@ -178,12 +201,13 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
         raise FileNotFoundError(f"{str(folder)!r} is a {record.get('variant')} control and has no router; open it with "
                                 "dlr.variants.open_variant.")
     config, weights = read_config(record), load_file(folder / WEIGHTS)
-    loading = {"dtype": dtype, "load_in_4bit": load_in_4bit, "attn_implementation": attn_implementation, "device": device}
+    loading = {"dtype": dtype, "load_in_4bit": load_in_4bit, "attn_implementation": attn_implementation,
+               "device": device}
     if model is None:
         model = open_model(**named_base(config.base, str(folder / CONFIG), **loading))
     elif given := [name for name, value in loading.items() if value is not None]:
-        raise ValueError(f"{', '.join(given)} says how to load a base model, but a model was given; load it so yourself, or "
-                         "leave the model out.")
+        raise ValueError(f"{', '.join(given)} says how to load a base model, but a model was given; load it so "
+                         "yourself, or leave the model out.")
     refuse_other_base(config.base, model, folder, trains_biases(folder, record))
     with as_it_was(model):
         routed = load_onto(model, folder, record, config, is_trainable)
@@ -198,12 +222,12 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
 
 
 def load_onto(model, folder: Path, record: dict, config: RouterConfig, is_trainable: bool = False):
-    """`model` with a checkpoint's adapter, where it has one, and a fresh router of `config`; the weights were compared."""
+    """`model` with a checkpoint's adapter, where it has one, and a fresh router; the base was compared."""
     if has_adapter(folder, record):
         model = load_adapter(model, folder, is_trainable, record.get("adapter") or "default")
     elif adapted_already(model):
-        raise ValueError(f"This {type(causal_lm(model)).__name__} carries adapters and the checkpoint {str(folder)!r} has none; "
-                         "give the base model without them (model.unload()).")
+        raise ValueError(f"This {type(causal_lm(model)).__name__} carries adapters and the checkpoint {str(folder)!r} "
+                         "has none; give the base model without them (model.unload()).")
     base = config.base
     routing = attach(model, config)
     routing.config.base["name"] = base.get("name") or routing.config.base["name"]

@@ -74,7 +74,8 @@ def plan_flops_per_token(config, context: float, keep_rate: list[float], always_
     routable = text.num_hidden_layers - always_keep - keep_last
     if routable < 1 or len(keep_rate) not in (routable, 2 * routable):
         raise ValueError(f"{len(keep_rate)} keep rates do not fit {routable} routable layers.")
-    attention, mlp = active_halves(torch.tensor(keep_rate, dtype=torch.double), always_keep + keep_last, len(keep_rate) // routable)
+    rates = torch.tensor(keep_rate, dtype=torch.double)
+    attention, mlp = active_halves(rates, always_keep + keep_last, len(keep_rate) // routable)
     router = 2 * (text.hidden_size * router_hidden + router_hidden**2 + router_hidden * len(keep_rate))
     skipped = (len(keep_rate) - sum(keep_rate)) * adapter_flops(text.hidden_size, adapter_rank)
     return flops_per_token(text, (float(attention), float(mlp)), context) + router + skipped

@@ -1,12 +1,13 @@
-"""A checkpoint's folder: which files are its own, writing them whole beside what else lies there, and finding what is wrong.
+"""A checkpoint's folder: its own files, written whole beside what else lies there, and what may be wrong with them.
 
-The record (router_config.json or control.json) is written last and names the checkpoint's files with their digests, so that
-a save that was killed, or files of two saves in one folder, are refused instead of being loaded as one.
+The record (router_config.json or control.json) is written last and names the checkpoint's files with their digests, so
+that a save that was killed, or files of two saves in one folder, are refused instead of being loaded as one.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -21,7 +22,8 @@ RECORDS, PARTS = (CONFIG, CONTROL), (WEIGHTS, ADAPTER, ADAPTER_CONFIG)
 
 def digests(folder: Path) -> dict[str, str]:
     """Name to sixteen hex digits of each of a checkpoint's own files in `folder`, the record left out."""
-    return {name: hashlib.sha256(_content(folder / name)).hexdigest()[:16] for name in PARTS if (folder / name).is_file()}
+    return {name: hashlib.sha256(_content(folder / name)).hexdigest()[:16]
+            for name in PARTS if (folder / name).is_file()}
 
 
 def _content(path: Path) -> bytes:
@@ -42,10 +44,9 @@ def as_json(record: dict) -> str:
     try:
         return json.dumps(record, indent=2, allow_nan=False) + "\n"
     except ValueError:
-        odd = [name for name, value in record.items() if isinstance(value, float) and abs(value) in (float("inf"),)
-               or value != value] or ["a list"]
-        raise ValueError(f"A checkpoint cannot hold an infinite or undefined number, as {', '.join(odd)} is here; set a finite "
-                         "one (calibrate the router) before saving.") from None
+        odd = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        raise ValueError(f"A checkpoint cannot hold an infinite or undefined number, as {', '.join(odd) or 'a list'} "
+                         "is here; set a finite one (calibrate the router) before saving.") from None
 
 
 @contextlib.contextmanager
@@ -54,6 +55,9 @@ def atomic_folder(folder: Path):
 
     Nothing changes while the block runs. Then the old record goes, the parts come, and the new record comes last.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"{str(folder)!r} is a file; a checkpoint is a folder. Give another name.")
+    folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -151,10 +155,10 @@ def refuse_incomplete(folder: Path) -> dict:
     if not (folder / CONTROL).is_file() and not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
         raise FileNotFoundError(f"{str(folder)!r} is no DLR checkpoint: it needs {CONFIG} and {WEIGHTS}.")
     if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER).exists():
-        raise ValueError(f"The adapter in {str(folder)!r} is a pickle (adapter_model.bin); loading one runs whatever code it "
-                         f"holds, so it is refused. Save the adapter as {ADAPTER}.")
+        raise ValueError(f"The adapter in {str(folder)!r} is a pickle (adapter_model.bin); loading one runs whatever "
+                         f"code it holds, so it is refused. Save the adapter as {ADAPTER}.")
     problem = missing_part(folder)
     if problem:
-        raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. Give another one, or save it "
-                                "again.")
+        raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. Give another one, or "
+                                "save it again.")
     return _read(folder / (CONTROL if (folder / CONTROL).is_file() else CONFIG))

@@ -112,11 +112,13 @@ class DLRLM(HFLM):
             net = net.to(device)
         logger = logging.getLogger("lm_eval.models.huggingface")
         logger.disabled = True                          # it warns that a model object was given; that is the point here
+        net.__dict__["tie_weights"] = lambda: None      # it would tie a head again that an adapter trained apart
         try:
             super().__init__(pretrained=net, backend="causal", tokenizer=self.loaded.tokenizer,
                              logits_cache=False, batch_size=int(batch_size), max_length=max_length, **options)
         finally:
             logger.disabled = False
+            del net.__dict__["tie_weights"]
         routing = self.loaded.routing
         if routing is None and hasattr(causal_lm(self.loaded.model), ROUTER_NAME):
             raise ValueError("This model has a router attached, but was given as one without; its scores would be routed. "

@@ -37,10 +37,11 @@ def load_base(config: RunConfig):
 def open_base(name: str, *args, **options):
     """(model, tokenizer) of the base `name`; arguments and errors as in `open_model`."""
     model = open_model(name, *args, **options)
-    return model, AutoTokenizer.from_pretrained(_source(name))
+    return model, AutoTokenizer.from_pretrained(source_of(name))
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
+    """The folder or Hub id of a base model, whose embedded one goes by name."""
     return str(NANO) if name in ("nano", NANO_NAME) else name
 
 
@@ -58,7 +59,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
-    source = _source(name)
+    source = source_of(name)
     dtype = dtype or ("float32" if source == str(NANO) else "auto")
     options = {"dtype": getattr(torch, dtype, dtype), "attn_implementation": attn_implementation or "sdpa",
                "use_safetensors": True, "adapter_kwargs": {"subfolder": "none"}}      # no adapter that lies beside the base

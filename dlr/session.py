@@ -204,7 +204,8 @@ class Session:
         dense = torch.full((len(found),), meta["layers"], dtype=torch.double)
         active = active_halves(found.gates, meta["always_keep"] + meta["keep_last"], meta["units_per_layer"])
         router = router_flops(self.routing.router) if meta["policy"] == "RouterPolicy" else 0
-        past = int((~found.gates.bool()).sum()) * adapter_flops(self.routing.router.width, self.routing.config.skip_adapter_rank)
+        past = int((~found.gates.bool()).sum()) * adapter_flops(self.routing.router.width,
+                                                                self.routing.config.skip_adapter_rank)
         return Cost(text_flops(config, dense, found.position), text_flops(config, active, found.position, router) + past,
                     execution=self.routing.execution)
 

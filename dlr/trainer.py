@@ -166,7 +166,8 @@ class DLRTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_router(self.routing, Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model))
+            write_router(self.routing, Path(output_dir or self.args.output_dir),
+                         self.accelerator.unwrap_model(self.model))
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)    # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

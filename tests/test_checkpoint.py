@@ -324,6 +324,24 @@ def test_base_weights_trained_beside_the_adapter_are_refused(tmp_path):
 
 
 @torch.no_grad()
+def test_a_base_that_was_resized_since_it_was_loaded_is_refused(tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(100)
+    dlr.attach(model, OPEN)
+    with pytest.raises(NotSaveable, match="vocabulary 100 instead of 97"):
+        dlr.save_pretrained(model, tmp_path / "c")
+
+
+@torch.no_grad()
+def test_a_half_precision_adapter_stays_one(tmp_path, ids):
+    model = routed().to(torch.bfloat16)
+    want = model(input_ids=ids).logits
+    dlr.save_pretrained(model, tmp_path / "c")
+    assert torch.equal(dlr.from_pretrained(tmp_path / "c", tiny().to(torch.bfloat16))(input_ids=ids).logits, want)
+
+
+@torch.no_grad()
 def test_an_adapter_of_another_name_is_saved_and_loaded(tmp_path, ids):
     model = get_peft_model(tiny(), LoraConfig(**LORA), adapter_name="router_a")
     half_skipping(stirred(model), RouterConfig(always_keep=2))
