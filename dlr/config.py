@@ -286,9 +286,9 @@ class EvaluationConfig(Settings):
     limit: float | None = Field(40.0, gt=0.0)          # rows of each task, or a share below 1; None: all
     data_dir: Local = ""                               # folder of local files instead of the hub
     batch_size: int = Field(16, ge=1)                  # requests a forward pass
-    dtype: Dtype = "float32"                           # of the base model's weights
+    dtype: Dtype | None = None                         # of the base's weights; None: as the checkpoint's
     attn_implementation: str = "sdpa"                  # sdpa, eager or flash_attention_2
-    load_in_4bit: bool = False                         # NF4 base through bitsandbytes
+    load_in_4bit: bool | None = None                   # NF4 base through bitsandbytes; None: as the checkpoint's
 
     @model_validator(mode="after")
     def _rows_of_this_base(self):

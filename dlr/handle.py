@@ -42,6 +42,7 @@ class Routing:
         execution: 'compact' or 'masked', outside training; training is always masked.
         decode_plan: how a step with a cache is planned, see `policy.RouterPolicy`.
         policy: the source of gates, None for the dense model. `using` puts another in its place in this thread.
+        dialled: a threshold to follow instead of the calibrated one, which `save_pretrained` still writes; None: that one.
     """
 
     def __init__(self, model: nn.Module, config: RouterConfig, router: Router, decoder: nn.Module, layers: nn.ModuleList):
@@ -50,6 +51,7 @@ class Routing:
         self._compact: list | None = None
         self._handles: list = []
         self._said: set[str] = set()
+        self.dialled: float | None = None
         self._threads, self.owner = ThreadState(), Owner()
 
     def __setstate__(self, state):
@@ -94,8 +96,9 @@ class Routing:
 
     @property
     def threshold(self) -> float:
-        """The threshold in force: the router's own, or what `at` put in its place in this thread."""
-        return self._threads.changed("threshold", self.config.threshold)
+        """The threshold in force: the router's own, unless `dialled`, or `at` in this thread, puts another in its place."""
+        own = self.config.threshold if self.dialled is None else self.dialled
+        return self._threads.changed("threshold", own)
 
     @contextlib.contextmanager
     def at(self, *, policy: Policy | None = _UNSET, threshold: float = _UNSET):

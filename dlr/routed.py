@@ -7,19 +7,12 @@ from torch import nn
 from dlr.config import RouterConfig
 from dlr.decoder import NotRoutable, causal_lm, decoder_and_layers, execution_device, refuse_layerdrop
 from dlr.handle import HANDLE, Routing, RunsMasked
+from dlr.packed import keep_differentiable
 from dlr.router import Router
+from dlr.weights import NANO_NAME, base_record, describe_base
 
 __all__ = ["NANO_NAME", "NotRoutable", "Routing", "RunsMasked", "attach", "causal_lm", "decoder_and_layers", "describe_base",
            "execution_device", "routing_of"]
-NANO_NAME = "dlr-nano"            # what files call the embedded model, wherever it lies
-
-
-def describe_base(model: nn.Module) -> dict:
-    """What a router file says about the model it was made for."""
-    config = causal_lm(model).config.get_text_config()
-    name = getattr(config, "_name_or_path", "") or ""
-    return {"model_type": config.model_type, "name": NANO_NAME if name.endswith("dlr/nano") else name,
-            "layers": config.num_hidden_layers, "width": config.hidden_size, "vocabulary": config.vocab_size}
 
 
 def attach(model: nn.Module, config: RouterConfig | None = None, execution: str | None = None) -> Routing:
@@ -47,10 +40,11 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
                           "or 'eager'.")
     refuse_layerdrop(decoder)
     per_layer = 2 if config.unit == "sublayer" else 1
+    keep_differentiable(base)
     units = (len(layers) - config.always_keep - config.keep_last) * per_layer
     router = Router(base.config.get_text_config().hidden_size, units, config)
     router.to(execution_device(layers[config.always_keep]))
-    routing = Routing(model, config.model_copy(update={"base": describe_base(model)}), router, decoder, layers)
+    routing = Routing(model, config.model_copy(update={"base": base_record(model)}), router, decoder, layers)
     try:
         routing.execution = execution or "compact"
     except NotRoutable as error:

@@ -26,7 +26,7 @@ from dlr.data import load_documents, padded_batches
 from dlr.discovery import find_checkpoint
 from dlr.encoding import encode, tokenizer_of
 from dlr.evaluate import device_of, router_logits
-from dlr.flops import router_flops, text_flops
+from dlr.flops import active_halves, adapter_flops, router_flops, text_flops
 from dlr.logits import last_only
 from dlr.models import NANO_ROUTER
 from dlr.objective import frozen_base
@@ -222,9 +222,13 @@ class Session:
     def flops(self, found: Record) -> Cost:
         """FLOPs of a text under its plan and dense; no times."""
         config = causal_lm(self.model).config
-        layers = torch.full_like(found.active_layers, found.meta["layers"])
-        router = router_flops(self.routing.router) if found.meta["policy"] == "RouterPolicy" else 0
-        return Cost(text_flops(config, layers, found.position), text_flops(config, found.active_layers, found.position, router),
+        meta = found.meta
+        dense = torch.full((len(found),), meta["layers"], dtype=torch.double)
+        active = active_halves(found.gates, meta["always_keep"] + meta["keep_last"], meta["units_per_layer"])
+        router = router_flops(self.routing.router) if meta["policy"] == "RouterPolicy" else 0
+        past = int((~found.gates.bool()).sum()) * adapter_flops(self.routing.router.width,
+                                                                self.routing.config.skip_adapter_rank)
+        return Cost(text_flops(config, dense, found.position), text_flops(config, active, found.position, router) + past,
                     execution=self.routing.execution)
 
     def timed(self, found: Record, repeats: int = TURNS) -> Cost:

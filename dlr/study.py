@@ -12,11 +12,12 @@ import pandas as pd
 import torch
 
 from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
-from dlr.checkpoint import fingerprint, save_pretrained
+from dlr.checkpoint import save_pretrained
 from dlr.config import RunConfig
 from dlr.corpus import cache_folder
 from dlr.data import load_documents, packed, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, summary
+from dlr.weights import identity
 from dlr.models import add_lora, load_base
 from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.routed import Routing, attach
@@ -183,7 +184,7 @@ def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int
     batches = _spread_documents(bench.calibration, config.static_docs)
     shape = config.router().model_dump(exclude={"threshold", "calibrated_skip", "curve", "base"})
     numbers = {"dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "autocast": config.autocast}
-    key = json.dumps([fingerprint(bench.base), shape, numbers, _digest(batches)], sort_keys=True)
+    key = json.dumps([identity(bench.base), shape, numbers, _digest(batches)], sort_keys=True)
     path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if key not in bench.orders and path.is_file():
         bench.orders[key] = json.loads(path.read_text(encoding="utf-8"))

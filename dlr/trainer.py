@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.calibration import Controller
-from dlr.checkpoint import CONFIG, WEIGHTS, write_router
+from dlr.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
 from dlr.config import RunConfig
 from dlr.objective import (cross_entropy, frozen_base, global_penalty, kl_to_teacher, original_budget, predicted)
 from dlr.plan import gate_entropy
@@ -58,6 +58,7 @@ class DLRTrainer(Trainer):
 
     def __init__(self, model, config: RunConfig, dataset, folder: Path, policy: Policy | None = None, noise: bool = True):
         self.config, self.routing, self.folder = config, routing_of(model), Path(folder)
+        refuse_unsaveable(model, self.routing)         # before a training whose result could not be kept
         self.learns_routing = policy is None
         self.policy = policy or RouterPolicy(training=True, noise=noise)
         self.router_steps = config.steps
@@ -180,7 +181,8 @@ class DLRTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_router(self.routing, Path(output_dir or self.args.output_dir))
+            write_router(self.routing, Path(output_dir or self.args.output_dir),
+                         self.accelerator.unwrap_model(self.model))
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)    # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

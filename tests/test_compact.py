@@ -1,5 +1,7 @@
 """Compact execution equals masked execution, whatever the plan, the family, the padding and the cache."""
 
+import copy
+
 import pytest
 import torch
 from test_routed import half_skipping
@@ -237,9 +239,12 @@ def test_skip_adapters_are_carried_past_skipped_layers(llama, ids):
         assert torch.allclose(masked, compact, atol=1e-5), kind
 
 
+@torch.no_grad()
 def test_a_4_bit_base_is_run_by_rows(tmp_path, ids):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    tiny().save_pretrained(tmp_path)
+    wide = copy.deepcopy(FAMILIES["llama"])
+    wide.hidden_size, wide.intermediate_size = 64, 128            # bitsandbytes packs weights in blocks of 64
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
     dlr.attach(model, OPEN, execution="compact")
