@@ -1,10 +1,14 @@
 """Dynamic Layer Routing: input-conditional depth for pretrained causal language models."""
 
-from dlr.checkpoint import from_pretrained, save_pretrained
-from dlr.config import RouterConfig, RunConfig
-from dlr.dial import budget
-from dlr.plan import Plan
-from dlr.routed import NotRoutable, attach, routing_of
+from dlr.packed import silence_missing_kernel
+
+silence_missing_kernel()                # before anything imports bitsandbytes
+
+from dlr.checkpoint import from_pretrained, save_pretrained  # noqa: E402
+from dlr.config import RouterConfig, RunConfig  # noqa: E402
+from dlr.dial import budget  # noqa: E402
+from dlr.plan import Plan  # noqa: E402
+from dlr.routed import NotRoutable, attach, routing_of  # noqa: E402
 
 __all__ = ["NotRoutable", "Plan", "RouterConfig", "RunConfig", "attach", "budget", "from_pretrained", "routing_of",
            "save_pretrained"]

@@ -8,7 +8,7 @@ from dlr.progress import tqdm
 from dlr.routed import Routing
 
 
-def greedy_static_order(model, routing: Routing, batches: list[dict], *, bf16: bool = True) -> list[int]:
+def greedy_static_order(model, routing: Routing, batches: list[dict], *, bf16: bool | None = None) -> list[int]:
     """The units a static plan drops, first to last: each time the one whose loss raises perplexity least.
 
     Costs U (U + 1) / 2 evaluations of `batches`; unit indices are places among the routable units.
@@ -41,8 +41,13 @@ def static_pair(order: list[int], units: int, skip: float, forced: float = 0.0) 
 
     Returns:
         (gates `[U]`, gates `[U]`, share of the second)
+
+    Raises:
+        ValueError: no static plan skips as much.
     """
     exact = skip * units / (1 - forced)
+    if units < exact < units * (1 + 1e-6):                # a router that closes every gate, but for rounding
+        exact = float(units)
     if not 0 <= exact <= units:
         raise ValueError(f"A skip ratio of {skip} needs {exact:.2f} units dropped; this model has {units}.")
     whole = min(int(exact), units - 1)
@@ -55,7 +60,7 @@ def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
 
 
 def evaluate_static(model, routing: Routing, batches: list[dict], order: list[int], skip: float, forced: float, *,
-                    bf16: bool = True):
+                    bf16: bool | None = None):
     """The document table of the static plan along `order` at exactly `skip`, mixing two neighbouring plans."""
     fewer, more, share = static_pair(order, routing.units, skip, forced)
     tables = [evaluate(model, routing, batches, StaticPlan(plan), bf16=bf16) for plan in (fewer, more)]

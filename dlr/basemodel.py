@@ -1,6 +1,6 @@
 """Notebook 00's work: stages of pretraining, export to dlr/nano, and the report on what was exported."""
 
-import csv
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.config import BaseModelConfig, RouterConfig, RunConfig, SettingsError
 from dlr.data import Documents, folder_texts, load_documents, padded_batches
+from dlr.discovery import from_project
+from dlr.encoding import encode, opening_token, padding_token
 from dlr.evaluate import bootstrap, evaluate
 from dlr.models import NANO, load_base
 from dlr.policy import StaticPlan
@@ -19,6 +21,7 @@ from dlr.pretrain import STAGE, new_model, pretrain, pretraining_stream, pretrai
 from dlr.progress import tqdm
 from dlr.routed import attach
 from dlr.runs import write_atomically
+from dlr.wikitext import read_text
 
 HISTORY = "training.json"          # loss by tokens seen, beside the exported weights
 PROMPTS = ("Once upon a time, there was a little", "Return the sum of the array elements over", "The village is located in")
@@ -34,7 +37,7 @@ def train_stage(config: BaseModelConfig) -> pd.DataFrame:
     work = Path(config.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(config, work)
-    stream = pretraining_stream(config.text_dir, tokenizer, work / "stream.npy")
+    stream = pretraining_stream(config.text_dir, tokenizer, work / "stream.npy", config.dataset)
     rate = {"muon_lr": config.muon_lr, "adamw_lr": config.adamw_lr}
     model = new_model(len(tokenizer), config.layers, config.width, config.seed)
     start = 0
@@ -53,7 +56,7 @@ def train_stage(config: BaseModelConfig) -> pd.DataFrame:
 
 def _tokenizer(config: BaseModelConfig, work: Path):
     if not (work / "tokenizer").is_dir():
-        texts = pretraining_texts(config.text_dir, config.seed)
+        texts = pretraining_texts(config.text_dir, config.seed, config.dataset)
         train_tokenizer([text[:20_000] for text in texts[:9000]], config.vocab_size).save_pretrained(work / "tokenizer")
     return AutoTokenizer.from_pretrained(work / "tokenizer")
 
@@ -112,23 +115,16 @@ def load_for_report(config: BaseModelConfig):
     return load_base(RunConfig(seed=config.seed))
 
 
-def _wikitext(path: str) -> list[str]:
-    raw = Path(path).read_text(encoding="utf-8")
-    if raw.startswith('"'):                       # one-column CSV, as some mirrors hold it
-        raw = "".join(row[0] if row else "\n" for row in csv.reader(raw.splitlines(keepends=True)))
-    return [raw]
-
-
-def _windows(texts: list[str], tokenizer, limit: int) -> tuple[list[str], int]:
-    """Texts cut to about CONTEXT tokens each, and the bytes left out: none but the tail beyond `limit` windows."""
+def _windows(texts: list[str], tokenizer, limit: int) -> list[str]:
+    """Texts cut to about CONTEXT tokens each, at most `limit` pieces."""
     pieces = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode(tokenizer, text)
         for start in range(0, len(ids), CONTEXT - 1):
             pieces.append(tokenizer.decode(ids[start:start + CONTEXT - 1]))
             if len(pieces) == limit:
-                return pieces, limit
-    return pieces, limit
+                return pieces
+    return pieces
 
 
 def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
@@ -137,16 +133,16 @@ def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
     Every window starts from the end-of-text token; the first `2 * eval_docs` windows of each text are used.
     """
     sources = {"embedded corpus, test": load_documents("embedded", "test").texts}
-    for label, path, read in (("WikiText-103, test", config.wikitext_test, _wikitext),
-                              ("TinyStories, validation part", config.tinystories_validation, folder_texts)):
-        if path:
-            sources[label] = read(path)
+    if config.wikitext_test:
+        sources["WikiText-103, test"] = [read_text(from_project(config.wikitext_test))]
+    if config.tinystories_validation:
+        sources["TinyStories, validation part"] = folder_texts(config.tinystories_validation)
     rows = []
     for label, texts in sources.items():
-        pieces, _ = _windows(texts, tokenizer, 2 * config.eval_docs)
+        pieces = _windows(texts, tokenizer, 2 * config.eval_docs)
         batches = padded_batches(Documents(label, "test", pieces, ""), tokenizer, CONTEXT + 64, 16)
-        table = evaluate(*_attached(model), batches, None, describe=label)
-        attach_free(model)
+        with _routed(model) as routing:
+            table = evaluate(model, routing, batches, None, describe=label)
         table["bytes"] = [len(piece.encode()) for piece in pieces]
 
         def bits(frame):
@@ -159,22 +155,20 @@ def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
     return rows
 
 
-def _attached(model):
-    return model, attach(model, RouterConfig(always_keep=1, keep_first_tokens=0))
-
-
-def attach_free(model) -> None:
-    """Takes the router of a report off again."""
-    from dlr.routed import routing_of
-    routing_of(model).detach()
+@contextlib.contextmanager
+def _routed(model):
+    """A router for the duration, which the instruments of this project need; `model` is the base again afterwards."""
+    routing = attach(model, RouterConfig(always_keep=1, keep_first_tokens=0))
+    try:
+        yield routing
+    finally:
+        routing.detach()
 
 
 def layer_harm(model, tokenizer, config: BaseModelConfig) -> list[float]:
     """Nats a token added on the embedded test split by skipping each layer alone; layer 0 is measured too."""
     batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 16, limit=min(64, config.eval_docs))
-    model, routing = _attached(model)
-    tokens = None
-    try:
+    with _routed(model) as routing:
         dense = evaluate(model, routing, batches, None)
         tokens = dense["predicted"].sum()
         harms = [_without_first(model, routing, batches, dense, tokens)]
@@ -183,8 +177,6 @@ def layer_harm(model, tokenizer, config: BaseModelConfig) -> list[float]:
             gates[unit] = 0.0
             table = evaluate(model, routing, batches, StaticPlan(gates), bar=False)
             harms.append(float((table["nll"].sum() - dense["nll"].sum()) / tokens))
-    finally:
-        routing.detach()
     return harms
 
 
@@ -202,8 +194,8 @@ def continuations(model, tokenizer, seed: int, length: int = 60) -> list[str]:
     torch.manual_seed(seed)
     texts = []
     for prompt in PROMPTS:
-        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-        out = model.generate(ids.to(model.device), max_new_tokens=length, do_sample=True, temperature=0.8, top_p=0.95,
-                             attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id)
+        ids = torch.tensor([[opening_token(tokenizer), *encode(tokenizer, prompt)]], device=model.device)
+        out = model.generate(ids, max_new_tokens=length, do_sample=True, temperature=0.8, top_p=0.95,
+                             attention_mask=torch.ones_like(ids), pad_token_id=padding_token(tokenizer))
         texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
     return texts

@@ -81,6 +81,11 @@ def _run_perplexity(lm, texts: list[str], limit: float | None) -> dict:
     return {"perplexity": wikitext.strided_perplexity(lm, texts), "meter": asdict(meter)}
 
 
+def precision_of(base: dict) -> dict:
+    """Of a base model's record what a result depends on beside its name."""
+    return {name: base.get(name) for name in ("fingerprint", "dtype", "quantisation")}
+
+
 def _stored(path: Path, settings: dict) -> dict | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +111,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
             task, path = suite["tasks"].get(name), Path(folder) / f"{name}.json"
             texts = wikitext.texts_of(name, data_dir) if task is None else None
             settings = {"digest": lm.loaded.digest, "limit": limit, "data": _data_digest(task, texts),
-                        "max_length": lm.max_length, "dtype": str(lm.model.dtype),
+                        "max_length": lm.max_length, "base": precision_of(lm.loaded.base),
                         "num_fewshot": task.get_config("num_fewshot") if task is not None else None}
             if match is not None and lm.loaded.order is not None:
                 met = Meter(**match[name]["meter"])
@@ -194,11 +199,12 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
            "keep_rate": [], "requests": meter.requests, "truncated": meter.truncated, "scored_tokens": meter.scored}
     if routing is not None and lm.loaded.policy is not None:
         settings = routing.config
-        row["keep_rate"] = [round(rate, 4) for rate in meter.keep_rate]
+        row |= {"keep_rate": [round(rate, 4) for rate in meter.keep_rate], "unit": settings.unit,
+                "always_keep": settings.always_keep}
         row["active_layers"] = settings.always_keep + settings.keep_last + sum(meter.keep_rate) / routing.units_per_layer
         router = settings.router_hidden if lm.loaded.variant == "routed" else 0
         row["flops"] = plan_flops_per_token(config, meter.mean_reach, meter.keep_rate, settings.always_keep,
-                                            settings.keep_last, router)
+                                            settings.keep_last, router, settings.skip_adapter_rank)
     found = benchmark["harness"]["results"]
     tops = [n for name in names for n in ([name] if name in found else [])]
     tops += [name for name in benchmark["tasks"] if name in found and not any(

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 import torch
 
 
+LEAST_SLOPE = 0.05         # no step is longer than twenty logits a unit of missed skip
+
+
 @dataclass
 class Controller:
-    """Dual ascent on the threshold. `rate` is in logit units a unit of missed skip."""
+    """Dual ascent on the threshold. `rate` is the share of the missed skip that one step makes good.
+
+    The step is the miss over the slope of the skip ratio, which the plan itself tells (Newton's step). In logit units alone
+    a step is too short: nothing in the loss holds the logits' common level, a router that learns lifts it, and the
+    threshold follows by one step's lift too late (some points of skip while the learning rate is high).
+    """
     target: float
     rate: float = 1.0
     ramp_steps: int = 0
@@ -21,9 +29,9 @@ class Controller:
         """The skip ratio asked for at `step`: from 0, linearly, to the target."""
         return self.target * min(1.0, (step + 1) / self.ramp_steps) if self.ramp_steps else self.target
 
-    def update(self, threshold: float, measured_skip: float, step: int) -> float:
-        """The next threshold; it rises where too little was skipped."""
-        return threshold + self.rate * (self.goal(step) - measured_skip)
+    def update(self, threshold: float, measured_skip: float, step: int, slope: float = 1.0) -> float:
+        """The next threshold; it rises where too little was skipped. `slope` is d skip / d threshold where it stands."""
+        return threshold + self.rate * (self.goal(step) - measured_skip) / max(slope, LEAST_SLOPE)
 
 
 def calibrate(logits: torch.Tensor, target_skip: float, forced: int = 0) -> float:

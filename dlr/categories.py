@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dlr.encoding import encode
 from dlr.record import Record
 
 RARE_MASS = 0.05          # rare: the least frequent tokens that together make up this share of running text
@@ -32,11 +33,9 @@ def stop_words() -> frozenset[str]:
 
 
 def frequencies(texts: list[str], tokenizer) -> torch.Tensor:
-    """How often each token id occurs in `texts`, `[V]` int64."""
-    counts = np.zeros(len(tokenizer), np.int64)
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        counts += np.bincount(ids, minlength=len(counts))
-    return torch.from_numpy(counts)
+    """How often each token id occurs in `texts`, `[V]` int64; V covers ids beyond gaps in them too."""
+    ids = np.concatenate([np.zeros(0, np.int64), *(np.array(row, np.int64) for row in encode(tokenizer, texts))])
+    return torch.from_numpy(np.bincount(ids, minlength=len(tokenizer)))
 
 
 def rare_ids(frequency: torch.Tensor, mass: float = RARE_MASS) -> torch.Tensor:

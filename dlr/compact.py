@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from dlr.execution import argument_names
-from dlr.intercept import attention_function, intercepted
-from dlr.pending import PendingLayer, joined, pending_layer, positional
+from dlr.intercept import Standin, attention_function, intercepted, own_forwards
+from dlr.pending import PendingLayer, by_row, joined, pending_layer, positional
 from dlr.rows import Rows, attend
 
 QUERY, OUTPUT = ("q_proj",), ("o_proj", "out_proj", "dense", "c_proj")
@@ -118,7 +118,8 @@ def _blank(width: int):
 
 def _selective(module: nn.Module, rows: Rows, width: int):
     """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros."""
-    own = module.forward
+    there = Standin.of(module)                                    # another thread's, or none
+    own = module.forward if there is None else there.own
 
     def forward(x, *args, **kwargs):
         lead = x.shape[:-1]
@@ -143,6 +144,7 @@ class CompactLayer:
         self.names = argument_names(layer)[1:]
         self.cache_name = next((name for name in CACHE_NAMES if name in self.names), CACHE_NAMES[0])
         self.returns_tuple: bool | None = None                    # known once the layer has run
+        self.before = None                                        # a forward of the layer's own __dict__ (accelerate's)
         self._find()
 
     def _find(self) -> None:
@@ -152,32 +154,47 @@ class CompactLayer:
         self.weights = sum(p.numel() for p in self.layer.parameters())       # packed 4-bit ones count as fewer
         self.no_query = {m: _blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
         self.no_keys = {m: _blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
+        self.touched = (self.attention, *self.no_query, *self.no_keys, *self.parts.output, *self.parts.mlp)
 
     def _inside(self) -> tuple:
         return *self.layer._modules.values(), *self.attention._modules.values()
 
+    def tidy(self) -> None:
+        """Takes away what an interrupt of this thread may have left in the place of the layer's modules."""
+        own_forwards(self.touched, everybody=False)
+
     def install(self) -> None:
-        """Puts this in the layer's place until `remove`."""
+        """Puts this in the layer's place until `remove`; putting it there twice changes nothing."""
         if self._inside() != self.found:
             self._find()                                          # LoRA has been added, merged or taken away
         self.function = attention_function(self.attention)        # asked once a pass: a model can change it
-        self.before = self.layer.__dict__.get("forward")
-        self.own = self.layer.forward
-        self.layer.__dict__["forward"] = self
+        there = self.layer.__dict__.get("forward")
+        if there is not self:
+            self.before = there
+            self.layer.__dict__["forward"] = self
 
     def remove(self) -> None:
         """Gives the layer its own forward back."""
+        if self.layer.__dict__.get("forward") is not self:
+            return
         if self.before is None:
-            self.layer.__dict__.pop("forward", None)
+            del self.layer.__dict__["forward"]
         else:
             self.layer.__dict__["forward"] = self.before
 
+    def own(self, *args, **kwargs):
+        """The layer's own forward."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.layer).forward(self.layer, *args, **kwargs)
+
     def __call__(self, hidden=None, *args, **kwargs):
-        current = self.routing._pass
+        current = self.routing.current                            # None in a thread whose pass is dense
         hidden = kwargs.pop("hidden_states") if hidden is None else hidden
         kwargs |= dict(zip(self.names, args))
-        if current is None or current.rows is None:
+        if current is None or not current.compact:
             return self.own(hidden, **kwargs)
+        self.routing.planned(current)
         parts = self.routing.units_per_layer
         rows = current.rows[self.place * parts:(self.place + 1) * parts]
         if all(r is not None and not r.count for r in rows) and self._wait(hidden, kwargs):
@@ -186,7 +203,7 @@ class CompactLayer:
         owed = slot is not None and bool(slot.waiting)
         plain = parts == 1 and self._plain(rows[0], hidden.device.type)
         known = self.returns_tuple is not None or rows[0] is None or rows[0].count
-        if parts == 1 and self.function is not None and known and (owed or not plain):
+        if parts == 1 and self.function is not None and known and (owed or not plain) and by_row(kwargs, hidden):
             return self._output(self.run(hidden, kwargs, rows[0], slot.take() if owed else []))
         if owed:
             slot.complete()
@@ -279,7 +296,7 @@ class CompactLayer:
 
     def _wait(self, hidden: torch.Tensor, kwargs: dict) -> bool:
         """Puts the layer off: no row runs it. False where it must run all the same for its keys and values."""
-        if self.returns_tuple is None or self.function is None:
+        if self.returns_tuple is None or self.function is None or not by_row(kwargs, hidden):
             return False
         cache = kwargs.get(self.cache_name)
         if cache is None:

@@ -80,7 +80,7 @@ class RunConfig(Settings):
     objective: Literal["controlled", "original", "global_penalty"] = "controlled"
     target_skip: float = Field(0.4, ge=0.0, le=1.0)    # the budget asked for
     ramp: float = Field(0.2, ge=0.0, le=1.0)           # share of the steps over which the budget grows from 0
-    dual_rate: float = Field(1.0, gt=0.0)              # logit units the threshold moves a unit of missed skip
+    dual_rate: float = Field(1.0, gt=0.0)              # share of the missed skip that one step makes good
     penalty: float = Field(1.0, ge=0.0)                # lambda of 'global_penalty' and of 'original'
     l1_weight: float = Field(5.0, ge=0.0)              # 'original': per-layer L1, summed over layers
     target_weight: float = Field(8.0, ge=0.0)          # 'original': squared distance to the target
@@ -286,9 +286,9 @@ class EvaluationConfig(Settings):
     limit: float | None = Field(40.0, gt=0.0)          # rows of each task, or a share below 1; None: all
     data_dir: Local = ""                               # folder of local files instead of the hub
     batch_size: int = Field(16, ge=1)                  # requests a forward pass
-    dtype: Dtype = "float32"                           # of the base model's weights
+    dtype: Dtype | None = None                         # of the base's weights; None: as the checkpoint's
     attn_implementation: str = "sdpa"                  # sdpa, eager or flash_attention_2
-    load_in_4bit: bool = False                         # NF4 base through bitsandbytes
+    load_in_4bit: bool | None = None                   # NF4 base through bitsandbytes; None: as the checkpoint's
 
     @model_validator(mode="after")
     def _rows_of_this_base(self):

@@ -4,6 +4,10 @@ Docstrings of the pinned packages and the standard library, plus Python's own to
 of source text before paragraphs that occur twice are dropped. One document is one module. Splits are decided
 by a hash of the module's name, so that a document never moves when another package changes.
 
+Some documents are docstrings of tokenizers and spell out `<|endoftext|>`. That is text: they are kept as they are,
+content hash included, and `dlr.encoding` turns it into ordinary tokens. Token streams cached
+under other rules are made anew.
+
     python -m dlr.corpus            # builds the cache, prints sizes and the content hash
 """
 

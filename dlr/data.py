@@ -2,6 +2,7 @@
 
 Notation: b batch, s sequence length. Training data is packed (documents joined by the end-of-text token, cut into
 blocks of s); evaluation data keeps one document a row, right-padded, so that intervals can be taken over documents.
+Text becomes ids in `dlr.encoding` alone: a special token that a text spells out stays text.
 """
 
 import hashlib
@@ -14,11 +15,16 @@ import numpy as np
 import torch
 
 from dlr.corpus import SPLITS, content_hash, embedded_corpus, split_of
+from dlr.discovery import from_project
+from dlr.encoding import encode, opening_token, padding_token
 from dlr.progress import tqdm
 
 HUB_ALIASES = {"wikitext-103-raw-v1": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
                "wikitext-2-raw-v1": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 _WIKI_DOC = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
+# A marker between documents stands alone on its line, or is glued to the document it opens. Anywhere else, as in a
+# manual that speaks of it, it is text.
+_SEPARATOR = re.compile(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$|(?:^|(?<=[\s.!?…\"”’)]))<\|endoftext\|>(?=\w)")
 _SUFFIXES = {".txt", ".md", ".json", ".jsonl"}
 
 
@@ -50,8 +56,8 @@ def _file_texts(path: Path) -> list[str]:
         raw_rows = json.loads(raw)
     elif "<doc " in raw[:200]:
         raw_rows = _WIKI_DOC.findall(raw)
-    elif "<|endoftext|>" in raw:
-        raw_rows = raw.split("<|endoftext|>")
+    elif _SEPARATOR.search(raw):
+        raw_rows = _SEPARATOR.split(raw)
     elif path.suffix == ".md":
         raw_rows = re.split(r"\n(?=## )", raw)
     else:
@@ -63,10 +69,12 @@ def _file_texts(path: Path) -> list[str]:
 def folder_texts(path: str | Path) -> list[str]:
     """All documents of a file, or of every text file below a folder, in the order of their names.
 
+    A relative path is looked for from here, then from the project's root.
+
     Raises:
         FileNotFoundError: nothing there; ValueError: there are files, but no document in them.
     """
-    path = Path(path)
+    path = from_project(path)
     if not path.exists():
         raise FileNotFoundError(f"No file or folder at {str(path)!r}. Give a folder of .txt, .md, .json or .jsonl "
                                 "files, or dataset='embedded', which needs none.")
@@ -112,8 +120,8 @@ def load_documents(dataset: str, split: str) -> Documents:
         frame = embedded_corpus()
         rows = frame[frame["split"] == split]
         return Documents(dataset, split, rows["text"].tolist(), content_hash(rows))
-    if Path(dataset).exists() or dataset.startswith((".", "/", "~")):
-        texts = [t for t in folder_texts(Path(dataset).expanduser()) if split_of(t) == split]
+    if from_project(dataset).exists() or dataset.startswith((".", "/", "~")):
+        texts = [t for t in folder_texts(dataset) if split_of(t) == split]
     else:
         texts = _hub_texts(dataset, split)
     if not texts:
@@ -121,17 +129,16 @@ def load_documents(dataset: str, split: str) -> Documents:
     return Documents(dataset, split, texts, _hash(texts))
 
 
-def opening_token(tokenizer) -> int:
-    """The token that opens a document: beginning-of-text where the tokenizer has one, else end-of-text."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
 def token_stream(texts: list[str], tokenizer, describe: str = "tokenising") -> np.ndarray:
-    """All texts as one stream of token ids `[n]` (uint32), each document opened by `opening_token`."""
+    """All texts as one stream of token ids `[n]` (uint32), each document opened by `opening_token`.
+
+    Raises:
+        ValueError: the tokenizer has no opening token, or cannot keep a special token that a text spells out as text.
+    """
     start_id = opening_token(tokenizer)
     parts = []
     for start in tqdm(range(0, len(texts), 512), desc=describe, unit="batch", disable=len(texts) < 4096):
-        for ids in tokenizer(texts[start:start + 512], add_special_tokens=False)["input_ids"]:
+        for ids in encode(tokenizer, texts[start:start + 512]):
             parts.append(np.array([start_id, *ids], dtype=np.uint32))
     return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
@@ -172,11 +179,13 @@ def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: in
     """One document a row, cut to `max_len` tokens, right-padded: input_ids and attention_mask `[b, s]`.
 
     Rows are sorted by length, so that little is padded; `row` `[b]` gives each row's place in `documents`.
+
+    Raises:
+        ValueError: the tokenizer has no opening token, or cannot keep a special token that a text spells out as text.
     """
-    opening = opening_token(tokenizer)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    opening, pad = opening_token(tokenizer), padding_token(tokenizer)
     texts = documents.texts[:limit]
-    encoded = tokenizer([t[:12 * max_len] for t in texts], add_special_tokens=False)["input_ids"]
+    encoded = encode(tokenizer, [t[:12 * max_len] for t in texts])
     rows = sorted(((i, [opening, *ids][:max_len]) for i, ids in enumerate(encoded)), key=lambda r: (len(r[1]), r[0]))
     batches = []
     for start in range(0, len(rows), batch_size):

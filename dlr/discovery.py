@@ -4,18 +4,14 @@ Order: the folder itself; its `best`, then the finished `checkpoint`, then the `
 the same in its newest complete run. Half-written checkpoints are skipped with a warning.
 """
 
-import json
 import warnings
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from dlr.checkpoint import CONFIG, WEIGHTS
 from dlr.config import PHASES
+from dlr.folder import CONFIG, CONTROL, WEIGHTS, looks_like, missing_part  # noqa: F401
 from dlr.models import NANO_ROUTER
 from dlr.runs import METRICS, project_root, results_folder
 
-CONTROL = "control.json"            # a static, stochastic or dense checkpoint: see dlr.variants
 _BEST, _LAST = ("best", "checkpoint-best", "checkpoint"), ("last", "checkpoint-last")
 
 
@@ -27,36 +23,6 @@ def from_project(where: str | Path) -> Path:
     """`where` as a path; a relative one that is not here is taken from the project's root (kernels run in notebooks/)."""
     path = Path(where).expanduser()
     return path if path.is_absolute() or path.exists() else project_root() / path
-
-
-def _unreadable(path: Path) -> str | None:
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        else:
-            with safe_open(path, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError) as error:
-        return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name} cannot be read"
-    return None
-
-
-def looks_like(folder: Path) -> bool:
-    """Whether `folder` holds any part of a DLR checkpoint."""
-    return any((folder / name).exists() for name in (CONFIG, WEIGHTS, CONTROL, "adapter_config.json"))
-
-
-def missing_part(folder: Path) -> str | None:
-    """What makes `folder` an incomplete checkpoint, or None."""
-    if folder.name.startswith("."):
-        return "it was being written"
-    parts = [CONTROL] if (folder / CONTROL).exists() else [CONFIG, WEIGHTS]
-    if (folder / CONTROL).exists() or (folder / "adapter_config.json").exists() or \
-            (folder / "adapter_model.safetensors").exists():
-        parts += ["adapter_config.json", "adapter_model.safetensors"]
-    if folder.parent.name == "trainer":
-        parts.append("trainer_state.json")
-    return next((problem for part in parts if (problem := _unreadable(folder / part))), None)
 
 
 def _candidates(folder: Path) -> list[tuple[str, Path]]:

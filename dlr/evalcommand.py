@@ -27,8 +27,10 @@ def add_parser(commands) -> None:
     command.add_argument("--skip", type=float, help="skip ratio: the router's dial, a static plan, or layers dropped")
     command.add_argument("--order", metavar="RUN", help="run whose greedy static order --variant static takes")
     command.add_argument("--model", help="base model to load the checkpoint onto (default: the one it names)")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-                         help="of the base model's weights (default float32)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                         help="of the base model's weights (default: what the checkpoint was trained at)")
+    command.add_argument("--load-in-4bit", action=argparse.BooleanOptionalAction,
+                         help="NF4 weights of the base model (default: as the checkpoint was trained)")
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="requests a batch (default 16)")
     command.add_argument("--name", help="name of the results folder below results/evaluation/")
 
@@ -67,7 +69,8 @@ def environment() -> dict:
 
 
 def evaluate_command(arguments) -> int:
-    from dlr.benchmark import row_of, run_benchmark
+    from dlr.benchmark import precision_of, row_of, run_benchmark
+    from dlr.config import EvaluationConfig, validated
     from dlr.harness import DLRLM
     from dlr.runs import Run, results_folder, slug
     from dlr.tasks import PERPLEXITIES, manager_for
@@ -80,14 +83,18 @@ def evaluate_command(arguments) -> int:
     if arguments.limit is not None and arguments.limit <= 0:
         raise ValueError(f"--limit {arguments.limit} must be above 0")
     manager_for([name for name in names if name not in PERPLEXITIES])              # a mistyped name costs no model loading
+    if arguments.name is not None and not arguments.name.strip("."):
+        raise ValueError(f"--name {arguments.name!r} must be a folder's name, not a way up")
+    name = validated({} if arguments.name is None else {"run_name": arguments.name}, EvaluationConfig).run_name
     loaded = open_variant(arguments.checkpoint, arguments.variant, arguments.skip, arguments.order, arguments.model,
-                          dtype=arguments.dtype)
-    label = arguments.name or slug(f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
+                          dtype=arguments.dtype, load_in_4bit=arguments.load_in_4bit)
+    label = name if arguments.name is not None else slug(f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
                                      + (f"-skip={arguments.skip}" if arguments.skip is not None else ""))
     run = Run(results_folder() / "evaluation" / label)
     lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size)
     print(f"results in {run.folder}", flush=True)
-    settings = {"checkpoint": loaded.checkpoint, "variant": loaded.variant, "skip": arguments.skip, "digest": loaded.digest}
+    settings = {"checkpoint": loaded.checkpoint, "variant": loaded.variant, "skip": arguments.skip, "digest": loaded.digest,
+                "base": precision_of(loaded.base)}
     run.start(settings, loaded.digest)
     found = run_benchmark(lm, names, run.folder / loaded.name, data_dir=arguments.data_dir, limit=arguments.limit,
                           num_fewshot=arguments.num_fewshot)

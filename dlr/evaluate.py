@@ -8,6 +8,8 @@ import pandas as pd
 import torch
 
 from dlr.calibration import calibrate, calibration_curve
+from dlr.config import fast_bf16
+from dlr.logits import last_only
 from dlr.objective import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
@@ -16,9 +18,9 @@ from dlr.routed import Routing
 BOOTSTRAP = 1000
 
 
-def autocast(device: torch.device, enabled: bool):
-    """bfloat16 autocast on `device`, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def autocast(device: torch.device, enabled: bool | None = None):
+    """bfloat16 autocast on `device`, or nothing; None: where bfloat16 products are faster here (`config.fast_bf16`)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16() if enabled is None else enabled)
 
 
 def device_of(model) -> torch.device:
@@ -32,7 +34,7 @@ def _per_row(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *, bf16: bool = True,
+def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *, bf16: bool | None = None,
              kl: bool = False, describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
     """One row a document: predicted tokens, summed nll (nats), real tokens, gates, gates run, and keep counts a unit.
 
@@ -97,7 +99,16 @@ def summary(table: pd.DataFrame, always_run: int, units_per_layer: int = 1) -> d
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
-    """Mean nll a token of `first` minus `second` on the same documents, with a paired bootstrap interval."""
+    """Mean nll a token of `first` minus `second` on the same documents, with a paired bootstrap interval.
+
+    Negative: `first` predicts the text better.
+
+    Raises:
+        ValueError: the tables are not of the same documents.
+    """
+    if len(first) != len(second) or not np.allclose(first[["doc", "predicted"]], second[["doc", "predicted"]]):
+        raise ValueError("A paired difference needs two tables of the same documents, cut alike; these are of "
+                         f"{len(first)} and {len(second)} documents.")
     joined = pd.DataFrame({"d": first["nll"] - second["nll"], "n": first["predicted"]})
 
     def mean(frame):
@@ -108,7 +119,7 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
 
 
 @torch.no_grad()
-def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool = True) -> tuple[torch.Tensor, int]:
+def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool | None = None) -> tuple[torch.Tensor, int]:
     """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced to run."""
     found, forced, device = [], 0, device_of(model)
     config = routing.config
@@ -116,7 +127,7 @@ def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool = 
     for batch in tqdm(batches, desc="calibrating", unit="batch"):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with autocast(device, bf16), routing.using(RouterPolicy()):
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **last_only(model))      # logits are not read
         plan = routing.plan
         free = plan.real & (mask.cumsum(1) - 1 >= first)
         found.append(plan.logits[free].float().cpu())
@@ -124,7 +135,7 @@ def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool = 
     return torch.cat(found), forced
 
 
-def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float, *, bf16: bool = True) -> float:
+def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float, *, bf16: bool | None = None) -> float:
     """Sets the threshold that gives `target_skip` on `batches`, and the dial's curve; returns the ratio it gives there.
 
     The logits depend on the first K layers only, which every plan runs: one pass is exact.

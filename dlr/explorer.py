@@ -8,6 +8,7 @@ Standard ipywidgets only. Moving the slider re-routes from kept logits at once; 
 
 import asyncio
 import functools
+from html import escape
 
 import ipywidgets as W
 
@@ -73,7 +74,7 @@ class Later:
 
 def labelled(widget, label: str):
     """`widget` with a visible label above it."""
-    return W.VBox([W.HTML(f"<b style='font-size:12px'>{label}</b>"), widget])
+    return W.VBox([W.HTML(f"<b style='font-size:12px'>{escape(label)}</b>"), widget])
 
 
 def budget_slider(session: Session) -> W.IntSlider:
@@ -88,14 +89,16 @@ class Explorer(Quiet, W.VBox):
         checkpoint: folder or label of a checkpoint; the embedded router by default.
         text: what to show first.
         session: a session to share; the explorer then does not close it.
+        loading: dtype, device and load_in_4bit of every checkpoint opened here, see `dlr.session.Session`.
     """
 
-    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None):
+    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None, **loading):
         self.error: Exception | None = None
         self.record: Record | None = None
         self.cost, self._turns = None, []
         self._owned, self._quiet = session is None, False
-        self.session = session or Session(checkpoint)
+        self._loading = loading
+        self.session = session or Session(checkpoint, **loading)
         self._build(next(iter(EXAMPLES.values())) if text is None else text)
         self._read_later, self._settle_later = Later(self.read), Later(self.settle)
         self._time_later = Later(self.measure)
@@ -154,7 +157,7 @@ class Explorer(Quiet, W.VBox):
             later.cancel()
         self.record = None                         # after an error there is nothing to show, least of all another text's plan
         threshold = self.session.threshold(self.budget.value / 100)
-        self.record = self.session.read(self.text.value, threshold=threshold)
+        self.record = self.session.read(self.text.value, threshold=threshold, longest=views.LONGEST)
         self.cost = self.session.flops(self.record)
         self.show()
         self._time_anew()
@@ -212,7 +215,7 @@ class Explorer(Quiet, W.VBox):
         if self._quiet:
             return
         try:
-            before, self.session = self.session, Session(self._there[change["new"]])
+            before, self.session = self.session, Session(self._there[change["new"]], **self._loading)
         except Exception:
             self._quiet, self.picker.value = True, change["old"]          # the model is still that one
             self._quiet = False
@@ -240,7 +243,6 @@ class Explorer(Quiet, W.VBox):
         except Exception as error:
             self.downloads.value = views.message(error)
             return []
-        from html import escape
         place = "/".join(made[0].parent.parts[-3:])
         self.downloads.value = f"Written to <code>{escape(place)}</code>: {' · '.join(map(link, made))}"
         return made

@@ -28,11 +28,12 @@ class Comparison(Quiet, W.VBox):
     Args:
         checkpoint: of the first side; the second starts with the same one.
         session: a session to share; it is not closed with the comparison.
+        loading: dtype, device and load_in_4bit, see `dlr.session.Session`.
     """
 
-    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None):
-        self.error, self.records, self._owned = None, None, session is None
-        self._sessions = {"first": session or Session(checkpoint)}
+    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None, **loading):
+        self.error, self.records, self._owned, self._loading = None, None, session is None, loading
+        self._sessions = {"first": session or Session(checkpoint, **loading)}
         self._sessions["second"] = self._sessions["first"]
         self.source = self._sessions["first"].folder
         self._build(next(iter(EXAMPLES.values())) if text is None else text)
@@ -66,7 +67,8 @@ class Comparison(Quiet, W.VBox):
         if self.picker.value == before.name:
             return
         try:
-            self._sessions["second"] = first if self.picker.value == first.name else Session(self._there[self.picker.value])
+            self._sessions["second"] = first if self.picker.value == first.name \
+                else Session(self._there[self.picker.value], **self._loading)
         except Exception:
             self.picker.value = before.name                 # the model is still that one
             raise
@@ -76,7 +78,8 @@ class Comparison(Quiet, W.VBox):
 
     def _side(self, side: str) -> Record:
         session = self._sessions[side]
-        return session.read(self.text.value, threshold=session.threshold(self.budgets[side].value / 100))
+        return session.read(self.text.value, threshold=session.threshold(self.budgets[side].value / 100),
+                            longest=views.LONGEST)
 
     @guarded
     def read(self) -> None:
@@ -85,7 +88,7 @@ class Comparison(Quiet, W.VBox):
         self.budgets["second"].disabled = static = self.plan.value == STATIC
         one, two = self._sessions["first"], self._sessions["second"]
         if static:
-            base = first if two is one else two.read(self.text.value)
+            base = first if two is one else two.read(self.text.value, longest=views.LONGEST)
             second, note = two.static(base, first.skip_ratio)
             names = (f"{one.name}, router", "best static plan" if note.startswith("best") else "static plan")
             note = f"Second: {note}, on the router’s own weights; whole layers, so its skip ratio is only near the first’s."
@@ -126,11 +129,13 @@ class Generator(Quiet, W.VBox):
 
     Args:
         session: a session to share; it is not closed with the tab.
+        loading: dtype, device and load_in_4bit, see `dlr.session.Session`.
     """
 
-    def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None):
+    def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None,
+                 **loading):
         self.error, self.progress, self._task, self._stopped, self._seed = None, None, None, False, -1
-        self._owned, self.session = session is None, session or Session(checkpoint)
+        self._owned, self.session = session is None, session or Session(checkpoint, **loading)
         self.source = self.session.folder
         self.prompt = W.Textarea(prompt, layout=W.Layout(width="98%", height="72px"), tooltip="prompt")
         self.budget = budget_slider(self.session)
@@ -195,12 +200,16 @@ class Workbench(Quiet, W.Tab):
     """Explore, Compare and Generate as tabs, each with a copy of the model; the later two are made when opened, and anew
     where the explorer has another checkpoint by then.
 
+    Args:
+        loading: dtype, device and load_in_4bit, see `dlr.session.Session`.
+
     Raises:
         FileNotFoundError: there is no such checkpoint; the message names those there are.
     """
 
-    def __init__(self, checkpoint=None, text: str | None = None):
-        self.explorer = Explorer(checkpoint, text)
+    def __init__(self, checkpoint=None, text: str | None = None, **loading):
+        self._loading = loading
+        self.explorer = Explorer(checkpoint, text, **loading)
         self.comparison: Comparison | None = None
         self.generator: Generator | None = None
         super().__init__([self.explorer, W.VBox(), W.VBox()], titles=("Explore", "Compare", "Generate"))
@@ -211,9 +220,9 @@ class Workbench(Quiet, W.Tab):
         source, tabs = self.explorer.session.folder, list(self.children)
         try:
             if self.selected_index == 1 and self._stale(self.comparison, source):
-                tabs[1] = self.comparison = Comparison(source, self.explorer.text.value)
+                tabs[1] = self.comparison = Comparison(source, self.explorer.text.value, **self._loading)
             elif self.selected_index == 2 and self._stale(self.generator, source):
-                tabs[2] = self.generator = Generator(source)
+                tabs[2] = self.generator = Generator(source, **self._loading)
         except Exception as error:
             tabs[self.selected_index] = W.HTML(views.message(error))
         self.children = tabs

@@ -1,11 +1,14 @@
 """What can be taken away: one HTML file, PNG and PDF for a paper, CSV and JSON of the record.
 
-Every file appears whole or not at all. The HTML file is the live view itself inside a page: no script, no network.
+Every file appears whole or not at all. The HTML file is the live view itself inside a page: no script, no network. Text
+in the CSV that a spreadsheet would run as a formula has an apostrophe before it; the JSON holds every text exactly.
 """
 
 import base64
 import io
 import json
+import re
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +24,6 @@ MIME = {".html": "text/html", ".png": "image/png", ".pdf": "application/pdf", ".
 
 def page(view: str, title: str = "Dynamic Layer Routing") -> str:
     """A page of its own around a view."""
-    from html import escape
     return (f'<!doctype html>\n<html lang=en class=dlr-page><head><meta charset=utf-8><meta name=viewport '
             f'content="width=device-width"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
             f'style-src \'unsafe-inline\'"><meta name=color-scheme content="light dark"><title>{escape(title)}</title></head>'
@@ -54,15 +56,27 @@ def to_json(record: Record, cost: Cost | None = None) -> str:
                              "cost": vars(cost) if cost else None, "tokens": rows(record)}), ensure_ascii=False, indent=1)
 
 
+# What a spreadsheet reads as a formula, also after spaces and quotes and in full width, or takes for another cell.
+_FORMULA = re.compile(r"[\t\r\n]|[\s'\"\u200b\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
+
+
+def cell(value):
+    """`value` for a CSV file: a text that a spreadsheet would run gets an apostrophe; numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
 def to_csv(record: Record) -> str:
-    """The record as a table, one row a token, one column a layer and a prediction."""
+    """The record as a table, one row a token, one column a layer and a prediction.
+
+    Tokens are written as `cell` gives them: '=' becomes "'=". For the exact texts take the JSON.
+    """
     flat = []
     for row in rows(record):
         for name in ("top_dense", "top_routed", "top_dense_probability", "top_routed_probability", "layers",
                      "router_logits"):
             stem = {"layers": "layer", "router_logits": "logit"}.get(name, name)
             row |= {f"{stem}_{k}": value for k, value in enumerate(row.pop(name))}
-        flat.append(row)
+        flat.append({name: cell(value) for name, value in row.items()})
     return pd.DataFrame(flat).to_csv(index=False)
 
 
@@ -108,4 +122,5 @@ def export(record: Record, view: str, folder: str | Path | None = None, cost: Co
 def link(path: Path) -> str:
     """A link that saves a file from the page it stands in, wherever that page is served from."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<a download="{path.name}" href="data:{MIME[path.suffix]};base64,{data}">{path.name}</a>'
+    name = escape(path.name, quote=True)
+    return f'<a download="{name}" href="data:{MIME[path.suffix]};base64,{data}">{name}</a>'

@@ -34,11 +34,37 @@ def save(figure, folder: Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
-def _colour(variant: str) -> str:
-    for key in ("shuffled", "mean plan", "random plan", "stochastic depth", "best static", "dense LoRA", "base"):
-        if key in variant:
-            return COLOURS[key]
-    return COLOURS["DLR"]
+# The kinds of rows that `study` makes, by what figures call them.
+KINDS = {"routed": "DLR", "static": "best static", "mean": "mean plan", "shuffled": "shuffled", "random": "random plan",
+         "stochastic": "stochastic depth", "dense": "dense LoRA", "base": "base"}
+
+
+def kind_of(row: dict) -> str:
+    """The kind of a results row, one of KINDS; rows from before they said it had one of a few fixed names."""
+    if isinstance(row.get("kind"), str):
+        return row["kind"]
+    name = row["variant"]
+    for kind, words in KINDS.items():
+        if name == words or name.endswith(f", {words}") or (kind == "stochastic" and name.startswith(words)):
+            return kind
+    return "routed"
+
+
+def unit_names(count: int, always_keep: int, units_per_layer: int = 1) -> list[str]:
+    """What the gates of `count` units decide on: the model's layer numbers, with the part where layers have two."""
+    parts = ("",) if units_per_layer == 1 else (" attention", " MLP")
+    return [f"{always_keep + unit // units_per_layer}{parts[unit % units_per_layer]}" for unit in range(count)]
+
+
+def heat(rates: pd.DataFrame, label: str, title: str = ""):
+    """Rates between 0 and 1 as coloured cells: a row a variant, a column a routable unit, named as in `unit_names`."""
+    style()
+    figure, axes = plt.subplots(figsize=(0.45 * rates.shape[1] + 2.5, 0.36 * len(rates) + 1.3))
+    sns.heatmap(rates, vmin=0, vmax=1, cmap="cividis", ax=axes, annot=True, fmt=".2f", annot_kws={"size": 6},
+                cbar_kws={"label": label}, xticklabels=True)
+    axes.set(xlabel="layer", ylabel="", title=title)
+    figure.tight_layout()
+    return figure
 
 
 def comparison(table: pd.DataFrame, title: str = ""):
@@ -48,11 +74,12 @@ def comparison(table: pd.DataFrame, title: str = ""):
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.36 * len(rows) + 1.2), sharey=True,
                                          gridspec_kw={"width_ratios": [3, 2]})
     places = np.arange(len(rows))
-    for place, row in zip(places, rows.itertuples()):
+    colours = [COLOURS[KINDS[kind_of(row)]] for row in rows.to_dict("records")]
+    for place, row, colour in zip(places, rows.itertuples(), colours):
         left.errorbar(row.perplexity, place, xerr=[[row.perplexity - row.perplexity_low],
                                                    [row.perplexity_high - row.perplexity]], fmt="o",
-                      color=_colour(row.variant), capsize=3)
-        right.barh(place, 100 * row.skip, color=_colour(row.variant))
+                      color=colour, capsize=3)
+        right.barh(place, 100 * row.skip, color=colour)
         right.text(100 * row.skip + 1, place, f"{100 * row.skip:.1f}", va="center", fontsize=8)
     left.set_yticks(places, rows["variant"])
     left.set_ylim(-0.7, len(rows) - 0.3)
@@ -92,13 +119,14 @@ def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
     lower.set_xlabel("measured skip on the test split (%)")
     lower.set_ylabel("DLR - best static\n(nats a token)")
     data = table.copy()
-    data["kind"] = data["variant"].str.replace(r", \d+% dropped|, full", "", regex=True)
+    data["kind"] = [kind_of(row) for row in table.to_dict("records")]
     data["budget"] = data["skip"].round(1)
     for kind, group in data.groupby("kind", sort=False):
+        name = KINDS[kind]
         points = group.groupby("budget").agg(skip=("skip", "mean"), mean=("perplexity", "mean"),
                                              spread=("perplexity", "std")).fillna(0.0)
-        axes.errorbar(100 * points["skip"], points["mean"], yerr=points["spread"], label=kind, color=_colour(kind),
-                      marker="o", capsize=3, lw=2 if kind in ("DLR", "best static") else 1,
+        axes.errorbar(100 * points["skip"], points["mean"], yerr=points["spread"], label=name,
+                      color=COLOURS[name], marker="o", capsize=3, lw=2 if kind in ("routed", "static") else 1,
                       ls="-" if len(points) > 1 else "none")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
@@ -111,20 +139,17 @@ def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
 
 
 def keep_rates(table: pd.DataFrame, always_keep: int = 4, title: str = ""):
-    """Share of tokens that run each routable unit, one row a variant; None without rows."""
-    style()
+    """Share of tokens that run each routable unit, one row a variant; None without rows.
+
+    Rows that say their layers and units are believed.
+    """
     if table.empty:
         return None
+    first = table.iloc[0].to_dict()
     rates = pd.DataFrame(table["keep_rate"].tolist(), index=table["variant"])
-    rates.columns = [always_keep + i for i in range(rates.shape[1])]
-    figure, axes = plt.subplots(figsize=(0.45 * rates.shape[1] + 2.5, 0.36 * len(rates) + 1.3))
-    sns.heatmap(rates, vmin=0, vmax=1, cmap="cividis", ax=axes, annot=True, fmt=".2f", annot_kws={"size": 6},
-                cbar_kws={"label": "keep rate"})
-    axes.set_xlabel("layer")
-    axes.set_ylabel("")
-    axes.set_title(title)
-    figure.tight_layout()
-    return figure
+    rates.columns = unit_names(rates.shape[1], int(first.get("always_keep", always_keep)),
+                               1 + (first.get("unit") == "sublayer"))
+    return heat(rates, "keep rate", title)
 
 
 def training(logs: dict[str, pd.DataFrame], title: str = ""):

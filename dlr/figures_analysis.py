@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from dlr.figures import COLOURS, save, style
+from dlr.figures import COLOURS, save, style, unit_names
 from dlr.record import Record
 from dlr.runs import results_folder
 
@@ -25,7 +25,7 @@ def _interval(axes, x, rows: pd.DataFrame, middle: str, low: str, high: str, **o
     axes.errorbar(x, rows[middle], yerr=spread, capsize=3, **options)
 
 
-def category_depth(table: pd.DataFrame):
+def category_depth(table: pd.DataFrame, always_keep: int = 4, units_per_layer: int = 1):
     """Mean active layers a category with 95 % intervals, and its keep rates layer by layer."""
     style()
     rows = table[table["tokens"] > 0].sort_values("active_layers").reset_index(drop=True)
@@ -37,8 +37,9 @@ def category_depth(table: pd.DataFrame):
     left.errorbar(rows["active_layers"], places, xerr=spread, fmt="o", capsize=3, color=COLOURS["DLR"])
     left.axvline(float(rows.loc[rows["category"] == "all", "active_layers"].iloc[0]), color="black", lw=0.8, ls=":")
     left.set_xlabel("active layers (95 % interval over documents)")
-    sns.heatmap(keep.to_numpy(), ax=right, vmin=0, vmax=1, cmap="cividis", cbar_kws={"label": "keep rate"})
-    right.set_xlabel("routable unit")
+    sns.heatmap(keep.to_numpy(), ax=right, vmin=0, vmax=1, cmap="cividis", cbar_kws={"label": "keep rate"},
+                xticklabels=unit_names(keep.shape[1], always_keep, units_per_layer))
+    right.set_xlabel("layer")
     left.set_yticks(places, [f"{r.category} ({r.tokens:,})" for r in rows.itertuples()])
     figure.suptitle("Depth by category of the token read")
     figure.tight_layout()
@@ -71,7 +72,7 @@ def headroom(rows: list[dict]):
     return figure
 
 
-def predictability(rows: list[dict], always_keep: int):
+def predictability(rows: list[dict], always_keep: int, units_per_layer: int = 1):
     """R² of harm by depth of the probe, and unit by unit at the router's own input."""
     style()
     table = pd.DataFrame(rows)
@@ -83,18 +84,20 @@ def predictability(rows: list[dict], always_keep: int):
         if len(own):
             units = own["by_unit"].iloc[0]
             right.plot(range(len(units)), units, "o-", color=colour, label=kind)
+            right.set_xticks(range(len(units)), unit_names(len(units), always_keep, units_per_layer),
+                             rotation=90 * (units_per_layer - 1))
     left.axvline(always_keep, color="black", lw=0.8, ls=":")
     left.set_xlabel("probe reads the state after layer ... (dotted: the router's)")
     left.set_ylabel("R² of harm, mean of units")
     right.axhline(0, color="black", lw=0.8)
-    right.set_xlabel("routable unit")
+    right.set_xlabel("layer")
     right.set_ylabel("R² at the router's input")
     left.legend(frameon=False)
     figure.tight_layout()
     return figure
 
 
-def difficulty(rows: list[dict], by_unit: list[dict]):
+def difficulty(rows: list[dict], by_unit: list[dict], always_keep: int = 4, units_per_layer: int = 1):
     """Rank correlations of depth with difficulty, and of each gate with the benefit of its own unit."""
     style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), gridspec_kw={"width_ratios": [1, 2]}, sharey=True)
@@ -103,10 +106,12 @@ def difficulty(rows: list[dict], by_unit: list[dict]):
     for axes, table in ((left, whole), (right, pd.DataFrame(units))):
         _interval(axes, np.arange(len(table)), table, "correlation", "low", "high", fmt="o", color=COLOURS["DLR"])
         axes.axhline(0, color="black", lw=0.8)
-        axes.set_xticks(range(len(table)), table["measure"].str.replace("unit ", "").str.replace("dense ", ""))
+        axes.set_xticks(range(len(table)), table["measure"].str.replace("dense ", ""))
+    right.set_xticks(range(len(units)), unit_names(len(units), always_keep, units_per_layer),
+                     rotation=90 * (units_per_layer - 1))
     left.set_ylabel("rank correlation\n(95 % interval over documents)")
     left.set_xlabel("active layers with ...")
-    right.set_xlabel("gate of unit ... with the benefit of that unit")
+    right.set_xlabel("gate of layer ... with the benefit of that layer")
     figure.tight_layout()
     return figure
 
@@ -155,10 +160,11 @@ def draw(run: Path, folder: Path | None = None, prefix: str = "") -> list[Path]:
         raise FileNotFoundError(f"{str(run)!r} has no metrics.json, so that run is not finished; give it again: "
                                 "python -m dlr run token_analysis")
     metrics, record = json.loads((run / "metrics.json").read_text(encoding="utf-8")), Record.load(run / "record")
-    found = {"category_depth": category_depth(pd.DataFrame(metrics["categories"])),
+    layers = record.meta["always_keep"], record.meta["units_per_layer"]
+    found = {"category_depth": category_depth(pd.DataFrame(metrics["categories"]), *layers),
              "headroom": headroom(metrics["rows"]),
-             "predictability": predictability(metrics["probes"], record.meta["always_keep"]),
-             "difficulty": difficulty(metrics["difficulty"], metrics["benefit"]),
+             "predictability": predictability(metrics["probes"], *layers),
+             "difficulty": difficulty(metrics["difficulty"], metrics["benefit"], *layers),
              "position": position(metrics["position"]), "words": words(record, metrics["least"])}
     return [save(figure, folder or run, prefix + name) for name, figure in found.items()]
 

@@ -2,11 +2,9 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
-from dlr.figures import COLOURS, style
+from dlr.figures import COLOURS, KINDS, heat, style, unit_names
 
-_KINDS = {"routed": "DLR", "static": "best static", "stochastic": "stochastic depth", "dense": "dense LoRA", "base": "base"}
 Z = 1.96
 
 
@@ -36,7 +34,7 @@ def bars(rows: list[dict], title: str = ""):
     for axes, task in zip(grid[:, 0], tasks):
         part = table[table["task"] == task].iloc[::-1]
         errors = part[["low", "high"]].to_numpy().T
-        axes.barh(part["variant"], part["score"], xerr=errors, color=[COLOURS[_KINDS[k]] for k in part["kind"]],
+        axes.barh(part["variant"], part["score"], xerr=errors, color=[COLOURS[KINDS[k]] for k in part["kind"]],
                   error_kw={"lw": 1, "capsize": 2})
         chance = part["chance"].iloc[0]
         if pd.notna(chance):
@@ -57,7 +55,7 @@ def scatter(rows: list[dict], title: str = ""):
     for axes, task in zip(grid[0], tasks):
         for row in table[table["task"] == task].itertuples():
             axes.errorbar(100 * row.skip, row.score, yerr=[[row.low], [row.high]], fmt="o", capsize=2,
-                          color=COLOURS[_KINDS[row.kind]], label=_KINDS[row.kind])
+                          color=COLOURS[KINDS[row.kind]], label=KINDS[row.kind])
         chance = table.loc[table["task"] == task, "chance"].iloc[0]
         if pd.notna(chance):
             axes.axhline(chance, color="black", ls=":", lw=1)
@@ -93,7 +91,7 @@ def group_tasks(rows: list[dict], harness: dict, group: str):
         results = found[row["variant"]]
         errors = [Z * results[leaf][metric.replace(",", "_stderr,")] for leaf in leaves]
         axes.errorbar([results[leaf][metric] for leaf in leaves], range(len(leaves)), xerr=errors, fmt=markers[row["variant"]],
-                      color=COLOURS[_KINDS[row["kind"]]], ms=6 if row is rows[0] else 3.5, elinewidth=0.5, alpha=0.8,
+                      color=COLOURS[KINDS[row["kind"]]], ms=6 if row is rows[0] else 3.5, elinewidth=0.5, alpha=0.8,
                       label=row["variant"])
     if chance is not None:
         axes.axvline(chance, color="black", ls=":", lw=1)
@@ -109,19 +107,12 @@ def group_tasks(rows: list[dict], harness: dict, group: str):
 
 def layer_skips(rows: list[dict], always_keep: int = 4, title: str = ""):
     """Share of scored tokens that skip each routable unit, one line a variant that skips any."""
-    style()
     table = {row["variant"]: [1 - rate for rate in row["keep_rate"]] for row in rows if row["keep_rate"]}
     if not table:
         return None
-    rates = pd.DataFrame(table.values(), index=list(table))
-    rates.columns = [always_keep + i for i in range(rates.shape[1])]
-    figure, axes = plt.subplots(figsize=(0.45 * rates.shape[1] + 2.5, 0.36 * len(rates) + 1.3))
-    sns.heatmap(rates, vmin=0, vmax=1, cmap="cividis", ax=axes, annot=True, fmt=".2f", annot_kws={"size": 6},
-                cbar_kws={"label": "skip rate"})
-    axes.set_xlabel("layer")
-    axes.set_title(title)
-    figure.tight_layout()
-    return figure
+    rates, first = pd.DataFrame(table.values(), index=list(table)), next(row for row in rows if row["keep_rate"])
+    rates.columns = unit_names(rates.shape[1], first.get("always_keep", always_keep), 1 + (first.get("unit") == "sublayer"))
+    return heat(rates, "skip rate", title)
 
 
 def redraw(folder):

@@ -7,6 +7,7 @@ Scoring is the harness's own code (HFLM). This class feeds it batches whose rows
 be told from scored tokens, and fails closed: a routed request on which the router did not run is an error.
 """
 
+import difflib
 import hashlib
 import logging
 
@@ -14,6 +15,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from dlr.config import SettingsError
 from dlr.metering import Meter, Watch, end_watch
 from dlr.progress import tqdm
 from dlr.routed import causal_lm
@@ -45,30 +47,78 @@ def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: li
     return len(tokens)
 
 
+PASSED_ON = ("truncation", "softmax_dtype", "mixed_precision_dtype", "add_bos_token", "prefix_token_id", "think_end_token",
+             "enable_thinking", "chat_template_args")
+_BY_CHECKPOINT = "the base model and its tokenizer are those the checkpoint names; give model=NAME for another place of the same"
+_ONE_DEVICE = "the model runs whole on one device; give device"
+REFUSED = {
+    "logits_cache": "it reuses logits between requests, which hides them from the router's watch",
+    "max_batch_size": "it bounds batch_size='auto', which is not supported; give batch_size",
+    "trust_remote_code": "code from the Hub is never run",
+    "peft": "adapters come with the checkpoint", "delta": "adapters come with the checkpoint",
+    "load_in_8bit": "4 bit is what there is; give load_in_4bit=True",
+    **dict.fromkeys(("pretrained", "backend", "tokenizer", "revision", "subfolder", "use_fast_tokenizer", "gguf_file",
+                     "autogptq", "gptqmodel"), _BY_CHECKPOINT),
+    **dict.fromkeys(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"),
+                    _ONE_DEVICE)}
+
+
+def _checked(options: dict, own: list[str]) -> dict:
+    """The harness's options that act on a model that is loaded already; what is unknown or idle is refused."""
+    for name, value in options.items():
+        if name in REFUSED and value not in (None, False):
+            raise SettingsError(f"{name}={value!r} cannot be used with DLR checkpoints: {REFUSED[name]}.")
+        if name not in (*PASSED_ON, *REFUSED):
+            near = difflib.get_close_matches(name, [*own, *PASSED_ON], n=1)
+            raise SettingsError(f"There is no model argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else
+                             f"; there are {', '.join([*own, *PASSED_ON])}."))
+    return {name: value for name, value in options.items() if name in PASSED_ON}
+
+
+def _number(name: str, value) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise SettingsError(f"{name}={value!r} must be a number.") from None
+
+
 @register_model("dlr")
 class DLRLM(HFLM):
-    """Args: checkpoint (folder, run, phase or base model), variant, skip, order (see `dlr.variants.open_variant`);
-    batch_size, device, max_length as in the harness. `meter` holds what was measured since `restart_meter`.
+    """Args: checkpoint (folder, run, phase or base model), variant, skip, order, model, dtype, load_in_4bit,
+    attn_implementation (see `dlr.variants.open_variant`); or `loaded`, what that returned. batch_size, device, max_length
+    and the names in `PASSED_ON` as in the harness. `meter` holds what was measured since `restart_meter`.
+
+    Raises:
+        SettingsError: an option that is unknown, or that would have no effect here; the message says which and why.
     """
 
-    def __init__(self, checkpoint: str = "nano", variant: str | None = None, skip: float | None = None,
-                 order: str | None = None, loaded: Loaded | None = None, batch_size: int | str = 16,
-                 device: str | None = None, max_length: int | None = None, max_batch_size: int | None = None, **options):
+    def __init__(self, checkpoint: str | None = None, variant: str | None = None, skip: float | None = None,
+                 order: str | None = None, model: str | None = None, dtype: str | None = None,
+                 load_in_4bit: bool | None = None, attn_implementation: str | None = None, loaded: Loaded | None = None,
+                 batch_size: int | str = 16, device: str | None = None, max_length: int | None = None, **options):
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1; 'auto' is not supported.")
-        if options.pop("logits_cache", False):
-            raise ValueError("logits_cache reuses logits between requests, which hides them from the router's watch; "
-                             "leave it out.")
-        skip = None if skip is None else float(skip)
-        self.loaded = loaded or open_variant(checkpoint, variant, skip, order)
+            raise SettingsError(f"batch_size={batch_size!r} must be a whole number of at least 1; 'auto' is not supported.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        opened = {"variant": variant, "skip": _number("skip", skip), "order": order, "model": model,
+                  "dtype": None if dtype == "auto" else dtype, "load_in_4bit": load_in_4bit,
+                  "attn_implementation": attn_implementation}
+        options = _checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length", *opened])
+        given = [name for name, value in (opened | {"checkpoint": checkpoint}).items() if value is not None]
+        if loaded is not None and given:
+            raise SettingsError(f"{', '.join(given)} would have no effect on a model that is loaded already; give either.")
+        self.loaded = loaded or open_variant(checkpoint or "nano", **opened, device=None if device == "cpu" else device)
+        net = self.loaded.model
+        if next(net.parameters()).device.type not in ("meta", torch.device(device).type):          # meta: offloaded
+            net = net.to(device)
         logger = logging.getLogger("lm_eval.models.huggingface")
         logger.disabled = True                          # it warns that a model object was given; that is the point here
+        net.__dict__["tie_weights"] = lambda: None      # it would tie a head again that an adapter trained apart
         try:
-            super().__init__(pretrained=self.loaded.model.to(device), backend="causal", tokenizer=self.loaded.tokenizer,
+            super().__init__(pretrained=net, backend="causal", tokenizer=self.loaded.tokenizer,
                              logits_cache=False, batch_size=int(batch_size), max_length=max_length, **options)
         finally:
             logger.disabled = False
+            del net.__dict__["tie_weights"]
         routing = self.loaded.routing
         if routing is None and hasattr(causal_lm(self.loaded.model), ROUTER_NAME):
             raise ValueError("This model has a router attached, but was given as one without; its scores would be routed. "

@@ -1,9 +1,14 @@
-"""Other forwards in some modules of a layer, and another attention function, for the duration of a call."""
+"""Standing in for a module's forward, or for its attention function, for one thread and no longer than a block.
+
+Nothing stays on the model: what was put there goes away when the block ends, also on an interrupt, and other threads
+that run the same modules meanwhile get the modules' own code.
+"""
 
 import functools
 import inspect
 import sys
 import threading
+from threading import get_ident
 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -11,11 +16,101 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 ATTENTION_NAME = "dlr_rows"        # what attention modules find as their attention function meanwhile
 _INTERCEPTED = ("sdpa", "eager")   # attention functions that take any mask; others see every query row
 _BY_PLACE = frozenset({"arange", "get_seq_length", "get_query_offset"})      # how attention code finds places by itself
-_ACTIVE = threading.local()
+LOCK = threading.RLock()           # held while stand-ins are put in place or taken away, never while they run
+
+
+class Standin:
+    """A module's forward in which each thread may have put another function; without one, the module's own."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.before, self.by_thread = module, module.__dict__.get("forward"), {}
+
+    def __call__(self, *args, **kwargs):
+        forward = self.by_thread.get(get_ident())
+        return self.own(*args, **kwargs) if forward is None else forward(*args, **kwargs)
+
+    def own(self, *args, **kwargs):
+        """The module's own forward."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __getstate__(self):
+        return self.__dict__ | {"by_thread": {}}          # a copy of the model is in nobody's block
+
+    @staticmethod
+    def of(module: nn.Module) -> "Standin | None":
+        """The stand-in now in place of the module's forward, if any."""
+        there = module.__dict__.get("forward")
+        return there if isinstance(there, Standin) else None
+
+    @classmethod
+    def put(cls, module: nn.Module, forward) -> None:
+        """Lets `forward` stand in for the module's in this thread."""
+        with LOCK:
+            there = cls.of(module)
+            if there is None:
+                there = module.__dict__["forward"] = cls(module)
+            there.by_thread[get_ident()] = forward
+
+    @classmethod
+    def take(cls, module: nn.Module, everybody: bool = False) -> None:
+        """Takes this thread's function away, or everybody's; the module's own forward is back with the last one."""
+        with LOCK:
+            there = cls.of(module)
+            if there is None:
+                return
+            there.by_thread.clear() if everybody else there.by_thread.pop(get_ident(), None)
+            if there.by_thread:
+                return
+            if there.before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = there.before
+
+
+class _Config:
+    """An attention module's configuration, which names `ATTENTION_NAME` to the threads that exchange its function."""
+
+    def __init__(self, config):
+        self.__dict__.update(real=config, by_thread={})
+
+    def __getattr__(self, name):
+        if name in ("real", "by_thread"):                  # asked before they are set, while a copy is being made
+            raise AttributeError(name)
+        if name == "_attn_implementation" and get_ident() in self.by_thread:
+            return ATTENTION_NAME
+        return getattr(self.real, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.real, name, value)
+
+    def __getstate__(self):
+        return {"real": self.real, "by_thread": {}}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+    @classmethod
+    def put(cls, attention: nn.Module, attend) -> None:
+        with LOCK:
+            if not isinstance(attention.config, cls):
+                attention.__dict__["config"] = cls(attention.config)
+            attention.config.by_thread[get_ident()] = attend
+
+    @classmethod
+    def take(cls, attention: nn.Module, everybody: bool = False) -> None:
+        with LOCK:
+            config = getattr(attention, "config", None)
+            if not isinstance(config, cls):
+                return
+            config.by_thread.clear() if everybody else config.by_thread.pop(get_ident(), None)
+            if not config.by_thread:
+                attention.__dict__["config"] = config.real
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    return _ACTIVE.attend(module, query, key, value, attention_mask, **kwargs)
+    return module.config.by_thread[get_ident()](module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -35,7 +130,8 @@ def _exchangeable(family: type) -> bool:
 
 def attention_function(attention: nn.Module):
     """The function `attention` would call, where kept rows can be handed to it alone; None: it must see every row."""
-    name = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    config = getattr(attention, "config", None)
+    name = getattr(getattr(config, "real", config), "_attn_implementation", None)
     if name not in _INTERCEPTED or not _exchangeable(type(attention)):
         return None
     if getattr(attention, "reorder_and_upcast_attn", False):
@@ -55,20 +151,26 @@ class intercepted:
         self.forwards, self.attention, self.attend = forwards, attention, attend
 
     def __enter__(self):
-        self.before = {module: module.__dict__.get("forward") for module in self.forwards}
-        for module, forward in self.forwards.items():
-            module.__dict__["forward"] = forward
-        if self.attend is not None:
-            self.outer, _ACTIVE.attend = getattr(_ACTIVE, "attend", None), self.attend
-            config = self.attention.config
-            self.name, config._attn_implementation_internal = config._attn_implementation_internal, ATTENTION_NAME
+        try:
+            for module, forward in self.forwards.items():
+                Standin.put(module, forward)
+            if self.attend is not None:
+                _Config.put(self.attention, self.attend)
+        except BaseException:                              # an interrupt before the block has begun
+            self.__exit__()
+            raise
 
     def __exit__(self, *error):
-        for module, forward in self.before.items():
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
+        for module in self.forwards:
+            Standin.take(module)
         if self.attend is not None:
-            _ACTIVE.attend = self.outer
-            self.attention.config._attn_implementation_internal = self.name
+            _Config.take(self.attention)
+
+
+def own_forwards(modules, everybody: bool = True) -> None:
+    """Gives modules their own forward and configuration back, whoever replaced them; or but for other threads."""
+    for module in modules:
+        if isinstance(module.__dict__.get("forward"), Standin):
+            Standin.take(module, everybody)
+        if isinstance(module.__dict__.get("config"), _Config):
+            _Config.take(module, everybody)

@@ -5,6 +5,7 @@ Every routed system runs its router, and then follows a recorded plan, so that a
 
 import contextlib
 import itertools
+import math
 import random
 import statistics
 import weakref
@@ -129,10 +130,12 @@ class Prefill:
         """Seconds by part: 'layers' (embedding to final norm) and 'end to end'."""
         marks = []
         hook = self.subject.routing.decoder.register_forward_hook(lambda *a: marks.append(timer()))
-        start = timer()
-        self.subject.model(self.ids, use_cache=False, logits_to_keep=1)
-        end = timer()
-        hook.remove()
+        try:
+            start = timer()
+            self.subject.model(self.ids, use_cache=False, logits_to_keep=1)
+            end = timer()
+        finally:
+            hook.remove()
         return {"layers": marks[-1] - start, "end to end": end - start}
 
 
@@ -180,8 +183,8 @@ def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
         elif skip == 0.0 and system != "compact":
             continue                                             # only compact execution claims to be free at 0 %
         elif system == "truncation":
-            low = int(subject.active(skip))
-            chosen += [(system, skip, depth) for depth in {low, min(low + 1, subject.layers)}]
+            active = subject.active(skip)
+            chosen += [(system, skip, depth) for depth in {math.floor(active), math.ceil(active)}]
         else:
             chosen.append((system, skip, subject.layers))
     return sorted(set(chosen), key=lambda v: (SYSTEMS.index(v[0]), v[1], v[2]))
@@ -200,12 +203,13 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
     times: list[dict] = []
     for repeat in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}", unit="turn"):
         for system, skip, depth in random.Random(repeat).sample(variants, len(variants)):
-            if system in REFERENCES and repeat % 2 == 0 < repeat:
+            warm_up = repeat == 0
+            if system in REFERENCES and not warm_up and repeat % 2 == 0:
                 continue
             with subject.as_system(system, skip, work.tokens):
                 subject.model.config.num_hidden_layers = depth
                 for part, seconds in work.run().items():
-                    if repeat:                                            # the first turn warms up
+                    if not warm_up:
                         times.append({"turn": repeat, "part": part, "system": system, "skip": skip, "depth": depth,
                                       "seconds": seconds})
     return _table(subject, work, _at_active_depth(subject, pd.DataFrame(times)))
@@ -213,9 +217,9 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
 
 def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
     """Seconds `[turn, (part, system, skip)]`; those of truncation interpolated between the two depths of the same turn."""
-    truncated = times["system"] == "truncation"
-    nearness = 1 - (times["depth"] - times["skip"].map(subject.active)).abs()          # of a depth to the active layers
-    times = times.assign(seconds=times["seconds"] * nearness.where(truncated, 1.0))
+    # 4.4 active layers lie between depths 4 and 5: their times count 0.6 and 0.4, and the sum below adds them up
+    weight = 1 - (times["depth"] - times["skip"].map(subject.active)).abs()
+    times = times.assign(seconds=times["seconds"] * weight.where(times["system"] == "truncation", 1.0))
     found = times.groupby(["turn", "part", "system", "skip"])["seconds"].sum()
     return found.unstack(["part", "system", "skip"])
 

@@ -11,6 +11,9 @@ import sys
 
 from lm_eval.__main__ import cli_evaluate
 
+from dlr.checkpoint import WrongBase
+from dlr.config import SettingsError
+
 import dlr.harness  # noqa: F401  (registers the model)
 
 
@@ -18,7 +21,10 @@ def main() -> None:
     if any(argument.split("=")[0] in ("--use_cache", "--use-cache") for argument in sys.argv):
         sys.exit("error: --use_cache answers requests from a store that does not know which model or plan filled it, so a "
                  "routed model could be given a dense one's scores; leave it out. `python -m dlr eval` keeps finished tasks.")
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (SettingsError, WrongBase) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlr.config import RunConfig
+from dlr.weights import NANO, NANO_NAME
+from dlr.packed import keep_differentiable
 
 # PEFT 0.21 still asks transformers 5.23 for the old name of this property.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
-NANO = Path(__file__).parent / "nano"
 NANO_ROUTER = NANO / "router"            # a trained, calibrated router for it
+DTYPES = ("float32", "bfloat16", "float16")
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+       "bnb_4bit_compute_dtype": "bfloat16"}
 # Names of attention and MLP projections in the families we know; PEFT takes those a model has.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",        # Llama and kin
                "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",                               # Phi-3, OPT
@@ -25,27 +29,72 @@ def load_base(config: RunConfig):
 
     Raises:
         ConnectionError: neither a local folder nor reachable on the Hub; the message names the embedded model.
+        ValueError: the weights are there as a pickle only, or an unknown dtype.
     """
-    source = str(NANO) if config.model == "nano" else config.model
-    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
-    if config.load_in_4bit:
+    return open_base(config.model, config.dtype, config.attn_implementation, NF4 if config.load_in_4bit else None)
+
+
+def open_base(name: str, *args, **options):
+    """(model, tokenizer) of the base `name`; arguments and errors as in `open_model`."""
+    model = open_model(name, *args, **options)
+    return model, AutoTokenizer.from_pretrained(source_of(name))
+
+
+def source_of(name: str) -> str:
+    """The folder or Hub id of a base model, whose embedded one goes by name."""
+    return str(NANO) if name in ("nano", NANO_NAME) else name
+
+
+def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,
+              quantisation: dict | None = None, device: str | None = None, upcast: bool = True):
+    """The base model `name`, in evaluation mode and without gradients.
+
+    Args:
+        name: 'nano' (the embedded model), a local folder or a Hub id.
+        dtype: of the weights; None is the base's own (of the embedded model float32, in which it is measured).
+        quantisation: bitsandbytes' settings, as `NF4`; None leaves the base as it is stored.
+        device: where the weights go; None is the CPU. upcast: float32 for what a 4-bit base does not pack.
+
+    Raises: as `load_base`.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    source = source_of(name)
+    dtype = dtype or ("float32" if source == str(NANO) else "auto")
+    options = {"dtype": getattr(torch, dtype, dtype), "attn_implementation": attn_implementation or "sdpa",
+               "use_safetensors": True, "adapter_kwargs": {"subfolder": "none"}}      # no adapter that lies beside the base
+    if device:
+        options["device_map"] = {"": device}
+    if quantisation:
         from transformers import BitsAndBytesConfig
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16)
+        settings = {key: value for key, value in quantisation.items() if key not in ("loaded_as", "quant_method")}
+        options["quantization_config"] = BitsAndBytesConfig(**settings)
+    _refuse_pickle(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except Exception as error:          # a missing tokenizer, file or network each raise a class of their own
+    except Exception as error:          # a missing file or network each raise a class of their own
         if Path(source).exists():
             raise
-        raise ConnectionError(f"The model {config.model!r} is neither a local folder nor to be had from the Hugging "
+        if "safetensors" in str(error):
+            raise ValueError(_PICKLE.format(repr(name))) from error
+        raise ConnectionError(f"The model {name!r} is neither a local folder nor to be had from the Hugging "
                               f"Face Hub ({type(error).__name__}). Without a network use model='nano', the embedded "
                               "base model.") from error
-    if config.load_in_4bit:
+    if quantisation and quantisation.get("load_in_4bit") and upcast:
         from peft import prepare_model_for_kbit_training
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return model.eval().requires_grad_(False), tokenizer
+    return keep_differentiable(model).eval().requires_grad_(False)
+
+
+_PICKLE = ("The weights of {} are there as a pickle only (pytorch_model.bin); loading one runs whatever code it holds, so it is "
+           "refused. Ask for a safetensors copy, or convert it where you trust it: "
+           "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder).")
+
+
+def _refuse_pickle(source: str) -> None:
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise ValueError(_PICKLE.format(repr(source)))
 
 
 def projections_of(model) -> list[str]:

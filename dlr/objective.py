@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dlr.adapters import without_adapters
 from dlr.plan import Plan
 
 ROWS = 1024          # positions whose logits are held in float32 at a time: 152k x 1024 x 4 bytes = 0.6 GB
@@ -49,12 +50,15 @@ def kl_to_teacher(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tens
 
 @contextlib.contextmanager
 def frozen_base(model, routing):
-    """The base model itself: adapters, router and dropout off, no gradients, no second copy of the weights."""
-    adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    """The base model itself: adapters, router and dropout off, no gradients, no second copy of the weights.
+
+    Raises:
+        ValueError: an adapter trains the base's own biases, or lies in the model unknown to it.
+    """
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), adapters, routing.disabled():
+        with torch.no_grad(), without_adapters(model, routing), routing.disabled():
             yield model
     finally:
         model.train(training)

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dlr.adapters import without_adapters
 from dlr.baselines import drop, static_pair
 from dlr.evaluate import autocast, bootstrap, device_of
 from dlr.objective import ROWS, frozen_base, predicted
@@ -99,9 +100,7 @@ class Instrument:
     @contextlib.contextmanager
     def _setting(self):
         """No gradients, the adapters asked for, and masked execution, whose results are the reference."""
-        off = contextlib.nullcontext()
-        if not self.adapters and hasattr(self.model, "disable_adapter"):
-            off = self.model.disable_adapter()
+        off = contextlib.nullcontext() if self.adapters else without_adapters(self.model, self.routing)
         before, self.routing.execution = self.routing.execution, "masked"
         try:
             with torch.no_grad(), autocast(self.sample.ids.device, self.sample.bf16), off:
@@ -230,12 +229,8 @@ def _cheapest(instruments: list[Instrument], plans: list[torch.Tensor], count: i
 def router_plan(instrument: Instrument, threshold: float) -> torch.Tensor:
     """The router's own gates `[n, U]` at a threshold, on the weights the instrument measures."""
     routing, sample = instrument.routing, instrument.sample
-    before, routing.config.threshold = routing.config.threshold, threshold
-    try:
-        with instrument._setting(), routing.using(RouterPolicy()):
-            instrument.model(input_ids=sample.ids, attention_mask=sample.real.long(), use_cache=False)
-    finally:
-        routing.config.threshold = before
+    with instrument._setting(), routing.at(policy=RouterPolicy(), threshold=threshold):
+        instrument.model(input_ids=sample.ids, attention_mask=sample.real.long(), use_cache=False)
     return (routing.plan.gates[sample.free] > 0.5).cpu()
 
 

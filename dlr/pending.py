@@ -16,6 +16,24 @@ def positional(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in _BY_POSITION if kwargs.get(name) is not None}
 
 
+def by_row(kwargs: dict, hidden: torch.Tensor) -> bool:
+    """Whether all that goes with positions is `[s]`, `[1 or b, s]` or `[1 or b, s, e]`, so that rows can be taken from it.
+
+    Vision-language models rotate by three places a token (`[3, b, s, e]`); their layers run part by part.
+    """
+    batch, length = hidden.shape[:2]
+    return all(_by_row(value, name, batch, length) for name, value in positional(kwargs).items())
+
+
+def _by_row(value, name: str, batch: int, length: int) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_by_row(part, name, batch, length) for part in value)
+    if value.dim() == 1:
+        return value.shape[0] == length
+    usual = 3 if name == "position_embeddings" else 2
+    return value.dim() == usual and value.shape[0] in (1, batch) and value.shape[1] == length
+
+
 def joined(parts: list):
     """Tensors (or tuples of them) of several calls as those of one call over all their positions."""
     if isinstance(parts[0], (tuple, list)):

@@ -24,6 +24,10 @@ class Plan:
     always_keep: int
     units_per_layer: int = 1
 
+    def __repr__(self) -> str:
+        batch, length, units = self.gates.shape
+        return f"Plan({batch} x {length} tokens, {units} units, {self.skip_ratio:.1%} skipped)"
+
     @property
     def kept(self) -> torch.Tensor:
         """Hard gates of real tokens, `[n, U]` float."""

@@ -12,8 +12,8 @@ class Policy:
     """A source of gates. `reads_hidden` tells the two-pass strategy whether a first pass is needed."""
     reads_hidden = False
 
-    def check(self, routing, batch: int, length: int) -> None:
-        """Raises ValueError, before anything is computed, where this plan does not fit a pass of `[b, s]` tokens."""
+    def check(self, routing, current) -> None:
+        """Raises ValueError, before anything is computed, where this plan does not fit a pass (see `passes.Pass`)."""
 
     def __call__(self, routing, hidden: torch.Tensor, current) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError
@@ -28,22 +28,36 @@ class RouterPolicy(Policy):
             whole layers then drop out of the step. A sequence's text depends on its batch.
         'prompt': the same decision, made once over the newest prefill and kept for every step that follows.
     Below a few hundred rows a batched step reads every weight of a layer that any row runs, so that 'exact' saves
-    arithmetic but little time; the other two save both.
+    arithmetic but little time; the other two save both. Candidates of assisted decoding are steps, several at a time.
     """
     reads_hidden = True
 
     def __init__(self, training: bool = False, temperature: float = 1.0, noise: bool = True):
         self.training, self.temperature, self.noise = training, temperature, noise
 
+    def check(self, routing, current) -> None:
+        pools = routing.config.level == "sequence"
+        if current.cache is None or not (pools or routing.decode_plan == "prompt"):
+            return
+        known = current.memory.pool if pools else current.memory.prompt
+        if known is not None or (not pools and current.new > 1):
+            return
+        past = bool(current.cache.get_seq_length() > 0) if current.past is None else current.past
+        if past:
+            what = "level='sequence' decides by a sequence's first tokens" if pools else \
+                "decode_plan='prompt' fixes the plan at prefill"
+            raise ValueError(f"{what}, and this key/value cache was filled without that (by the dense model, or under another "
+                             "decode_plan). Start again with an empty cache.")
+
     def __call__(self, routing, hidden, current):
-        config = routing.config
+        config, threshold = routing.config, routing.threshold
         logits = routing.router(hidden) if config.level == "token" else self._pooled(routing, hidden, current)
         if self.training:
-            gates = straight_through_gates(logits, config.threshold, self.temperature, self.noise)
+            gates = straight_through_gates(logits, threshold, self.temperature, self.noise)
             if config.level == "sequence":
                 gates = gates[:, :1].expand_as(gates)         # one draw a sequence
         else:
-            gates = hard_gates(logits, config.threshold)
+            gates = hard_gates(logits, threshold)
         if config.level == "sequence":
             pooled = (current.position < config.pool_tokens).unsqueeze(-1)
             gates = torch.where(pooled, torch.ones_like(gates), gates)
@@ -54,27 +68,32 @@ class RouterPolicy(Policy):
     def _pooled(self, routing, hidden, current) -> torch.Tensor:
         """Sequence level: logits from the mean state of the first tokens, which therefore run every layer themselves.
 
-        Pooling the whole sequence, as the original did, would let later tokens decide how earlier ones are computed.
-        A cached continuation uses the decision made when its cache was begun.
+        Pooling the whole sequence, as the original did, would let later tokens decide how earlier ones are computed. A
+        cache keeps the states of the first tokens, so that a prompt shorter than the pool is completed by what follows.
         """
-        logits = routing.remembered(current.cache)
-        if logits is None:
-            pool = (current.real & (current.position < routing.config.pool_tokens)).unsqueeze(-1).to(hidden.dtype)
-            logits = routing.router((hidden * pool).sum(1) / pool.sum(1).clamp(min=1)).unsqueeze(1)
-        current.memory = logits
-        return logits.expand(*hidden.shape[:2], -1)
+        size, (batch, length, width) = routing.config.pool_tokens, hidden.shape
+        place = torch.where(current.real, current.position, size).clamp(0, size)          # `size`: none of the first tokens
+        earlier = current.memory.pool
+        if earlier is None:
+            earlier = hidden.new_zeros(batch, size + 1, width)
+        states = earlier.scatter(1, place.unsqueeze(-1).expand(-1, -1, width), hidden)
+        current.memory.pool = states.detach()
+        count = (torch.where(current.real, current.position, 0).amax(1) + 1).clamp(1, size)
+        within = (torch.arange(size, device=hidden.device) < count.unsqueeze(1)).unsqueeze(-1)
+        mean = (states[:, :size].float() * within).sum(1) / count.unsqueeze(1)
+        return routing.router(mean.to(hidden.dtype)).unsqueeze(1).expand(-1, length, -1)
 
     def _together(self, routing, logits, gates, current) -> torch.Tensor:
         """Gates of a decode step that the batch shares; a longer pass keeps its own and, for 'prompt', notes the sum."""
-        step = current.cache is not None and logits.shape[1] == 1
-        if routing.decode_plan == "prompt":
-            noted = routing.remembered(current.cache)
-            if step and noted is not None:
-                current.memory = noted
-                return noted.expand_as(gates)
-            current.memory = _shared_gates(logits, gates, current.real)
-            return gates
-        return _shared_gates(logits, gates, current.real).expand_as(gates) if step else gates
+        new, memory = current.new, current.memory
+        if routing.decode_plan == "consensus":
+            step = current.cache is not None and logits.shape[1] == 1
+            return _shared_gates(logits, gates, current.real).expand_as(gates) if step else gates
+        if memory.prompt is not None and new == 1:
+            return memory.prompt.expand_as(gates)
+        own = gates[:, :new]
+        memory.prompt = _shared_gates(logits[:, :new], own, current.real[:, :new])
+        return torch.cat([own, memory.prompt.expand_as(gates[:, new:])], 1)
 
 
 def _shared_gates(logits: torch.Tensor, gates: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -92,7 +111,7 @@ class StaticPlan(Policy):
     def __init__(self, gates: torch.Tensor):
         self.gates = gates.float()
 
-    def check(self, routing, batch, length):
+    def check(self, routing, current):
         if self.gates.shape != (routing.units,):
             raise ValueError(f"A static plan for this model has {routing.units} gates; {tuple(self.gates.shape)} given.")
 
@@ -141,6 +160,9 @@ class ShuffledPlan(Policy):
     def __init__(self, seed: int = 0):
         self.router, self.generator = RouterPolicy(), torch.Generator().manual_seed(seed)
 
+    def check(self, routing, current):
+        self.router.check(routing, current)
+
     def __call__(self, routing, hidden, current):
         gates, logits = self.router(routing, hidden, current)
         movable = current.real & (current.position >= routing.config.keep_first_tokens)
@@ -156,8 +178,8 @@ class GivenPlan(Policy):
     def __init__(self, gates: torch.Tensor):
         self.gates = gates.float()
 
-    def check(self, routing, batch, length):
-        expected = (batch, length, routing.units)
+    def check(self, routing, current):
+        expected = (*current.real.shape, routing.units)
         if tuple(self.gates.shape) != expected:
             raise ValueError(f"This plan has shape {tuple(self.gates.shape)}; the pass needs [b, s, units] = {expected}. A "
                              "pass that goes on from a cache needs the gates of its new tokens only.")

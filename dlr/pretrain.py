@@ -5,6 +5,7 @@ stage started from any of its checkpoints gives a model to export. Muon: Jordan 
 al. 2024 (MiniCPM).
 """
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from dlr import encoding
 from dlr.config import fast_bf16
 from dlr.data import PackedBlocks, folder_texts, load_documents, token_stream
 from dlr.runs import atomic_file, write_atomically
@@ -36,20 +38,39 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
                                    model_max_length=1024, clean_up_tokenization_spaces=False)
 
 
-def pretraining_texts(text_dir: str, seed: int = 0) -> list[str]:
-    """Documents of `text_dir` (may be empty) and of the embedded corpus's train split, shuffled."""
-    texts = load_documents("embedded", "train").texts + (folder_texts(text_dir) if text_dir else [])
+def pretraining_texts(text_dir: str, seed: int = 0, dataset: str = "") -> list[str]:
+    """Documents of `text_dir` (may be empty) and of the embedded corpus's train split, or of `dataset` instead of both;
+    shuffled."""
+    texts = load_documents(dataset or "embedded", "train").texts
+    if text_dir and not dataset:
+        texts = texts + folder_texts(text_dir)
     random.Random(seed).shuffle(texts)
     return texts
 
 
-def pretraining_stream(text_dir: str, tokenizer, cache: Path) -> np.ndarray:
-    """The training tokens `[n]`, from `cache` (a .npy file) or tokenised and stored there."""
-    if not cache.exists():
-        stream = token_stream(pretraining_texts(text_dir), tokenizer).astype(np.uint16)
-        with atomic_file(cache) as temporary, temporary.open("wb") as file:
+def pretraining_stream(text_dir: str, tokenizer, cache: Path, dataset: str = "") -> np.ndarray:
+    """The training tokens `[n]` (uint32, which holds any vocabulary), tokenised once, kept beside `cache` (a .npy file).
+
+    The file's name ends in a hash of texts, tokenizer and the rules of `dlr.encoding`: a stream of other text, or one
+    in which spelled-out special tokens end documents, is never taken for this one.
+    """
+    texts = pretraining_texts(text_dir, dataset=dataset)
+    path = cache.with_name(f"{cache.stem}-{_stream_key(texts, tokenizer)}.npy")
+    if not path.exists():
+        stream = token_stream(texts, tokenizer)
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, stream, allow_pickle=False)
-    return np.load(cache, mmap_mode="r", allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _stream_key(texts: list[str], tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = getattr(tokenizer, "get_vocab", dict)
+    vocabulary = backend.to_str() if backend is not None else repr(sorted(words().items()))
+    digest = hashlib.sha256(f"{encoding.RULES}\0{encoding.opening_token(tokenizer)}\0{vocabulary}".encode())
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def nano_config(vocab_size: int, layers: int = 16, width: int = 192) -> LlamaConfig:

@@ -8,17 +8,19 @@ Notation: n tokens of all texts, one after the other; U routable units; k top pr
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from dlr.data import opening_token
+from dlr.encoding import encode, opening_token
 from dlr.evaluate import autocast, device_of
+from dlr.logits import chunks, logits_of
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
-from dlr.routed import Routing, describe_base
+from dlr.routed import Routing, causal_lm, describe_base
 from dlr.runs import save_tensors, write_atomically
 
 TENSORS = ("ids", "document", "position", "gates", "logits", "loss_dense", "loss_routed", "entropy_dense", "kl",
@@ -80,18 +82,25 @@ class Record:
         """The plan at another threshold, from the logits alone; routed losses and predictions are unknown (NaN, -1)."""
         gates = (self.logits > threshold) | (self.position < self.meta["keep_first_tokens"]).unsqueeze(1)
         unknown = torch.full_like(self.loss_routed, NAN)
-        return replace(self, gates=gates, loss_routed=unknown, kl=unknown, top_routed=torch.full_like(self.top_routed, -1),
+        return replace(self, gates=gates, loss_routed=unknown, kl=unknown.clone(),
+                       top_routed=torch.full_like(self.top_routed, -1),
                        top_routed_probability=torch.full_like(self.top_routed_probability, NAN),
                        meta=self.meta | {"threshold": threshold})
 
     def save(self, path: str | Path) -> Path:
-        """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the JSON's path."""
-        path = Path(path)
+        """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the JSON's path.
+
+        The JSON is standard: a threshold of minus infinity, which closes no gate, is written as null.
+        """
+        path, meta = Path(path), dict(self.meta)
+        if meta.get("threshold") == -math.inf:
+            meta["threshold"] = None
         tensors = {name: getattr(self, name) for name in TENSORS}
         tensors["gates"] = tensors["gates"].to(torch.uint8)
         save_tensors(tensors, path.with_suffix(".safetensors"))
         return write_atomically(path.with_suffix(".json"),
-                                json.dumps({"meta": self.meta, "tokens": self.tokens}, ensure_ascii=False) + "\n")
+                                json.dumps({"meta": meta, "tokens": self.tokens}, ensure_ascii=False, allow_nan=False)
+                                + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -108,7 +117,10 @@ class Record:
                                     "record(...).save(path) writes both files.")
         tensors, text = load_file(files[0]), json.loads(files[1].read_text(encoding="utf-8"))
         tensors["gates"] = tensors["gates"].bool()
-        return cls(**tensors, tokens=text["tokens"], meta=text["meta"])
+        meta = text["meta"]
+        if "threshold" in meta and meta["threshold"] is None:
+            meta["threshold"] = -math.inf
+        return cls(**tensors, tokens=text["tokens"], meta=meta)
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
@@ -121,33 +133,64 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return [f" {text}" if space and not text.startswith(" ") else text for text, space in zip(texts, opens)]
 
 
-def _losses(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities `[s, V]` (float32) and the next token's loss `[s]`, NaN at the end."""
-    log_p = logits.float().log_softmax(-1)
-    loss = torch.full(ids.shape, NAN)
-    loss[:-1] = -log_p[:-1].gather(1, ids[1:, None]).squeeze(1).cpu()
-    return log_p, loss
+def _log_p(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in float32, in place of the logits where those are float32 already."""
+    log = logits.float()
+    return log.sub_(log.logsumexp(-1, keepdim=True))
+
+
+def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor, top: int) -> dict:
+    """What is kept of some rows' log-probabilities `[rows, V]`, dense and routed; the second is overwritten.
+
+    `following` `[rows]` are the tokens after them.
+    """
+    out = {}
+    for name, log in (("dense", log_p), ("routed", log_q)):
+        best = log.topk(min(top, log.shape[-1]), -1)
+        out[f"loss_{name}"] = -log.gather(1, following.to(log.device)[:, None]).squeeze(1)
+        out[f"top_{name}"], out[f"top_{name}_probability"] = best.indices, best.values.exp()
+    p = log_p.exp()
+    out["entropy_dense"] = -torch.linalg.vecdot(p, log_p)
+    out["kl"] = -log_q.sub_(log_p).mul_(p).sum(-1)
+    return {name: value.cpu() for name, value in out.items()}
 
 
 @torch.no_grad()
 def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top: int, bf16: bool) -> dict:
-    """Tensors of one text, ids `[s]`."""
+    """Tensors of one text, ids `[s]`. Of both models' logits only a few rows are held at a time."""
     from dlr.objective import frozen_base
     batch = ids.unsqueeze(0)
     with autocast(ids.device, bf16), frozen_base(model, routing):
-        dense, loss_dense = _losses(model(input_ids=batch, use_cache=False).logits[0], ids)
+        dense_rows = logits_of(model, routing, batch)
     with autocast(ids.device, bf16), routing.using(policy):
-        routed, loss_routed = _losses(model(input_ids=batch, use_cache=False).logits[0], ids)
-    plan = routing.plan
-    kl = (dense.exp() * (dense - routed)).sum(-1).cpu()
-    entropy = -(dense.exp() * dense).sum(-1).cpu()
-    kl[-1] = entropy[-1] = NAN
-    best = {"dense": dense.topk(top, -1), "routed": routed.topk(top, -1)}
+        routed_rows = logits_of(model, routing, batch)
+    plan, parts, following = routing.plan, [], ids.roll(-1)
+    for rows in chunks(model, len(ids)):
+        with autocast(ids.device, bf16), frozen_base(model, routing):
+            dense = _log_p(dense_rows(rows))
+        with autocast(ids.device, bf16):
+            routed = _log_p(routed_rows(rows))
+        parts.append(_compared(dense, routed, following[rows], top))
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for name in ("loss_dense", "loss_routed", "entropy_dense", "kl"):
+        found[name][-1] = NAN                                                # nothing follows the last token
     logits = torch.full(plan.gates.shape[1:], NAN) if plan.logits is None else plan.logits[0].float().cpu()
     return {"ids": ids.cpu(), "position": torch.arange(len(ids)), "gates": (plan.gates[0] > 0.5).cpu(), "logits": logits,
-            "loss_dense": loss_dense, "loss_routed": loss_routed, "entropy_dense": entropy, "kl": kl,
-            **{f"top_{k}": v.indices.cpu() for k, v in best.items()},
-            **{f"top_{k}_probability": v.values.exp().cpu() for k, v in best.items()}}
+            **found}
+
+
+def document_ids(tokenizer, text: str, model) -> list[int]:
+    """Ids of `text` as a document of `model`, its opening token first.
+
+    Raises:
+        ValueError: the tokenizer has no opening token, or has ids that the model does not know.
+    """
+    ids = [opening_token(tokenizer), *encode(tokenizer, text)]
+    known = causal_lm(model).get_input_embeddings().num_embeddings
+    if max(ids) >= known:
+        raise ValueError(f"The tokenizer gives token id {max(ids):,}, but the model knows {known:,} tokens only; use "
+                         "the tokenizer that belongs to this model.")
+    return ids
 
 
 def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int = 1024, policy: Policy | None = None,
@@ -158,14 +201,16 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
         max_len: tokens a text is cut to, the opening token included.
         policy: the plan's source; the router itself by default.
 
+    Memory does not grow with text times vocabulary: see `dlr.logits`.
+
     Raises:
-        ValueError: there is no text.
+        ValueError: there is no text, the tokenizer has no opening token, or it is not this model's.
     """
     if not texts:
         raise ValueError("There is no text to record; give at least one string.")
     policy, device, parts = policy or RouterPolicy(), device_of(model), []
     for index, text in enumerate(tqdm(texts, desc="recording", unit="text", disable=not bar or len(texts) < 8)):
-        ids = [opening_token(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]][:max_len]
+        ids = document_ids(tokenizer, text, model)[:max_len]
         part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top, bf16)
         parts.append(part | {"document": torch.full((len(ids),), index)})
     tensors = {key: torch.cat([part[key] for part in parts]) for key in TENSORS}
@@ -173,7 +218,7 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
     forced = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
     likely = torch.cat([tensors["top_dense"], tensors["top_routed"]]).unique().tolist()
     meta = {"model": name or describe_base(model)["name"], "policy": type(policy).__name__, "layers": len(routing.layers),
-            "always_keep": config.always_keep, "keep_last": config.keep_last, "threshold": config.threshold,
+            "always_keep": config.always_keep, "keep_last": config.keep_last, "threshold": routing.threshold,
             "keep_first_tokens": forced, "units_per_layer": routing.units_per_layer,
             "text_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}

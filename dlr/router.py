@@ -14,6 +14,18 @@ from dlr.config import RouterConfig
 ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds it
 
 
+class Dense(nn.Module):
+    """A linear layer that PEFT's target_modules="all-linear" does not take for one of the base model's."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        made = nn.Linear(inputs, outputs)
+        self.weight, self.bias = made.weight, made.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
 class Router(nn.Module):
     """RMSNorm, three linear layers with GELU between them, and (optionally) low-rank paths for skipped tokens.
 
@@ -24,8 +36,8 @@ class Router(nn.Module):
     def __init__(self, width: int, units: int, config: RouterConfig):
         super().__init__()
         hidden, self.width = config.router_hidden, width
-        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, units))
+        self.net = nn.Sequential(Dense(width, hidden), nn.GELU(), Dense(hidden, hidden), nn.GELU(),
+                                 Dense(hidden, units))
         nn.init.normal_(self.net[-1].weight, std=0.01)
         nn.init.constant_(self.net[-1].bias, config.keep_bias)
         rank = config.skip_adapter_rank
@@ -39,10 +51,7 @@ class Router(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.float()
             x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-            for module in self.net:
-                x = F.linear(x, module.weight.float(), module.bias.float()) if isinstance(module, nn.Linear) \
-                    else module(x)
-            return x
+            return self.net(x)
 
     def skipped(self, unit: int, x: torch.Tensor) -> torch.Tensor:
         """What a token carries past unit `unit` when it skips it: x, plus a low-rank term where there is an adapter."""

@@ -2,10 +2,18 @@
 
     python -m dlr explore "Any text."
     python -m dlr explore --serve
+
+The page, its kernels and their websockets answer only who brings the token of the printed address (or the cookie it is
+exchanged for), since other users of a machine reach its loopback address too. Voilà's own scripts and style sheets,
+which hold nothing of the text, are served to anybody. A kernel holds a model: that of a closed tab ends within IDLE +
+CHECK seconds.
 """
 
 import contextlib
+import html
+import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,6 +24,8 @@ import urllib.request
 from pathlib import Path
 
 HOST = "127.0.0.1"
+IDLE, CHECK = 60, 15             # seconds without a tab after which a kernel ends, and between looks
+TOKEN_VARIABLE = "JUPYTER_TOKEN"  # in the environment: a command line can be read by other users
 EXAMPLES = """examples:
   python -m dlr explore "The cat sat on the mat."          the embedded router, in the terminal
   python -m dlr explore --skip 0.3 --out view < notes.txt   another budget; also HTML, PNG, PDF, CSV and JSON
@@ -40,6 +50,9 @@ def add_parser(commands, formatter) -> None:
                                   formatter_class=formatter)
     explore.add_argument("text", nargs="?", help="the text (default: standard input)")
     explore.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint (default: the embedded router)")
+    explore.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                         help="of the base model's weights (default: as the checkpoint records)")
+    explore.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: an accelerator if any)")
     explore.add_argument("--skip", type=float, metavar="RATIO", help="budget, 0 to 0.8 (default: the calibrated one)")
     explore.add_argument("--out", metavar="FOLDER", help="also write the view as HTML, PNG, PDF, CSV and JSON")
     explore.add_argument("--plain", action="store_true", help="numbers without colours")
@@ -50,10 +63,14 @@ def add_parser(commands, formatter) -> None:
 
 def explore(arguments) -> int:
     """Runs the command; returns its exit status."""
+    loading = {name: value for name in ("dtype", "device") if (value := getattr(arguments, name)) is not None}
     if arguments.serve:
         if arguments.skip is not None or arguments.out or arguments.plain:
-            raise ValueError("--serve takes --checkpoint, a text, --port and --no-browser; budget and export are in the page.")
-        return serve(arguments.checkpoint, arguments.port, not arguments.no_browser, arguments.text)
+            raise ValueError("--serve takes --checkpoint, --dtype, --device, a text, --port and --no-browser; budget "
+                             "and export are in the page.")
+        return serve(arguments.checkpoint, arguments.port, not arguments.no_browser, arguments.text, **loading)
+    if arguments.port or arguments.no_browser:
+        raise ValueError("--port and --no-browser belong to --serve.")
     text = arguments.text
     if text is None:
         if sys.stdin.isatty():
@@ -62,9 +79,9 @@ def explore(arguments) -> int:
     from dlr import terminal, views
     from dlr.export import export
     from dlr.session import Session
-    session = Session(arguments.checkpoint)
+    session = Session(arguments.checkpoint, **loading)
     threshold = None if arguments.skip is None else session.threshold(arguments.skip)
-    record = session.read(text, threshold=threshold)
+    record = session.read(text, threshold=threshold, longest=views.LONGEST if arguments.out else None)
     cost = session.timed(record)
     print(terminal.view(record, cost, colour=not arguments.plain and terminal.wants_colour()))
     note = " ".join(filter(None, [session.note, session.cut(record)]))
@@ -76,12 +93,14 @@ def explore(arguments) -> int:
     return 0
 
 
-def notebook(checkpoint: str | None, text: str | None = None) -> str:
-    """The one-cell notebook behind the page, as JSON."""
+def notebook(checkpoint: str | None, text: str | None = None, **loading) -> str:
+    """The one-cell notebook behind the page, as JSON. The kernel runs elsewhere: a checkpoint is named by its folder."""
     import nbformat
-    if checkpoint and Path(checkpoint).exists():          # a folder, not a label: the server runs elsewhere
-        checkpoint = str(Path(checkpoint).resolve())
-    source = f"from dlr.explorer_tabs import Workbench\nWorkbench({checkpoint!r}, {text!r})"
+
+    from dlr.session import folder_of
+    folder = str(folder_of(checkpoint).resolve())
+    settings = "".join(f", {name}={value!r}" for name, value in loading.items())
+    source = f"from dlr.explorer_tabs import Workbench\nWorkbench({folder!r}, {text!r}{settings})"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     book.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return nbformat.writes(book)
@@ -93,40 +112,62 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def _options(book: Path, port: int, idle: float, check: float) -> list[str]:
+    """Voilà's command line."""
+    return [sys.executable, "-m", "voila", str(book), f"--port={port}", f"--Voila.ip={HOST}", "--no-browser",
+            "--Voila.open_browser=False", "--Voila.port_retries=0", "--Voila.auto_token=True",
+            "--VoilaConfiguration.show_tracebacks=True", "--VoilaConfiguration.file_denylist=.*",
+            "--VoilaExecutor.timeout=120", "--template=dlr", f"--MappingKernelManager.cull_idle_timeout={idle}",
+            f"--MappingKernelManager.cull_interval={check}", "--MappingKernelManager.cull_connected=False"]
+
+
 @contextlib.contextmanager
-def server(checkpoint: str | None = None, port: int = 0, text: str | None = None):
-    """A running Voilà server of the explorer; yields its address. It listens on 127.0.0.1 only.
+def server(checkpoint: str | None = None, port: int = 0, text: str | None = None, *, idle: int = IDLE,
+           check: int = CHECK, **loading):
+    """A running Voilà server of the explorer; yields its address, token included. It listens on 127.0.0.1 only.
+
+    Args:
+        idle, check: seconds without a tab after which a kernel ends, and seconds between looks.
+        loading: dtype and device of the checkpoint, see `dlr.session.Session`.
 
     Raises:
-        OSError: it did not start; the message holds the end of its log.
+        FileNotFoundError: there is no such checkpoint. OSError: the port is taken, or the server did not start; the
+            message holds the end of its log.
     """
-    from dlr.runs import project_root
-    port = port or free_port()
+    from dlr.corpus import cache_folder
+    from dlr.runs import project_root, results_folder
+    if port and _taken(port):
+        raise OSError(f"Port {port} of {HOST} is in use; give another one with --port, or leave it out for a free one.")
+    port, token = port or free_port(), secrets.token_hex(24)
     with tempfile.TemporaryDirectory(prefix="dlr-explore-") as folder:
         book, log = Path(folder) / "explorer.ipynb", Path(folder) / "log.txt"
-        book.write_text(notebook(checkpoint, text), encoding="utf-8")
+        book.write_text(notebook(checkpoint, text, **loading), encoding="utf-8")
         template = Path(folder) / "share" / "voila" / "templates" / "dlr"
         template.mkdir(parents=True)
         (template / "index.html.j2").write_text(TEMPLATE, encoding="utf-8")
-        (template / "conf.json").write_text('{"base_template": "lab"}', encoding="utf-8")
+        (template / "conf.json").write_text(json.dumps({"base_template": "lab"}), encoding="utf-8")
         paths = [str(project_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("w") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "voila", str(book), f"--port={port}", f"--Voila.ip={HOST}", "--no-browser",
-                 "--Voila.open_browser=False", "--VoilaConfiguration.show_tracebacks=True",
-                 "--VoilaExecutor.timeout=120", "--template=dlr"],
-                stdout=out, stderr=subprocess.STDOUT, env=os.environ | {
-                    "PYTHONPATH": os.pathsep.join(paths),
+                _options(book, port, idle, check), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {
+                    TOKEN_VARIABLE: token, "PYTHONPATH": os.pathsep.join(paths),
+                    "DLR_RESULTS": str(results_folder().resolve()), "DLR_CACHE": str(cache_folder().resolve()),
                     "JUPYTER_PATH": os.pathsep.join([f"{folder}/share", *filter(None, [os.environ.get("JUPYTER_PATH")])])})
         try:
             _await(process, f"http://{HOST}:{port}/voila/static/", log)
-            yield f"http://{HOST}:{port}/"
+            yield f"http://{HOST}:{port}/?token={token}"
         finally:
             process.terminate()
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
 
 
 def _await(process, address: str, log: Path, seconds: float = 90) -> None:
@@ -143,18 +184,29 @@ def _await(process, address: str, log: Path, seconds: float = 90) -> None:
                   f"words: {log.read_text(errors='replace')[-600:].strip()}")
 
 
-def serve(checkpoint: str | None, port: int, browser: bool, text: str | None = None) -> int:
+def serve(checkpoint: str | None, port: int, browser: bool, text: str | None = None, **loading) -> int:
     """Serves until interrupted."""
-    from dlr.session import folder_of
-    folder_of(checkpoint)                 # a missing checkpoint is said here, not in the page
-    with server(checkpoint, port, text) as address:
-        print(f"The explorer is at {address} (this machine only). Ctrl-C ends it.", flush=True)
-        if browser:
-            import webbrowser
-            webbrowser.open(address)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            print("\nstopped")
+    with server(checkpoint, port, text, **loading) as address:
+        print(f"The explorer is at {address} (this machine and this token only). Ctrl-C ends it.", flush=True)
+        with _opened(address) if browser else contextlib.nullcontext():
+            try:
+                while True:
+                    time.sleep(3600)
+            except KeyboardInterrupt:
+                print("\nstopped")
     return 0
+
+
+@contextlib.contextmanager
+def _opened(address: str):
+    """A browser at `address`, led there by a file that only this user can read: others would see the token on the
+    browser's command line."""
+    import webbrowser
+    handle, name = tempfile.mkstemp(suffix=".html", prefix="dlr-explore-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(address)}">')
+        webbrowser.open(Path(name).as_uri())
+        yield
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ Every session loads its own copy of the model; `close` takes router and adapters
 import contextlib
 import statistics
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +23,12 @@ from dlr.calibration import DIAL, calibration_curve, threshold_at
 from dlr.checkpoint import CONFIG, from_pretrained
 from dlr.config import RouterConfig
 from dlr.data import load_documents, padded_batches
+from dlr.discovery import find_checkpoint
+from dlr.encoding import encode, tokenizer_of
 from dlr.evaluate import device_of, router_logits
-from dlr.flops import router_flops, text_flops
-from dlr.models import NANO, NANO_ROUTER
+from dlr.flops import active_halves, adapter_flops, router_flops, text_flops
+from dlr.logits import last_only
+from dlr.models import NANO_ROUTER
 from dlr.objective import frozen_base
 from dlr.policy import GivenPlan, Policy, RecordedPlan, StaticPlan
 from dlr.record import Record, record
@@ -39,10 +43,11 @@ EMBEDDED = "embedded router"
 
 
 def checkpoints(root: Path | None = None) -> dict[str, Path]:
-    """Label to folder of what can be explored: the embedded router first, then those of finished runs."""
+    """Label to folder of what can be explored: the embedded router first, then those of finished runs, trials in
+    `scratch/` last."""
     found = {EMBEDDED: NANO_ROUTER} if (NANO_ROUTER / CONFIG).is_file() else {}
     root = root or results_folder()
-    for metrics in sorted(root.glob(f"*/*/{METRICS}")):
+    for metrics in [*sorted(root.glob(f"*/*/{METRICS}")), *sorted(root.glob(f"scratch/*/*/{METRICS}"))]:
         for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
             folder = config.parent
             named = folder.parent if folder.name == "checkpoint" else folder
@@ -51,7 +56,11 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
 
 
 def folder_of(checkpoint: str | Path | None) -> Path:
-    """The folder of a checkpoint given by folder or label; None is the embedded router, or the first there is.
+    """The folder of a checkpoint; None is the embedded router, or the first there is.
+
+    Args:
+        checkpoint: a label of `checkpoints()`, or what `dlr.discovery.find_checkpoint` takes: a folder, a run, a phase.
+            A relative path is looked for from here, then from the project's root.
 
     Raises:
         FileNotFoundError: there is none; the message names those there are.
@@ -64,8 +73,11 @@ def folder_of(checkpoint: str | Path | None) -> Path:
             return next(iter(there.values()))
     elif str(checkpoint) in there:
         return there[str(checkpoint)]
-    elif (Path(checkpoint) / CONFIG).is_file():
-        return Path(checkpoint)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            folder = find_checkpoint(checkpoint, say=lambda words: None)
+            if (folder / CONFIG).is_file():
+                return folder
     wanted = "embedded router (dlr/nano/router)" if checkpoint in (None, EMBEDDED) else f"checkpoint {str(checkpoint)!r}"
     raise FileNotFoundError(f"There is no {wanted}. There are: {', '.join(there) or 'none'}. "
                             "python -m dlr run trains one; give its checkpoint folder.")
@@ -91,27 +103,37 @@ class Session:
     """One routed model and its tokenizer.
 
     Args:
-        checkpoint: folder of a checkpoint, or a label of `checkpoints()`; the embedded router by default.
+        checkpoint: a checkpoint as in `folder_of`; the embedded router by default.
         model, tokenizer: a routed model that is there already, instead of a checkpoint; `close` then leaves it alone.
+        loading: dtype, device and load_in_4bit, as in `dlr.from_pretrained`; what is None is as the checkpoint records
+            it, on an accelerator where there is one.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; the message names those there are.
+        ValueError: a model was given without its tokenizer, or with `loading`, which can no longer act.
     """
 
-    def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None):
-        self.owned = model is None
+    def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None, **loading):
+        loading = {name: value for name, value in loading.items() if value is not None}
+        self.owned, self.note = model is None, ""
         self.name, self.folder = "given model", None
         if self.owned:
             self.folder = folder_of(checkpoint)
-            with _no_bars():
-                model = from_pretrained(self.folder)
-            tokenizer = _tokenizer(model)
+            if torch.cuda.is_available():
+                loading.setdefault("device", "cuda")
             self.name = _label(self.folder)
+            with _no_bars(), _warnings_of_this_project() as said:
+                model = from_pretrained(self.folder, **loading)
+            self.note = " ".join(said).replace(str(self.folder), self.name)
+            tokenizer = tokenizer_of(model, self.folder)
+        elif tokenizer is None or checkpoint is not None or loading:
+            given = [*loading, *(["checkpoint"] if checkpoint is not None else [])]
+            raise ValueError("Session(model=...) takes a routed model that is loaded, and its tokenizer=...; "
+                             f"checkpoint, dtype, device and the like have no effect on it (given: {', '.join(given) or 'none'}).")
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
         with contextlib.suppress(NotRoutable):              # where it cannot run compact, it stays masked
             self.routing.execution = "compact"
         self._curve: list[float] = list(self.routing.config.curve)
-        self.note = ""
 
     @property
     def context(self) -> int:
@@ -129,27 +151,27 @@ class Session:
 
     def length(self, text: str) -> int:
         """Tokens of `text`, the opening one included."""
-        return 1 + len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return 1 + len(encode(self.tokenizer, text))
 
     def cut(self, found: Record | None) -> str:
-        """Says so where a text was cut to the context; else ''."""
-        if found is None or len(found) < self.context:       # a whole text: no need to count its tokens at every redraw
-            return ""
+        """Says so where a text was cut; else ''."""
+        if found is None or len(found) < found.meta.get("longest", self.context):
+            return ""                                       # whole: no need to count its tokens at every redraw
         tokens = self.length(found.meta["text"])
-        return f"Cut to {len(found):,} of {tokens:,} tokens, the model's context." if tokens > self.context else ""
+        limit = "the model's context" if len(found) == self.context else "the most that is shown here"
+        return f"Cut to {len(found):,} of {tokens:,} tokens, {limit}." if tokens > len(found) else ""
 
     # -- records ----------------------------------------------------------------------------------------------------
-    def read(self, text: str, policy: Policy | None = None, threshold: float | None = None) -> Record:
-        """The record of one text (two forward passes), cut to the model's context."""
-        config = self.routing.config
-        before, config.threshold = config.threshold, config.threshold if threshold is None else threshold
-        try:
-            found = record(self.model, self.routing, self.tokenizer, [text], max_len=self.context, policy=policy,
+    def read(self, text: str, policy: Policy | None = None, threshold: float | None = None,
+             longest: int | None = None) -> Record:
+        """The record of one text (two forward passes), cut to the model's context, or to `longest` tokens if fewer."""
+        longest = min(self.context, longest or self.context)
+        with self.routing.at(threshold=self.routing.threshold if threshold is None else threshold):
+            found = record(self.model, self.routing, self.tokenizer, [text], max_len=longest, policy=policy,
                            name=self.name, bar=False)
-        finally:
-            config.threshold = before
         likely = [*found.ids.tolist(), *map(int, found.meta["top_tokens"])]
-        return replace(found, meta=found.meta | {"text": text, "bytes": piece_bytes(self.tokenizer, likely)})
+        return replace(found, meta=found.meta | {"text": text, "longest": longest,
+                                                "bytes": piece_bytes(self.tokenizer, likely)})
 
     def threshold(self, skip: float) -> float:
         """The threshold for a skip ratio: the stored one at the calibrated ratio, else along the calibration curve."""
@@ -179,7 +201,7 @@ class Session:
 
     def losses(self, found: Record) -> Record:
         """`found` with the routed losses and predictions at its own threshold (two forward passes)."""
-        return self.read(found.meta["text"], threshold=found.meta["threshold"])
+        return self.read(found.meta["text"], threshold=found.meta["threshold"], longest=found.meta.get("longest"))
 
     def static(self, found: Record, skip: float | None = None) -> tuple[Record, str]:
         """The same text under the best static plan whose skip ratio is nearest to `skip` (that of `found`), and what it is.
@@ -194,15 +216,19 @@ class Session:
         free = (found.position >= found.meta["keep_first_tokens"]).float().mean().item() or 1.0
         gates = torch.ones(units)
         gates[order[:min(units, round((found.skip_ratio if skip is None else skip) * units / free))]] = 0.0
-        return self.read(found.meta["text"], policy=StaticPlan(gates)), what
+        return self.read(found.meta["text"], policy=StaticPlan(gates), longest=found.meta.get("longest")), what
 
     # -- cost -------------------------------------------------------------------------------------------------------
     def flops(self, found: Record) -> Cost:
         """FLOPs of a text under its plan and dense; no times."""
         config = causal_lm(self.model).config
-        layers = torch.full_like(found.active_layers, found.meta["layers"])
-        router = router_flops(self.routing.router) if found.meta["policy"] == "RouterPolicy" else 0
-        return Cost(text_flops(config, layers, found.position), text_flops(config, found.active_layers, found.position, router),
+        meta = found.meta
+        dense = torch.full((len(found),), meta["layers"], dtype=torch.double)
+        active = active_halves(found.gates, meta["always_keep"] + meta["keep_last"], meta["units_per_layer"])
+        router = router_flops(self.routing.router) if meta["policy"] == "RouterPolicy" else 0
+        past = int((~found.gates.bool()).sum()) * adapter_flops(self.routing.router.width,
+                                                                self.routing.config.skip_adapter_rank)
+        return Cost(text_flops(config, dense, found.position), text_flops(config, active, found.position, router) + past,
                     execution=self.routing.execution)
 
     def timed(self, found: Record, repeats: int = TURNS) -> Cost:
@@ -217,7 +243,8 @@ class Session:
     @torch.no_grad()
     def turn(self, found: Record) -> dict[str, float]:
         """Seconds of one forward pass: 'dense', the base model; 'routed', the plan of `found` and the router that made it on
-        the base's weights, which is what merging LoRA leaves; 'unmerged', the same with LoRA's products apart."""
+        the base's weights, which is what merging LoRA leaves; 'unmerged', the same with LoRA's products apart. As in
+        reading a prompt, logits are made of the last token only."""
         ids = found.ids[None].to(device_of(self.model))
         plan = RecordedPlan(found.gates) if found.meta["policy"] == "RouterPolicy" else GivenPlan(found.gates[None])
         with frozen_base(self.model, self.routing):
@@ -229,7 +256,7 @@ class Session:
 
     def _seconds(self, ids: torch.Tensor) -> float:
         started = time.perf_counter()
-        self.model(input_ids=ids, use_cache=False)
+        self.model(input_ids=ids, use_cache=False, **last_only(self.model))
         if ids.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -259,10 +286,17 @@ def _no_bars():
             bars.enable_progress_bar()
 
 
-def _tokenizer(model):
-    from transformers import AutoTokenizer
-    name = getattr(causal_lm(model).config, "_name_or_path", "") or str(NANO)
-    return AutoTokenizer.from_pretrained(name)
+@contextlib.contextmanager
+def _warnings_of_this_project():
+    """Yields a list that then holds what this project warned of, for the view; other warnings go on their way."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        yield said
+    for warning in caught:
+        if Path(warning.filename).parent == Path(__file__).parent:
+            said.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _label(folder: Path) -> str:

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from dlr.calibration import calibrate
 from dlr.checkpoint import from_pretrained
-from dlr.config import RunConfig
 from dlr.data import load_documents, padded_batches
+from dlr.discovery import find_checkpoint
+from dlr.encoding import tokenizer_of
 from dlr.evaluate import router_logits
-from dlr.models import NANO_ROUTER, load_base
 from dlr.routed import routing_of
 
 SHAPES = {
@@ -42,9 +42,18 @@ def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str
 
 
 def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
-    """Router logits `[n, U]` of test documents, in reading order, by the router in folder `checkpoint`."""
-    model = from_pretrained(checkpoint or NANO_ROUTER)
-    _, tokenizer = load_base(RunConfig())
+    """Router logits `[n, U]` of test documents, in reading order, by the router of `checkpoint`.
+
+    Args:
+        checkpoint: as in `dlr.discovery.find_checkpoint`, a relative path from here or from the project's root; '' is
+            the embedded router. The text is cut by the checkpoint's own tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    folder = find_checkpoint(checkpoint or "nano-router")
+    model = from_pretrained(folder)
+    tokenizer = tokenizer_of(model, folder)
     batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 8, limit=documents)
     return router_logits(model, routing_of(model), batches, bf16=False)[0]
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
-from dlr.data import opening_token
 from dlr.evaluate import device_of
 from dlr.objective import frozen_base
-from dlr.record import pieces
+from dlr.logits import last_only
+from dlr.record import document_ids, pieces
+from dlr.routed import causal_lm
 from dlr.session import Session
 from dlr.tokens import piece_bytes
 
@@ -56,12 +57,12 @@ class _Stream:
         self.session, self.dense, self.generator, self.temperature = session, dense, generator, temperature
         self.cache, self.side = DynamicCache(), Side()
         self.next = torch.tensor([prompt], device=device_of(session.model))
-        self.stop_ids = {session.tokenizer.eos_token_id}
+        self.stop_ids = stop_ids(session)
 
     def _forward(self) -> torch.Tensor:
         started = time.perf_counter()
-        logits = self.session.model(input_ids=self.next, past_key_values=self.cache, use_cache=True).logits[0, -1]
-        logits = logits.float().cpu()
+        logits = self.session.model(input_ids=self.next, past_key_values=self.cache, use_cache=True,
+                                    **last_only(self.session.model)).logits[0, -1].float().cpu()
         spent = time.perf_counter() - started
         if self.side.ids:
             self.side.seconds, self.side.steps = self.side.seconds + spent, self.side.steps + 1
@@ -88,6 +89,13 @@ class _Stream:
         return chosen not in self.stop_ids
 
 
+def stop_ids(session: Session) -> set[int]:
+    """Tokens that end a text: the tokenizer's and those of the model's generation settings (one, several, or none)."""
+    settings = getattr(causal_lm(session.model), "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    return {session.tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])} - {None}
+
+
 @torch.no_grad()
 def generate(session: Session, prompt: str, tokens: int = 60, threshold: float | None = None, temperature: float = 0.0,
              seed: int = 0, dense: bool = True) -> Iterator[Progress]:
@@ -96,26 +104,24 @@ def generate(session: Session, prompt: str, tokens: int = 60, threshold: float |
     A token's depth is that of the step which reads it, so the newest token's is still to come.
 
     Raises:
-        ValueError: no room is left in the model's context, or a negative number of tokens or temperature.
+        ValueError: no room is left in the model's context, or a negative number of tokens or temperature, or the
+            tokenizer has no opening token.
     """
     if tokens < 1 or temperature < 0:
         raise ValueError(f"tokens={tokens} must be 1 or more and temperature={temperature} 0 or more.")
-    ids = [opening_token(session.tokenizer), *session.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    ids = document_ids(session.tokenizer, prompt, session.model)
     room = session.context - len(ids)
     if room < 1:
         raise ValueError(f"The prompt has {len(ids):,} tokens and the model's context is {session.context:,}; shorten it.")
-    config, routing = session.routing.config, session.routing
+    routing = session.routing
     streams = [_Stream(session, ids, side, torch.Generator().manual_seed(seed), temperature)
                for side in ((False, True) if dense else (False,))]
     progress = Progress(prompt, streams[0].side, streams[-1].side if dense else Side(), len(routing.layers),
                         routing.execution)
     going = [True] * len(streams)
     for _ in range(min(tokens, room)):
-        before, config.threshold = config.threshold, config.threshold if threshold is None else threshold
-        try:
+        with routing.at(threshold=routing.threshold if threshold is None else threshold):
             going = [alive and stream.step() for alive, stream in zip(going, streams)]
-        finally:
-            config.threshold = before                 # restored between steps: the consumer may use the session meanwhile
         progress.bytes |= piece_bytes(session.tokenizer, [s.side.ids[-1] for s in streams])
         yield progress
         if not any(going):

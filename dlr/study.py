@@ -1,8 +1,10 @@
 """What the notebooks share: load a base once, train variants on it, and measure each beside its controls."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import pandas as pd
 import torch
 
 from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
-from dlr.checkpoint import fingerprint, save_pretrained
+from dlr.checkpoint import save_pretrained
 from dlr.config import RunConfig
 from dlr.corpus import cache_folder
 from dlr.data import load_documents, packed, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, summary
+from dlr.weights import identity
 from dlr.models import add_lora, load_base
 from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.routed import Routing, attach
@@ -22,6 +25,9 @@ from dlr.runs import write_atomically
 from dlr.trainer import DLRTrainer, seed_everything
 from dlr.variants import save_control
 from dlr.warmstart import warm_start
+
+# What a row is a case of. Controls of a router (shuffled, mean, random) run on its weights.
+KINDS = ("routed", "shuffled", "mean", "random", "static", "dense", "stochastic", "base")
 
 
 @dataclass
@@ -34,7 +40,8 @@ class Bench:
     test: list[dict]
     data_hash: str
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)      # document tables by variant, for paired tests
-    order: list[int] | None = None
+    orders: dict[str, list[int]] = field(default_factory=dict)         # static orders by what they depend on
+    open: "Variant | None" = None                                      # the variant whose LoRA and router are on the base
 
     def blocks(self, config: RunConfig):
         """Packed training blocks, enough for the steps and the warm start, in an order of the run's seed."""
@@ -65,26 +72,63 @@ class Variant:
     model: torch.nn.Module
     routing: Routing
     notes: dict = field(default_factory=dict)
+    bench: Bench | None = None
 
     def close(self) -> None:
         """Takes router and LoRA off the base again."""
         self.routing.detach()
         self.model.unload()
+        if self.bench is not None and self.bench.open is self:
+            self.bench.open = None
+
+
+def _clear(bench: Bench) -> None:
+    """Takes off the base what a cell that was stopped has left there."""
+    if bench.open is not None:
+        warnings.warn(f"The variant {bench.open.name!r} was still on the base model; it is taken off.", stacklevel=3)
+        bench.open.close()
+
+
+def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
+    """Fresh LoRA and router on the bench's base."""
+    _clear(bench)
+    seed_everything(config.seed)
+    model = add_lora(bench.base, config)
+    try:
+        routing = attach(model, config.router())
+    except BaseException:
+        model.unload()
+        raise
+    bench.open = Variant(name, config, model, routing, bench=bench)
+    return bench.open
 
 
 def train(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Policy | None = None) -> Variant:
     """Fresh LoRA and router on the bench's base, trained under `config`; `policy` fixes the plan of a control.
 
-    Goes on from a checkpoint in `folder` where there is one. A trained router is calibrated and saved.
+    Goes on from a checkpoint in `folder` where there is one. A trained router is calibrated and saved. With a warm start
+    and `router_share=0` (the defaults) gradients train LoRA alone: the router is regressed on harm labels (see `warmstart`)
+    and stays as it is. Where training stops with an error or an interrupt, the base model is given back as it was.
     """
     learns = policy is None
-    order = best_static_order(bench) if learns and config.warm_start and config.warm_background == "static" else None
-    seed_everything(config.seed)
+    order = best_static_order(bench, config) if learns and config.warm_start and config.warm_background == "static" else None
     folder.mkdir(parents=True, exist_ok=True)
-    model = add_lora(bench.base, config)
-    routing = attach(model, config.router())
-    variant = Variant(name, config, model, routing)
-    blocks = bench.blocks(config)
+    variant = _variant(bench, name, config)
+    try:
+        _fit(bench, variant, folder, policy, order)
+    except BaseException:
+        variant.close()
+        raise
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    for labels in folder.glob("harm-*.safetensors"):
+        labels.unlink()
+    return variant
+
+
+def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None, order: list[int] | None) -> None:
+    """Warm start, training, calibration and checkpoint of a variant."""
+    config, model, routing = variant.config, variant.model, variant.routing
+    learns, blocks = policy is None, bench.blocks(config)
     if learns and config.warm_start:
         variant.notes |= warm_start(model, routing, blocks, config, folder, order)
     seed_everything(config.seed)
@@ -94,57 +138,75 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Poli
             calibrate_router(model, routing, bench.calibration, config.target_skip, bf16=config.autocast)
         variant.notes["threshold"] = routing.config.threshold
         save_pretrained(model, folder / "checkpoint")
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
-    for labels in folder.glob("harm-*.safetensors"):
-        labels.unlink()
-    return variant
 
 
-def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None, **notes) -> dict:
+def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None, kind: str = "routed",
+            **notes) -> dict:
     """One row of the results table: `variant` evaluated on the test split under `policy`."""
     table = evaluate(variant.model, variant.routing, bench.test, policy, bf16=variant.config.autocast, describe=label)
-    return row_of(bench, variant, label, table, **notes)
+    return row_of(bench, variant, label, table, kind, **notes)
 
 
-def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, **notes) -> dict:
-    """The row of a document table, which is kept for paired comparisons."""
+def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind: str, **notes) -> dict:
+    """The row of a document table, which is kept for paired comparisons.
+
+    Args:
+        kind: what `label`, which is for readers, is a case of: one of KINDS. `of` in the row is the variant trained.
+    """
     routing, config = variant.routing, variant.config
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}.")
     bench.tables[label] = table
     always = routing.first + routing.config.keep_last
-    return {"variant": label, "seed": config.seed, "target_skip": config.target_skip, "steps": config.steps,
+    return {"variant": label, "kind": kind, "of": variant.name, "unit": routing.config.unit,
+            "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip, "steps": config.steps,
             **summary(table, always, routing.units_per_layer), **notes}
 
 
 def base_row(bench: Bench) -> dict:
     """The untouched base model on the test split."""
+    _clear(bench)
     routing = attach(bench.base, bench.config.router())
     try:
         variant = Variant("base", bench.config, bench.base, routing)
-        return measure(bench, variant, "base", None)
+        return measure(bench, variant, "base", None, "base")
     finally:
         routing.detach()
 
 
-def best_static_order(bench: Bench) -> list[int]:
-    """Greedy order in which a static plan drops the base model's layers; found once a base, data and shape."""
-    config = bench.config
-    key = f"{fingerprint(bench.base)} {bench.data_hash} {config.always_keep} {config.keep_last} {config.unit} " \
-          f"{config.eval_len} {config.autocast} {config.static_docs}"
+def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int]:
+    """Greedy order in which a static plan drops the base model's layers, searched on calibration documents alone.
+
+    Found once and kept in the cache folder, under a key of all that it depends on: the base's weights and the numbers they
+    are computed in, which layers may be dropped and how, and the very tokens read.
+    """
+    config = config or bench.config
+    batches = _spread_documents(bench.calibration, config.static_docs)
+    shape = config.router().model_dump(exclude={"threshold", "calibrated_skip", "curve", "base"})
+    numbers = {"dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "autocast": config.autocast}
+    key = json.dumps([identity(bench.base), shape, numbers, _digest(batches)], sort_keys=True)
     path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if bench.order is None and path.is_file():
-        bench.order = json.loads(path.read_text(encoding="utf-8"))
-    if bench.order is None:
+    if key not in bench.orders and path.is_file():
+        bench.orders[key] = json.loads(path.read_text(encoding="utf-8"))
+    if key not in bench.orders:
+        _clear(bench)
         routing = attach(bench.base, config.router())
         try:
-            batches = _first_documents(bench.calibration, config.static_docs)
-            bench.order = greedy_static_order(bench.base, routing, batches, bf16=config.autocast)
+            bench.orders[key] = greedy_static_order(bench.base, routing, batches, bf16=config.autocast)
         finally:
             routing.detach()
-        write_atomically(path, json.dumps(bench.order))
-    return bench.order
+        write_atomically(path, json.dumps(bench.orders[key]))
+    return bench.orders[key]
 
 
-def _first_documents(batches: list[dict], count: int) -> list[dict]:
+def _digest(batches: list[dict]) -> str:
+    """Of the documents in `batches`, whatever batches they came in."""
+    documents = [ids[real.bool()].tolist() for batch in batches
+                 for ids, real in zip(batch["input_ids"], batch["attention_mask"])]
+    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
+
+
+def _spread_documents(batches: list[dict], count: int) -> list[dict]:
     """The batches cut down to `count` documents, spread evenly over them (they are sorted by length)."""
     rows = torch.linspace(0, sum(len(b["row"]) for b in batches) - 1, count).round().long().unique()
     found, start = [], 0
@@ -163,17 +225,20 @@ def forced_share(bench: Bench, keep_first_tokens: int) -> float:
 
 
 def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
-    """A routed model's own row and, on the same weights, the plans it must beat: shuffled, mean, random."""
+    """A routed model's own row and, on the same weights, the plans it must beat: shuffled, mean, random.
+
+    `against_router` of a control is its loss less the router's: positive where the router wins.
+    """
     routing, name = variant.routing, variant.name
-    rows = [measure(bench, variant, name, RouterPolicy(), **variant.notes)]
+    rows = [measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)]
     measured, keep = rows[0]["skip"], rows[0]["keep_rate"]
     forced = forced_share(bench, routing.config.keep_first_tokens)
-    rows.append(measure(bench, variant, f"{name}, shuffled", ShuffledPlan(variant.config.seed)))
+    rows.append(measure(bench, variant, f"{name}, shuffled", ShuffledPlan(variant.config.seed), "shuffled"))
     table = evaluate_static(variant.model, routing, bench.test, order_of_mean_plan(keep), measured, forced,
                             bf16=variant.config.autocast)
-    rows.append(row_of(bench, variant, f"{name}, mean plan", table))
+    rows.append(row_of(bench, variant, f"{name}, mean plan", table, "mean"))
     rows.append(measure(bench, variant, f"{name}, random plan",
-                        RandomPlan(measured / (1 - forced), variant.config.seed)))
+                        RandomPlan(measured / (1 - forced), variant.config.seed), "random"))
     for row in rows[1:]:
         row |= {"against_router": paired_difference(bench.tables[row["variant"]], bench.tables[name])}
     return rows
@@ -182,43 +247,54 @@ def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
 def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order: list[int] | None = None,
                name: str = "best static") -> dict:
     """The static plan along `order` (the greedy one by default) at `skip`, healed by the same LoRA budget."""
-    order = order or best_static_order(bench)
+    order = order or best_static_order(bench, config)
     forced = forced_share(bench, config.keep_first_tokens)
     fewer, more, share = static_pair(order, len(order), skip, forced)
-    variant = train(bench, name, config, folder, MixedStaticPlan(fewer, more, share))
-    save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
-    try:
+    with _trained(bench, name, config, folder, MixedStaticPlan(fewer, more, share)) as variant:
+        save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
         table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.autocast)
-        return row_of(bench, variant, name, table, order=order)
+        return row_of(bench, variant, name, table, "static", order=order)
+
+
+@contextlib.contextmanager
+def _trained(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Policy):
+    """A control trained under `policy`; its LoRA is taken off again when the block ends."""
+    variant = train(bench, name, config, folder, policy)
+    try:
+        yield variant
     finally:
         variant.close()
 
 
 def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
     """LoRA at full depth with the same steps and data."""
-    variant = train(bench, "dense LoRA", config, folder, LayerDrop(0.0))
-    save_control(variant.model, variant.routing, folder / "checkpoint", "dense")
-    try:
-        return measure(bench, variant, "dense LoRA", None)
-    finally:
-        variant.close()
+    with _trained(bench, "dense LoRA", config, folder, LayerDrop(0.0)) as variant:
+        save_control(variant.model, variant.routing, folder / "checkpoint", "dense")
+        return measure(bench, variant, "dense LoRA", None, "dense")
 
 
 def stochastic_rows(bench: Bench, config: RunConfig, folder: Path, skips: list[float]) -> list[dict]:
-    """LoRA under stochastic depth, evaluated at full depth and with each of `skips` dropped at random."""
-    variant = train(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop or 0.5))
-    save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic")
-    try:
-        rows = [measure(bench, variant, "stochastic depth, full", None)]
+    """LoRA under stochastic depth, evaluated at full depth and with each of `skips` dropped at random.
+
+    Raises:
+        ValueError: `config.layer_drop` is 0, so that no depth is stochastic.
+    """
+    if config.layer_drop == 0:
+        raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 (0.5, say).")
+    with _trained(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop)) as variant:
+        save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
+                     skip=config.layer_drop)
+        rows = [measure(bench, variant, "stochastic depth, full", None, "stochastic")]
         forced = forced_share(bench, config.keep_first_tokens)
         return rows + [measure(bench, variant, f"stochastic depth, {skip:.0%} dropped",
-                               RandomPlan(skip / (1 - forced), config.seed)) for skip in skips]
-    finally:
-        variant.close()
+                               RandomPlan(skip / (1 - forced), config.seed), "stochastic") for skip in skips]
 
 
 def against_static(bench: Bench, routed: str) -> dict | None:
-    """Paired difference of the routed model and the best static plan (negative: the router wins)."""
+    """Loss of the routed model less that of the best static plan, in nats a token, paired (negative: the router wins).
+
+    None where either was not among the variants.
+    """
     if "best static" not in bench.tables or routed not in bench.tables:
         return None
     return paired_difference(bench.tables[routed], bench.tables["best static"])

@@ -3,6 +3,7 @@
 Pure functions of text; nothing here is HTML. Escaping is the views' business.
 """
 
+import re
 import unicodedata
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ stop_words()                    # read once here: what it imports takes a second
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MARKS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")          # control, format (direction marks, joiners), unassigned
+_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"    # letters and signs by category, but nothing is drawn
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def visible(piece: str, spaces: bool = True) -> str:
@@ -23,7 +26,7 @@ def visible(piece: str, spaces: bool = True) -> str:
             out.append(c)
         elif c in MARKS:
             out.append(MARKS[c])
-        elif unicodedata.category(c) in _UNSEEN or c.isspace():
+        elif unicodedata.category(c) in _UNSEEN or c.isspace() or c in _BLANK:
             out.append(f"‹{ord(c):04X}›")
         else:
             out.append(c)
@@ -49,8 +52,8 @@ def piece_bytes(tokenizer, ids: list[int]) -> dict[str, str]:
         name = tokenizer.convert_ids_to_tokens(i)
         if name is None or REPLACEMENT not in tokenizer.decode([i], clean_up_tokenization_spaces=False):
             continue
-        if name.startswith("<0x") and name.endswith(">"):
-            found[str(i)] = name[3:-1].upper()
+        if byte := _BYTE.fullmatch(name):
+            found[str(i)] = byte[1].upper()
         elif all(c in alphabet for c in name):
             found[str(i)] = " ".join(f"{alphabet[c]:02X}" for c in name)
     return found

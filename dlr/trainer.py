@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.calibration import Controller
-from dlr.checkpoint import CONFIG, WEIGHTS, write_router
+from dlr.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
 from dlr.config import RunConfig
 from dlr.objective import (cross_entropy, frozen_base, global_penalty, kl_to_teacher, original_budget, predicted)
 from dlr.plan import gate_entropy
@@ -24,8 +24,10 @@ from dlr.routed import routing_of
 from dlr.router import ROUTER_NAME
 from dlr.runs import write_atomically
 
+STATE = "trainer_state.json"          # the last file Trainer writes of a checkpoint, on the first process
 LOG_FIELDS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy", "temperature", "lr",
               "tokens_per_second")
+SLOPE = "slope"          # of the skip ratio over the threshold, from the logistic noise that gates are drawn with
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -45,7 +47,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class DLRTrainer(Trainer):
-    """Trains LoRA and router of a routed PEFT model.
+    """Trains LoRA of a routed PEFT model, and its router for `config.router_share` of the steps (all of them without a warm start).
 
     Args:
         policy: None trains the router's own plan; a fixed policy (static, stochastic depth, dense) trains LoRA under it.
@@ -56,6 +58,7 @@ class DLRTrainer(Trainer):
 
     def __init__(self, model, config: RunConfig, dataset, folder: Path, policy: Policy | None = None, noise: bool = True):
         self.config, self.routing, self.folder = config, routing_of(model), Path(folder)
+        refuse_unsaveable(model, self.routing)         # before a training whose result could not be kept
         self.learns_routing = policy is None
         self.policy = policy or RouterPolicy(training=True, noise=noise)
         self.router_steps = config.steps
@@ -118,31 +121,44 @@ class DLRTrainer(Trainer):
         return global_penalty(plan, config.penalty)
 
     def _record(self, tokens, count, **terms) -> None:
-        """Sums over the accumulated batch, so that a log row is a mean over tokens."""
-        plan, weight = self.routing.plan, float(count)
-        values = {name: float(value.detach()) for name, value in terms.items()}
-        values["skip"] = plan.skip_ratio
+        """Sums over the accumulated batch. Losses are weighted by predicted tokens, what the plan did by real ones."""
+        plan, tokens, count = self.routing.plan, float(tokens), float(count)
+        values = {name: (count, float(value.detach())) for name, value in terms.items()}
+        values["skip"] = tokens, plan.skip_ratio
         if plan.logits is not None:
-            values["gate_entropy"] = gate_entropy(torch.sigmoid(plan.logits - self.routing.config.threshold))
-        for layer, keep in enumerate(plan.keep_rate.tolist()):
-            values[f"keep_{layer}"] = keep
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + weight * value
-        self._sums["weight"] = self._sums.get("weight", 0.0) + weight
-        self._sums["tokens"] = self._sums.get("tokens", 0.0) + float(tokens)
+            open_share = torch.sigmoid(plan.logits[plan.real].detach() - self.routing.config.threshold)
+            values["gate_entropy"] = tokens, gate_entropy(open_share)
+            values[SLOPE] = tokens, float((open_share * (1 - open_share)).mean())
+        for unit, keep in enumerate(plan.keep_rate.tolist()):
+            values[f"keep_{unit}"] = tokens, keep
+        for name, (weight, value) in values.items():
+            for key, amount in ((name, weight * value), (f"{name} weight", weight)):
+                self._sums[key] = self._sums.get(key, 0.0) + amount
+        self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
+
+    def _means(self) -> tuple[dict[str, float], float]:
+        """Means over the step's tokens on all processes, and how many tokens those were; the sums begin anew."""
+        sums, self._sums = self._sums, {}
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        if self.accelerator.num_processes > 1:                   # every process must move the one threshold alike
+            totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
+        totals = dict(zip(sums, totals.tolist()))
+        return {name: totals[name] / totals[f"{name} weight"] for name in sums if f"{name} weight" in sums}, totals["tokens"]
 
     def step_done(self, step: int) -> dict:
-        """Moves the threshold by the skip missed and writes the log row of `step` (1 = first)."""
-        sums, self._sums = self._sums, {}
-        weight, tokens = sums.pop("weight"), sums.pop("tokens")
-        row = {name: value / weight for name, value in sums.items()}
+        """Moves the threshold by the skip missed and writes the log row of `step` (1 = first).
+
+        The row holds means over the tokens of the whole step: accumulated batches and all processes.
+        """
+        row, tokens = self._means()
         now, threshold = time.perf_counter(), self.routing.config.threshold
-        row |= {"step": step, "threshold": threshold, "temperature": getattr(self.policy, "temperature", ""),
+        sampled = getattr(self.policy, "training", False)                    # else no gate was drawn at a temperature
+        row |= {"step": step, "threshold": threshold, "temperature": self.policy.temperature if sampled else "",
                 "goal": self.controller.goal(step - 1), "lr": self.lr_scheduler.get_last_lr()[0],
                 "tokens_per_second": tokens / (now - self._clock)}
         self._clock = now
         if self.learns_routing and self.config.objective == "controlled" and step <= self.router_steps:
-            self.routing.config.threshold = self.controller.update(threshold, row["skip"], step - 1)
+            self.routing.config.threshold = self.controller.update(threshold, row["skip"], step - 1, row[SLOPE])
         if self.args.should_save:
             append_log(self.folder / "log.csv", row)
         return row
@@ -165,7 +181,8 @@ class DLRTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_router(self.routing, Path(output_dir or self.args.output_dir))
+            write_router(self.routing, Path(output_dir or self.args.output_dir),
+                         self.accelerator.unwrap_model(self.model))
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)    # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -175,17 +192,40 @@ class DLRTrainer(Trainer):
         self.routing.config.threshold = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["threshold"]
 
     def fit(self) -> None:
-        """Trains, from the newest complete checkpoint in the run's folder where there is one."""
-        output = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        while last and not (Path(last) / "trainer_state.json").is_file():        # killed while it was written
-            os.rename(last, output / f"broken-{Path(last).name}")
-            last = get_last_checkpoint(str(output))
-        trim_log(self.folder / "log.csv", json.loads((Path(last) / "trainer_state.json").read_text())["global_step"]
-                 if last else 0)
+        """Trains, from the newest complete checkpoint in the run's folder where there is one.
+
+        Raises:
+            ValueError: that checkpoint was written by another number of processes.
+        """
+        output, processes = Path(self.args.output_dir), self.accelerator.num_processes
+        with self.accelerator.main_process_first():              # one process tidies up, the others find it tidy
+            last = get_last_checkpoint(str(output)) if output.is_dir() else None
+            while last and not whole(Path(last), processes):                     # killed while it was written
+                os.rename(last, output / f"broken-{Path(last).name}")
+                last = get_last_checkpoint(str(output))
+            if self.args.should_save:
+                state = json.loads((Path(last) / STATE).read_text(encoding="utf-8")) if last else {"global_step": 0}
+                trim_log(self.folder / "log.csv", state["global_step"])
         self.train(resume_from_checkpoint=last)
         self.routing.policy = RouterPolicy()
         self.model.eval()
+
+
+def whole(checkpoint: Path, processes: int) -> bool:
+    """Whether every process has written its part of a checkpoint; a state file alone comes before the others' parts.
+
+    Raises:
+        ValueError: the parts are those of another number of processes, so that going on would not be the same run.
+    """
+    if not (checkpoint / STATE).is_file():
+        return False
+    needed = {"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)}
+    there = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    if there - needed:
+        raise ValueError(f"The checkpoint {checkpoint.name!r} in {str(checkpoint.parent)!r} was written by "
+                         f"{len(there)} process(es) and this run has {processes}: go on with as many, or remove that folder "
+                         "to begin again.")
+    return there == needed
 
 
 class _StepEnd(TrainerCallback):
@@ -195,7 +235,10 @@ class _StepEnd(TrainerCallback):
         self.trainer, self.bar = trainer, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+        if args.world_size > 1:         # each process draws gates of its own; the order of the data is fixed before this
+            torch.manual_seed(args.seed + args.process_index)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                        disable=not state.is_world_process_zero)
 
     def on_step_end(self, args, state, control, **kwargs):
         row = self.trainer.step_done(state.global_step)

@@ -14,6 +14,7 @@ from dlr.palette import LEVELS, stylesheet
 from dlr.record import Record
 from dlr.tokens import Shown, kinds, shown, spans, visible, width
 
+LONGEST = 2048                 # tokens of a text that a page shows: each is some 3 kB of it
 ROW_COLUMNS = 112              # fixed-width characters a line of the heatmap holds
 KEPT, RUN, SKIPPED = "k", "r", ""
 
@@ -104,8 +105,8 @@ def card(record: Record, i: int, token: Shown, kind: str, shares: list[float]) -
     note = f"<tr><th>bytes</th><td colspan=3>{escape(token.note)}</td></tr>" if token.note else ""
     return (
         f"<span class=dlr-card role=note><q><bdi>{escape(token.marked)}</bdi></q>"
-        f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · {kind}"
-        f"</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{float(record.active_layers[i]):g}"
+        f"<table><tr><th>token</th><td colspan=3>id {int(record.ids[i])} · position {int(record.position[i])} · "
+        f"{escape(kind)}</td></tr>{note}<tr><th>layers</th><td colspan=3><b>{float(record.active_layers[i]):g}"
         f" of {record.meta['layers']}</b><br>ran {spans(ran)}{half}<br>skipped {spans(skipped)}</td></tr>"
         f"<tr><th>loss</th><td colspan=3>dense {dense} · routed {routed} nats{ahead}</td></tr>"
         f"<tr><th>KL</th><td colspan=3>{kl} nats, dense to routed</td></tr></table>"
@@ -223,8 +224,8 @@ def heatmap(record: Record, look: Look = Look()) -> str:
 
 # -- cost line --------------------------------------------------------------------------------------------------------
 def cost_tile(label: str, value: str, note: str = "", hint: str = "") -> str:
-    return (f'<div class=dlr-tile title="{escape(hint, quote=True)}"><span>{label}</span><b>{value}</b>'
-            f"<small>{note}</small></div>")
+    return (f'<div class=dlr-tile title="{escape(hint, quote=True)}"><span>{escape(label)}</span><b>{escape(value)}</b>'
+            f"<small>{escape(note)}</small></div>")
 
 
 def said_execution(execution: str, lora: str = "LoRA as merged") -> str:
@@ -250,7 +251,8 @@ def cost_line(record: Record, cost: Cost | None = None) -> str:
         note = said_execution(cost.execution)
         unmerged = "" if cost.ms_unmerged is None else f"; with LoRA not merged {cost.ms_unmerged:.1f} ms"
         tiles.append(cost_tile("milliseconds, routed / dense", f"{number(cost.ms_routed, 0)} / {number(cost.ms_dense, 0)}",
-                           note, "one forward pass of this text, medians of interleaved runs; routed runs this plan and "
+                           note, "one forward pass of this text with the logits of its last token, as a prompt is read; "
+                           "medians of interleaved runs; routed runs this plan and "
                            f"its router on the weights of the base model; {cost.execution} execution{unmerged}"))
     tiles.append(cost_tile("perplexity, routed / dense", f"{number(routed, 2, blank)} / {number(dense, 2, '–')}",
                        change or ("recomputing…" if len(record) > 1 else "needs two tokens"),
@@ -275,9 +277,10 @@ def caption(record: Record) -> str:
 
 def said_plan(record: Record) -> str:
     """The same in plain text."""
-    routed = record.meta["policy"] == "RouterPolicy"
-    return f"{record.meta['model']}, " + (f"gates open above a router logit of {record.meta['threshold']:.3f}" if routed
-                                          else f"plan: {record.meta['policy']}")
+    threshold = record.meta["threshold"]
+    plan = f"plan: {record.meta['policy']}" if record.meta["policy"] != "RouterPolicy" else \
+        "every gate open" if threshold == -math.inf else f"gates open above a router logit of {threshold:.3f}"
+    return f"{record.meta['model']}, {plan}"
 
 
 def message(error: BaseException | str) -> str:

@@ -44,7 +44,7 @@ def sums(first: Record, second: Record, names: tuple[str, str], costs: tuple[Cos
         if pair is None:
             continue
         change = pair[1] - pair[0]
-        rows.append(f"<tr><td>{label}</td><td>{number(pair[0], digits)}</td><td>{number(pair[1], digits)}</td>"
+        rows.append(f"<tr><td>{escape(label)}</td><td>{number(pair[0], digits)}</td><td>{number(pair[1], digits)}</td>"
                     f"<td>{'…' if math.isnan(change) else minus(f'{change:+.{digits}f}')}</td></tr>")
     heads = "".join(f'<th><span class=dlr-swatch style="background:{colour}"></span>{escape(name)}</th>'
                     for colour, name in zip((RUN_A, RUN_B), names))

@@ -1,4 +1,4 @@
-"""Warm start: regress the router on each token's marginal harm before end-to-end training.
+"""Warm start: regress the router on each token's marginal harm. With `router_share=0` that is all its training.
 
 The marginal harm of a unit for a token is what skipping it adds to that token's KL from the dense model, on top of a
 background plan. Round 1 uses random plans or the best static plan as background; later rounds use the router's own plan
@@ -52,7 +52,7 @@ class Background:
             rate = torch.rand(shape[0], 1, 1, generator=self.generator) * min(1.0, 2 * self.target)
             return (draw >= rate.to(hidden.device)).float()
         if self.own:
-            gates = hard_gates(self.routing.router(hidden), self.routing.config.threshold)
+            gates = hard_gates(self.routing.router(hidden), self.routing.threshold)
         else:
             fewer, more, share = static_pair(self.order, self.routing.units, self.target)
             second = torch.rand(shape[0], generator=self.generator) < share
@@ -61,7 +61,7 @@ class Background:
 
 
 @torch.no_grad()
-def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Background, bf16: bool) -> HarmLabels:
+def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Background, bf16: bool | None) -> HarmLabels:
     """Labels for one batch `[b, s]`: a dense pass, a background pass, and one pass a unit with that unit flipped."""
     real = torch.ones_like(ids, dtype=torch.bool)
 
@@ -73,9 +73,11 @@ def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Bac
     layer = routing.layers[routing.first]
     handle = layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
-    with autocast(ids.device, bf16), frozen_base(model, routing):
-        teacher = model(input_ids=ids, use_cache=False).logits
-    handle.remove()
+    try:
+        with autocast(ids.device, bf16), frozen_base(model, routing):
+            teacher = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
     background = make_background(seen["x"]).clone()
     background[:, :routing.config.keep_first_tokens] = 1.0
     before = kl_under(background, teacher)
@@ -94,19 +96,29 @@ def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Bac
 
 def label(model, routing: Routing, blocks, config: RunConfig, round_index: int, folder: Path | None,
           order: list[int] | None = None) -> HarmLabels:
-    """Labels of one round for about `config.warm_tokens` tokens, cached in `folder`."""
+    """Labels of one round for about `config.warm_tokens` tokens, cached in `folder`.
+
+    They are taken from the front of `blocks` and never from the last ones, which `shrink` chooses by.
+
+    Raises:
+        ValueError: there are too few blocks for both.
+    """
     path = folder / f"harm-{round_index}.safetensors" if folder else None
     if path and path.exists():
         stored = load_file(path)
         return HarmLabels(stored["states"], stored["harm"])
     device, background = device_of(model), Background(routing, config.target_skip, round_index, order, config.seed)
     per_batch = config.batch_size * (config.seq_len - 1)
-    parts = []
+    parts, usable = [], len(blocks) - SHRINK_BATCHES * config.batch_size
+    if usable < config.batch_size:
+        raise ValueError(f"The training text holds {len(blocks)} blocks of {config.seq_len} tokens; a warm start needs "
+                         f"{(SHRINK_BATCHES + 1) * config.batch_size}: give more text, a smaller batch_size or seq_len, or "
+                         "warm_start=false.")
     count = -(-config.warm_tokens // per_batch)
     for i in tqdm(range(count), desc=f"labelling marginal harm {round_index + 1}/{config.warm_rounds}", unit="batch",
                   leave=False):
         start = (round_index * count + i) * config.batch_size
-        ids = torch.stack([blocks[(start + j) % len(blocks)]["input_ids"] for j in range(config.batch_size)]).to(device)
+        ids = torch.stack([blocks[(start + j) % usable]["input_ids"] for j in range(config.batch_size)]).to(device)
         parts.append(label_batch(model, routing, ids, background, config.autocast))
     labels = HarmLabels(torch.cat([p.states for p in parts]), torch.cat([p.harm for p in parts]))
     if path:
@@ -168,7 +180,7 @@ def shrink(model, routing: Routing, blocks, labels: HarmLabels, order: list[int]
     prior = LOGIT_SCALE * (2 * rank / max(1, routing.units - 1) - 1)
     weight, bias = last.weight.clone(), last.bias.clone()
     first = len(blocks) - SHRINK_BATCHES * config.batch_size       # labels come from the front
-    batches = [torch.stack([blocks[max(0, first + i * config.batch_size + j)]["input_ids"]
+    batches = [torch.stack([blocks[first + i * config.batch_size + j]["input_ids"]
                             for j in range(config.batch_size)]).to(device) for i in range(SHRINK_BATCHES)]
     losses = {}
     for share in tqdm(SHARES, desc="how much token-dependence pays", unit="share"):

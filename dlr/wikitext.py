@@ -1,8 +1,8 @@
 """Perplexity on WikiText-103 (or the embedded test split) with a strided window: a word, a token, in bits a byte.
 
-Each article is a document of its own, opened by the tokenizer's first token (`dlr.data.opening_token`). A window of the
-model's context (at most `window` tokens) moves by `stride`; each step scores the `stride` new tokens and takes the rest as
-context, so every token is scored once, with at least `window - stride` tokens before it where the article has them. Words
+Each article is a document of its own, opened by the tokenizer's first token (`dlr.encoding.opening_token`). A window of
+the model's context (at most `window` tokens) moves by `stride`; each step scores the `stride` new tokens and takes the rest
+as context, so every token is scored once, with at least `window - stride` tokens before it where the article has them. Words
 are split at white space and bytes counted in the text as distributed (no detokenising); the interval is over articles.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dlr.data import opening_token
+from dlr.encoding import encode, opening_token
 from dlr.evaluate import bootstrap
 
 _TITLE = re.compile(r"(?m)^(?= = [^=\n]+ = *$)")
@@ -81,7 +81,7 @@ def strided_perplexity(lm, texts: list[str], window: int = WINDOW, stride: int =
     stride = min(stride, window)
     opening, requests, owner = opening_token(lm.tokenizer), [], []
     for place, text in enumerate(texts):
-        ids = [opening, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [opening, *encode(lm.tokenizer, text)]
         found = windows(ids, window, stride)
         requests += [(None, context, scored) for context, scored in found]
         owner += [place] * len(found)

@@ -29,7 +29,10 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _by_rows(monkeypatch):
-    """Layers of tiny models are run by rows too, although that never pays for them."""
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Layers of tiny models are run by rows too, although that never pays for them and the product would not.
+
+    Modules that test compact execution ask for it: `pytestmark = pytest.mark.usefixtures("by_rows")`.
+    """
     monkeypatch.setitem(OVERHEAD, "cpu", 0.0)

@@ -6,7 +6,7 @@ from tiny_models import tiny
 from test_routed import half_skipping
 
 import dlr
-from dlr.baselines import drop, evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
+from dlr.baselines import drop, evaluate_static, greedy_static_order, static_pair
 from dlr.calibration import Controller, calibrate
 from dlr.config import RouterConfig
 from dlr.evaluate import bootstrap, calibrate_router, evaluate, mix, paired_difference, perplexity, skip_ratio, summary
@@ -58,13 +58,13 @@ def test_the_dial_follows_its_curve_and_never_turns_back():
     model = tiny()
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1))
     calibrate_router(model, routing, batches(48), 0.4, bf16=False)
-    own, measured = routing.config.threshold, []
+    own, measured = routing.threshold, []
     for skip in (0.0, 0.05, 0.123, 0.4, 0.6, 0.8):
         with dlr.budget(model, skip=skip):
             measured.append(skip_ratio(evaluate(model, routing, batches(48), RouterPolicy(), bf16=False)))
         assert measured[-1] == pytest.approx(skip, abs=0.01)
     assert measured == sorted(measured) and measured[0] == 0.0
-    assert routing.config.threshold == own
+    assert routing.threshold == own
 
 
 def test_the_dial_says_what_it_cannot_do():
@@ -91,6 +91,15 @@ def test_the_controller_reaches_its_goal_on_a_drifting_router():
         threshold = controller.update(threshold, skips[-1], step)
     assert controller.goal(0) == pytest.approx(0.02) and controller.goal(40) == 0.4
     assert sum(skips[-20:]) / 20 == pytest.approx(0.4, abs=0.03)
+
+
+def test_the_controller_makes_good_its_share_of_the_miss_in_one_step():
+    def skip_at(threshold):
+        return 0.1 + 0.05 * threshold
+    for rate, left in ((1.0, 0.0), (0.5, 0.5)):
+        threshold = Controller(0.4, rate).update(0.0, skip_at(0.0), 0, slope=0.05)
+        assert 0.4 - skip_at(threshold) == pytest.approx(left * 0.3)
+    assert Controller(0.4).update(0.0, 0.1, 0, slope=0.0) == pytest.approx(6.0), "bounded where every gate is certain"
 
 
 @pytest.mark.parametrize("skip", [0.2, 0.33, 0.5, 0.9])
@@ -142,7 +151,3 @@ def test_tables_are_a_row_a_document_and_intervals_hold_the_value():
     same = paired_difference(table, table)
     assert same == {"nll_difference": 0.0, "low": 0.0, "high": 0.0}
     assert bootstrap(table, perplexity) == bootstrap(table, perplexity)
-
-
-def test_the_mean_plan_drops_what_the_router_keeps_least():
-    assert order_of_mean_plan([0.9, 0.1, 0.5]) == [1, 2, 0]

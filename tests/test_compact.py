@@ -1,5 +1,7 @@
 """Compact execution equals masked execution, whatever the plan, the family, the padding and the cache."""
 
+import copy
+
 import pytest
 import torch
 from test_routed import half_skipping
@@ -14,6 +16,8 @@ from dlr.models import add_lora
 from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routed import NotRoutable
 from dlr.rows import plan_rows
+
+pytestmark = pytest.mark.usefixtures("by_rows")
 
 OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
 PLANS = ("none", "half", "most", "all", "one row", "whole layers")
@@ -235,9 +239,12 @@ def test_skip_adapters_are_carried_past_skipped_layers(llama, ids):
         assert torch.allclose(masked, compact, atol=1e-5), kind
 
 
+@torch.no_grad()
 def test_a_4_bit_base_is_run_by_rows(tmp_path, ids):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    tiny().save_pretrained(tmp_path)
+    wide = copy.deepcopy(FAMILIES["llama"])
+    wide.hidden_size, wide.intermediate_size = 64, 128            # bitsandbytes packs weights in blocks of 64
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
     dlr.attach(model, OPEN, execution="compact")
@@ -262,6 +269,23 @@ def test_training_stays_masked_and_gradients_flow(llama, ids):
     with routing.using(RandomPlan(0.5, 1)):
         llama(ids).logits.sum().backward()
     assert all(p.grad is not None for n, p in llama.model.layers.named_parameters())
+
+
+def test_the_tests_of_this_file_do_run_layers_by_rows(llama, ids, monkeypatch):
+    """And without the fixture, the guard leaves layers this small alone."""
+    assert OVERHEAD["cpu"] == 0.0, "the fixture is in force here"
+    seen, products = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: seen.append(x.shape[:-1]) or products(x, *rest))
+    routing = dlr.attach(llama, OPEN, execution="compact")
+    gates = plan("half", *ids.shape, 4)
+    for overhead in (0.0, 1.5e8):
+        seen.clear()
+        monkeypatch.setitem(OVERHEAD, "cpu", overhead)
+        with torch.no_grad(), routing.using(GivenPlan(gates)):
+            llama(ids)
+        kept = {int(gates[..., unit].sum()) for unit in range(4)}
+        assert kept <= {shape[1] for shape in seen if len(shape) == 2 and shape[0] == 1} if overhead == 0.0 else \
+            all(shape.numel() == ids.numel() for shape in seen if len(shape) == 2)
 
 
 @torch.no_grad()

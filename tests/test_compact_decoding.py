@@ -14,6 +14,8 @@ from dlr.config import RouterConfig
 from dlr.pending import PendingLayer
 from dlr.policy import GivenPlan
 
+pytestmark = pytest.mark.usefixtures("by_rows")
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_is_the_masked_one_token_for_token(family):

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -227,6 +229,89 @@ def test_views_need_no_model(session):
     half = replace(record, gates=torch.zeros_like(record.gates))
     assert numbers(views.strip(half)) == [2.0] * len(half)
     assert views.heatmap(half).count("dlr-c ") == len(half)
+
+
+def _other_checkpoint(folder):
+    """A routed model whose base has a vocabulary of its own, of 60 words; returns the checkpoint's folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, **{f"w{i}": i + 2 for i in range(58)}}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>").save_pretrained(folder / "base")
+    LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 60})).save_pretrained(folder / "base")
+    model = LlamaForCausalLM.from_pretrained(folder / "base").eval()
+    dlr.attach(model, RouterConfig(always_keep=2))
+    return dlr.save_pretrained(model, folder / "checkpoint")
+
+
+def test_a_checkpoint_is_read_by_its_own_tokenizer(tmp_path, monkeypatch):
+    """That of its base, or the one in its folder; a recorded plan as well as the explorer. Paths are the caller's."""
+    from dlr.shapes import recorded_logits
+    checkpoint = _other_checkpoint(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    session = Session("checkpoint")
+    assert session.read("w3 w4 unheard").ids.tolist() == [0, 5, 6, 1]
+    assert recorded_logits("checkpoint", 2).shape[1] == 4
+    own = AutoTokenizer.from_pretrained(tmp_path / "base")
+    own.add_tokens(["w58"])
+    own.save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="token id 60, but the model knows 60"):
+        Session(checkpoint).read("w58")
+
+
+def test_paths_mean_what_they_mean_here_and_else_from_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert folder_of("dlr/nano/router") == NANO / "router" and folder_of("nano-router") == NANO / "router"
+    (tmp_path / "dlr" / "nano").mkdir(parents=True)
+    shutil.copytree(NANO / "router", tmp_path / "dlr" / "nano" / "router")
+    assert folder_of("dlr/nano/router").resolve() == tmp_path / "dlr" / "nano" / "router"
+
+
+def test_dtype_and_device_reach_every_model_that_is_opened(monkeypatch):
+    from dlr import session as module
+    seen = []
+
+    def opened(folder, **loading):
+        seen.append(loading)
+        if loading:
+            warnings.warn_explicit(f"{folder} was made in <float32>", UserWarning, module.__file__, 1)
+        return dlr.from_pretrained(folder)
+
+    monkeypatch.setattr(module, "from_pretrained", opened)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Session(dtype=None, device=None).close()
+    both = Comparison(text="Some text.", dtype="bfloat16", device="cpu")
+    assert "embedded router was made in &lt;float32&gt;" in both.view.value, "what loading warns of is said in the view"
+    both.close()
+    assert seen == [{}, {"dtype": "bfloat16", "device": "cpu"}]
+    with pytest.raises(ValueError, match="have no effect.*given: dtype"):
+        Session(model=both, tokenizer=both, dtype="bfloat16")
+
+
+def test_any_token_that_ends_a_text_ends_a_continuation(session):
+    """The tokenizer's, those of the generation settings (one or a list), or none at all."""
+    from types import SimpleNamespace as Has
+
+    from dlr.stream import generate, stop_ids
+    for eos, named, expected in ((0, None, {0}), (None, [5, 6], {5, 6}), (0, 7, {0, 7}), (None, None, set())):
+        given = Has(tokenizer=Has(eos_token_id=eos), model=Has(generation_config=Has(eos_token_id=named)))
+        assert stop_ids(given) == expected
+    *_, free = generate(session, "A", 8)
+    settings, stop = session.model.generation_config, free.routed.ids[2]
+    before, settings.eos_token_id = settings.eos_token_id, [4000, stop]
+    try:
+        *_, ended = generate(session, "A", 8, dense=False)
+    finally:
+        settings.eos_token_id = before
+    assert ended.routed.ids == free.routed.ids[:free.routed.ids.index(stop) + 1]
+
+
+def test_a_page_shows_no_more_tokens_than_a_browser_bears(session, monkeypatch):
+    monkeypatch.setattr(views, "LONGEST", 20)
+    explorer = Explorer(session=session, text="word " * 50)
+    assert len(explorer.record) == 20 and "Cut to 20 of" in explorer.view.value and "shown here" in explorer.view.value
+    explorer.budget.value = 60
+    assert len(explorer.record) == 20 and not explorer.record.loss_routed[:-1].isnan().any()
 
 
 @pytest.mark.slow

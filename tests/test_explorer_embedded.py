@@ -186,12 +186,12 @@ def test_the_workbench_opens_its_tabs_when_chosen():
 
 def test_checkpoints_are_the_embedded_router_and_those_of_finished_runs(tmp_path):
     import shutil
-    for run, finished in (("done", True), ("half", False)):
-        shutil.copytree(NANO_ROUTER, tmp_path / "token_routing" / run / "DLR" / "checkpoint")
+    for run, finished in (("token_routing/done", True), ("token_routing/half", False), ("scratch/pareto/trial", True)):
+        shutil.copytree(NANO_ROUTER, tmp_path / run / "DLR" / "checkpoint")
         if finished:
-            (tmp_path / "token_routing" / run / "metrics.json").write_text('{"rows": []}')
+            (tmp_path / run / "metrics.json").write_text('{"rows": []}')
     found = checkpoints(tmp_path)
-    assert list(found) == [EMBEDDED, "token_routing/done/DLR"]
+    assert list(found) == [EMBEDDED, "token_routing/done/DLR", "scratch/pareto/trial/DLR"]
     assert folder_of(None) == NANO_ROUTER
     with pytest.raises(FileNotFoundError, match="There are: embedded router"):
         Session("no/such/folder")

@@ -22,6 +22,8 @@ from dlr.tasks import load_tasks, manager_for
 from dlr.variants import Loaded, RandomByDocument, StaticByDocument, draw
 from dlr.wikitext import strided_perplexity, windows
 
+pytestmark = pytest.mark.usefixtures("by_rows")
+
 TASKS = ["blimp_causative", "arc_challenge", "mmlu_anatomy", "gsm8k"]
 
 
@@ -225,6 +227,37 @@ def test_reused_logits_are_refused(nano):
         DLRLM(loaded=base_of(nano), batch_size="auto")
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"skp": 0.2}, "no model argument 'skp'; did you mean 'skip'"),
+    ({"load_in_8bit": True}, "give load_in_4bit"), ({"peft": "x"}, "adapters come with the checkpoint"),
+    ({"pretrained": "x"}, "those the checkpoint names"), ({"parallelize": True}, "one device"),
+    ({"trust_remote_code": True}, "never run"), ({"max_batch_size": 4}, "give batch_size"),
+    ({"skip": "much"}, "must be a number"), ({"order": "pareto"}, "no use for order"), ({"dtype": "half"}, "not one of")])
+def test_no_model_argument_is_swallowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        DLRLM(checkpoint="nano-router", **options)
+
+
+def test_arguments_that_are_known_act(nano):
+    with pytest.warns(UserWarning, match="made on a base in float32, not quantised; this one is bfloat16"):
+        lm = DLRLM(checkpoint="nano-router", skip="0.2", dtype="bfloat16", attn_implementation="eager", batch_size="2",
+                   add_bos_token=True, trust_remote_code=False)
+    assert lm.model.dtype == torch.bfloat16 and lm.model.config._attn_implementation == "eager" and lm.add_bos_token
+    routing = lm.loaded.routing
+    assert routing.threshold == pytest.approx(routing.config.curve[20]) != routing.config.threshold
+    assert "4bit" in type(DLRLM(load_in_4bit=True).model.model.layers[0].mlp.up_proj).__name__
+    with pytest.raises(ValueError, match="dtype would have no effect on a model that is loaded already"):
+        DLRLM(loaded=base_of(nano), dtype="bfloat16")
+
+
+def test_the_launcher_says_in_one_sentence_what_is_wrong(monkeypatch):
+    from dlr import lm_eval
+    monkeypatch.setattr("sys.argv", ["lm_eval", "run", "--model", "dlr"])
+    monkeypatch.setattr(lm_eval, "cli_evaluate", lambda: DLRLM.create_from_arg_string("checkpoint=nano-router,skp=0.2"))
+    with pytest.raises(SystemExit, match="error: There is no model argument 'skp'; did you mean 'skip'"):
+        lm_eval.main()
+
+
 # -- truncation ---------------------------------------------------------------------------------------------------------
 def test_long_requests_are_cut_on_the_left_as_the_harness_does_and_counted(nano, data):
     model, tokenizer = nano
@@ -262,6 +295,9 @@ def test_a_crash_keeps_finished_tasks_and_the_same_call_goes_on(nano, data, tmp_
         assert {k: v for k, v in ours.items() if "," in k} == {k: v for k, v in theirs.items() if "," in k}
     run_benchmark(lm, names, tmp_path, data_dir=data, limit=2)                # another limit is another result
     assert seen.count("blimp_causative") == 2
+    lm.loaded.base = {"quantisation": {"load_in_4bit": True}}                  # and another precision another one
+    run_benchmark(lm, names[:1], tmp_path, data_dir=data, limit=2)
+    assert seen.count("blimp_causative") == 3
 
 
 def test_half_written_results_are_measured_again(nano, data, tmp_path):

@@ -13,6 +13,8 @@ from dlr.flops import flops_per_token
 from dlr.policy import StaticPlan
 from dlr.shapes import SHAPES, random_model, recorded_gates
 
+pytestmark = pytest.mark.usefixtures("by_rows")
+
 
 @pytest.fixture
 def subject():
@@ -42,9 +44,25 @@ def test_a_short_piece_of_work_follows_tokens_of_the_nominal_skip():
 
 
 def test_row_costs_are_of_the_plans_rows(subject):
-    table = latency.row_costs(latency.Prefill(subject, 2, 15), [0.25, 0.5], repeats=3)
-    assert table["bound"].tolist() == [subject.bound(0.25), subject.bound(0.5)]
-    assert (table["product_bound"] > 0).all() and (table["row_cost"] > 0).all()
+    """On a machine where a product takes as long as it has rows, they allow the layer-count bound of the rows kept; where
+    every product takes as long whatever its rows, they allow nothing but what whole layers save."""
+    work, rows_seen = latency.Prefill(subject, 2, 15), []
+    product = torch.nn.Linear.forward
+    for seconds, allowed in ((lambda rows: rows, None), (lambda rows: 30, 1.0)):
+        now = [0.0]
+        def forward(layer, x):
+            rows_seen.append(len(x))
+            now[0] += seconds(len(x))
+            return product(layer, x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Linear, "forward", forward)
+            patch.setattr(latency, "timer", lambda: now[0])
+            table = latency.row_costs(work, [0.25, 0.5], repeats=3)
+        for row, skip in zip(table.itertuples(), (0.25, 0.5)):
+            kept = [int(n) for n in subject.plan(skip, 30)[torch.arange(30) % 60].sum(0)]
+            assert row.bound == subject.bound(skip) and set(kept) - {0} <= set(rows_seen)
+            assert row.product_bound == pytest.approx(allowed or 6 / (2 + sum(kept) / 30))
+            assert row.row_cost == pytest.approx(4 * 30 / sum(kept) if allowed else 1.0)
 
 
 def test_every_system_is_timed_in_turns_and_truncation_has_the_plans_depth(subject):

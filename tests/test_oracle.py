@@ -108,7 +108,7 @@ def test_the_oracle_is_no_worse_than_the_best_static_plan_and_skips_as_much_as_t
     spread = oracle.router_plan(instrument, 0.0)
     table, plans = oracle.headroom([instrument], order, {0.3: -1.0, 0.5: 0.0})
     sums = table.groupby("budget")[["static", "routed", "oracle"]].sum()
-    assert (sums["oracle"] <= sums["static"] + 1e-9).all() and (sums["oracle"] < sums["static"]).any()
+    assert (sums["oracle"] < 0.95 * sums["static"]).all(), "by the plan itself: at equality it would be the static plan's"
     assert table[table["budget"] == 0.5]["skip"].iloc[0] == pytest.approx(1 - spread.float().mean().item())
     assert plans[0.5][0].sum() == spread.sum()
     assert table["tokens"].sum() == 2 * len(instrument.sample)

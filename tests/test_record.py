@@ -1,15 +1,19 @@
 """Token records: what they hold, and that they come back whole."""
 
+import copy
+import json
+import math
+
 import pytest
 import torch
 from test_routed import half_skipping
-from tiny_models import tiny
-from transformers import AutoTokenizer
+from tiny_models import FAMILIES, SMALL
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dlr.config import RouterConfig
 from dlr.models import NANO
 from dlr.objective import cross_entropy
-from dlr.record import Record, record
+from dlr.record import TENSORS, Record, record
 
 TEXTS = ["A short text, for once.", "Another one: 12 words <b>with</b> \N{GRINNING FACE} odd pieces."]
 
@@ -21,8 +25,6 @@ def tokenizer():
 
 @pytest.fixture
 def model():
-    from tiny_models import SMALL
-    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 4096})).eval()
 
@@ -66,3 +68,79 @@ def test_records_come_back_whole_and_without_a_model(model, tokenizer, tmp_path)
 def test_no_text_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="at least one"):
         record(model, half_skipping(model), tokenizer, [])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "opt", "gpt2", "gpt_neox", "falcon", "bloom", "phi3"])
+def test_chunks_of_logits_give_the_same_record(family, tokenizer, monkeypatch):
+    """Gemma caps its logits and Granite scales them after the head; OPT's decoder lies one module deeper."""
+    from dlr import logits
+    config = copy.deepcopy(FAMILIES[family])
+    config.vocab_size = 4096
+    if family == "gemma2":
+        config.final_logit_softcapping = 0.5
+    if family == "granite":
+        config.logits_scaling = 7.0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    routing = half_skipping(model, RouterConfig(always_keep=2))
+    whole = record(model, routing, tokenizer, TEXTS, bar=False)
+    monkeypatch.setattr(logits, "ELEMENTS", 3 * 4096)
+    assert len(logits.chunks(model, 10)) == 4
+    parts = record(model, routing, tokenizer, TEXTS, bar=False)
+    for name in TENSORS:
+        assert torch.allclose(getattr(whole, name).double(), getattr(parts, name).double(), atol=1e-5, equal_nan=True), name
+
+
+def test_memory_does_not_grow_with_text_times_vocabulary(tokenizer):
+    """No tensor of 1,000 tokens times 50,000 words is ever made, not even in the model's own pass."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from dlr.logits import ELEMENTS
+    largest = [0]
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest[0] = max([largest[0], *(t.numel() for t in torch.utils._pytree.tree_leaves(result)
+                                            if isinstance(t, torch.Tensor))])
+            return result
+
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 50_000, "max_position_embeddings": 1024})).eval()
+    routing = half_skipping(model, RouterConfig(always_keep=2))
+    with Sizes():
+        found = record(model, routing, tokenizer, ["many words of a long text " * 300], max_len=1000, bar=False)
+    assert len(found) == 1000 and largest[0] <= ELEMENTS < 1000 * 50_000 / 3
+
+
+def test_a_tokenizer_of_another_model_is_refused(model, tokenizer):
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 300})).eval()
+    with pytest.raises(ValueError, match="knows 300 tokens only"):
+        record(model, half_skipping(model, RouterConfig(always_keep=2)), tokenizer, TEXTS, bar=False)
+
+
+def test_a_record_that_skips_nothing_is_standard_json_and_comes_back(model, tokenizer, tmp_path):
+    found = record(model, half_skipping(model, RouterConfig(always_keep=2)), tokenizer, TEXTS, bar=False)
+    found = found.at_threshold(-math.inf)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    path = found.save(tmp_path / "all")
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    again = Record.load(path)
+    assert again.meta == found.meta and again.meta["threshold"] == -math.inf and again.skip_ratio == 0.0
+    assert torch.equal(again.at_threshold(again.meta["threshold"]).gates, found.gates)
+
+
+def test_chunks_see_the_adapters_of_the_head(model, tokenizer, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    from dlr import logits
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)).eval()
+    routing = half_skipping(model, RouterConfig(always_keep=2))
+    whole = record(model, routing, tokenizer, TEXTS[:1], bar=False)
+    monkeypatch.setattr(logits, "ELEMENTS", 3 * 4096)
+    parts = record(model, routing, tokenizer, TEXTS[:1], bar=False)
+    assert torch.allclose(whole.loss_routed, parts.loss_routed, atol=1e-4, equal_nan=True)
+    assert torch.allclose(whole.loss_dense, parts.loss_dense, atol=1e-4, equal_nan=True)
+    assert not torch.allclose(whole.loss_routed, whole.loss_dense, atol=1e-2, equal_nan=True)

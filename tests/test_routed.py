@@ -10,6 +10,8 @@ from dlr.config import RouterConfig
 from dlr.policy import GivenPlan, RandomPlan, RouterPolicy, ShuffledPlan, StaticPlan
 from dlr.routed import NotRoutable, decoder_and_layers
 
+pytestmark = pytest.mark.usefixtures("by_rows")
+
 OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
 
 
@@ -117,15 +119,31 @@ def test_padding_changes_neither_logits_nor_skip(llama, ids, side):
     assert routing.plan.skip_ratio == pytest.approx(skip)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_plans_are_carried_out_as_given(llama, ids, seed):
-    routing = dlr.attach(llama, OPEN)
-    gates = (torch.rand(3, 14, 4, generator=torch.Generator().manual_seed(seed)) > 0.5).float()
-    with routing.using(GivenPlan(gates)):
-        llama(ids)
-    assert torch.equal(routing.plan.gates, gates)
-    assert routing.plan.skip_ratio == pytest.approx(1 - gates.mean().item())
-    assert torch.equal(routing.plan.active_layers, 2 + gates.sum(-1))
+@pytest.mark.parametrize("unit", ["layer", "sublayer"])
+@pytest.mark.parametrize("seed", range(2))
+@torch.no_grad()
+def test_a_mixed_plan_is_what_a_loop_over_the_layers_computes(llama, ids, unit, seed):
+    """Written out by hand: each token takes a layer's output where its gate is 1, and its input where it is 0."""
+    per_layer = 2 if unit == "sublayer" else 1
+    gates = (torch.rand(3, 14, 4 * per_layer, generator=torch.Generator().manual_seed(seed)) > 0.5).float()
+    decoder, positions = llama.model, torch.arange(14).unsqueeze(0)
+    x = decoder.embed_tokens(ids)
+    rotary = decoder.rotary_emb(x, positions)
+    for index, layer in enumerate(decoder.layers):
+        own = gates[..., (index - 2) * per_layer:(index - 1) * per_layer] if index >= 2 else torch.ones(3, 14, per_layer)
+        attention, mlp = own[..., :1], own[..., -1:]
+        added = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=None)[0]
+        between = x + (added if unit == "layer" else added * attention)
+        after = between + layer.mlp(layer.post_attention_layernorm(between)) * (1 if unit == "layer" else mlp)
+        x = torch.where(attention > 0.5, after, x) if unit == "layer" else after
+    expected = llama.lm_head(decoder.norm(x))
+    routing = dlr.attach(llama, RouterConfig(always_keep=2, keep_first_tokens=0, unit=unit))
+    for execution in ("masked", "compact"):
+        routing.execution = execution
+        with routing.using(GivenPlan(gates)):
+            assert torch.allclose(llama(ids).logits, expected, atol=1e-5)
+        assert routing.plan.skip_ratio == pytest.approx(1 - gates.mean().item())
+        assert torch.equal(routing.plan.active_layers, 2 + gates.sum(-1) / per_layer)
 
 
 def test_first_tokens_run_everything(llama, ids):

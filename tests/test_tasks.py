@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dlr.__main__ import main
 from dlr.checkpoint import WrongBase
 from dlr.config import RouterConfig, RunConfig, SettingsError
 from dlr.discovery import HalfWritten, find_checkpoint
-from dlr.flops import flops_per_token, plan_flops_per_token
+from dlr.flops import active_halves, flops_per_token, layer_flops, plan_flops_per_token, text_flops
 from dlr.models import add_lora, load_base
 from dlr.routed import attach
 from dlr.tasks import BadRow, UnknownTask, load_tasks, local_rows
@@ -179,7 +180,10 @@ def test_the_command_evaluates_resumes_and_reports(data, tmp_path, monkeypatch, 
     (["nowhere", "--tasks", "gsm8k"], "neither a folder nor a phase"),
     (["nano", "--tasks", "gsm8k", "--limit", "-1"], "above 0"),
     (["nano", "--tasks", " , "], "at least one name"),
-    (["nano", "--tasks", "gsm8k", "--variant", "static"], "without a router")])
+    (["nano", "--tasks", "gsm8k", "--variant", "static"], "without a router"),
+    (["nano", "--tasks", "embedded", "--limit", "1", "--name", "../../x"], "run_name='../../x'"),
+    (["nano", "--tasks", "embedded", "--name", ".."], "not a way up"),
+    (["nano", "--tasks", "embedded", "--order", "pareto"], "no use for order")])
 def test_bad_arguments_get_one_sentence(arguments, message, capsys):
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -211,7 +215,6 @@ def test_a_phase_means_the_newest_complete_run(checkpoint, tmp_path, monkeypatch
 
 
 def test_half_written_checkpoints_are_skipped_aloud(checkpoint, tmp_path):
-    import shutil
     variant = checkpoint.parent
     last = variant / "trainer" / "checkpoint-20"
     shutil.copytree(checkpoint, last)
@@ -235,7 +238,7 @@ def test_half_written_checkpoints_are_skipped_aloud(checkpoint, tmp_path):
 def test_variants_of_one_checkpoint(checkpoint):
     routed = open_variant(str(checkpoint))
     assert routed.variant == "routed" and routed.routing.config.calibrated_skip == 0.25
-    static = open_variant(str(checkpoint), "static")
+    static = open_variant(str(checkpoint), "static")                             # the row of its own folder: DLR's
     dropped = (static.policy.plans == 0).sum(1).tolist()
     assert dropped == [3, 4] and static.policy.share_more == pytest.approx(0.3 * 12 - 3)     # the router's measured skip
     assert not static.policy.plans[0, 9:].any()                                              # along the stored order
@@ -249,7 +252,21 @@ def test_variants_of_one_checkpoint(checkpoint):
         open_variant(str(checkpoint), "static")
 
 
-def test_a_healed_control_is_saved_and_loaded_with_its_plan(tmp_path, ids):
+def test_a_measured_skip_is_not_taken_from_another_checkpoints_row(checkpoint):
+    other = checkpoint.parents[1] / "cold" / "checkpoint"
+    shutil.copytree(checkpoint, other)
+    assert open_variant(str(other), "static").policy.share_more == 0                # its own calibrated 0.25: 3 of 12
+    path = checkpoint.parents[1] / "metrics.json"
+    rows = json.loads(path.read_text())["rows"]
+    path.write_text(json.dumps({"rows": [*rows, {"variant": "cold", "skip": 0.5}, {"variant": "cold, mean plan", "skip": 0.9}]}))
+    assert (open_variant(str(other), "static").policy.plans == 0).sum(1).tolist() == [6, 7]
+    run = str(checkpoint.parents[1])
+    assert open_variant(str(checkpoint), "static", order=run).policy.share_more == 0   # an order that was named: calibrated
+
+
+@pytest.fixture
+def healed():
+    """The embedded model with LoRA that was trained, and a router that stands for a plan."""
     model, _ = load_base(RunConfig(model="nano", bf16=False))
     model = add_lora(model, RunConfig(lora_rank=2, bf16=False))
     routing = attach(model, RouterConfig())
@@ -257,6 +274,11 @@ def test_a_healed_control_is_saved_and_loaded_with_its_plan(tmp_path, ids):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
+    return model, routing
+
+
+def test_a_healed_control_is_saved_and_loaded_with_its_plan(healed, tmp_path, ids):
+    model, routing = healed
     order = [3, 1, 0, 2, 11, 10, 9, 8, 7, 6, 5, 4]
     save_control(model, routing, tmp_path / "static" / "checkpoint", "static", order, 0.25)
     loaded = open_variant(str(tmp_path / "static"))
@@ -266,16 +288,55 @@ def test_a_healed_control_is_saved_and_loaded_with_its_plan(tmp_path, ids):
         assert torch.equal(model(ids).logits, loaded.model(ids).logits)
     with pytest.raises(SettingsError, match="no router"):
         open_variant(str(tmp_path / "static"), "routed")
+    with pytest.raises(SettingsError, match="no use for order .a static control holds its own"):
+        open_variant(str(tmp_path / "static"), order="pareto")
+    with pytest.raises(FileNotFoundError, match="static control and has no router"):
+        dlr.from_pretrained(tmp_path / "static" / "checkpoint")
 
 
-def test_a_checkpoint_of_another_base_is_refused(checkpoint, tmp_path):
+def test_a_stochastic_control_runs_as_it_was_trained_or_not_at_all(healed, tmp_path):
+    folder = tmp_path / "stochastic" / "checkpoint"
+    save_control(*healed, folder, "stochastic", skip=0.5)
+    assert open_variant(str(folder)).policy.skip == 0.5
+    assert open_variant(str(folder), skip=0.2).policy.skip == 0.2
+    assert open_variant(str(folder), "dense").policy is None
+    save_control(*healed, folder, "stochastic")
+    with pytest.raises(SettingsError, match="--skip"):
+        open_variant(str(folder))
+    save_control(*healed, folder, "dense")
+    assert open_variant(str(folder)).policy is None
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "control.json"]
+
+
+@pytest.mark.parametrize("name, options, idle", [
+    ("nano", {"skip": 0.3}, "skip"), ("nano", {"order": "pareto"}, "order"), ("nano", {"model": "nano"}, "model"),
+    ("nano-router", {"order": "pareto"}, "order"), ("nano-router", {"variant": "dense", "skip": 0.3}, "skip"),
+    ("nano-router", {"variant": "stochastic", "skip": 0.3, "order": "pareto"}, "order")])
+def test_what_a_variant_has_no_use_for_is_refused(name, options, idle):
+    with pytest.raises(SettingsError, match=f"has no use for {idle}"):
+        open_variant(name, **options)
+
+
+def test_ways_to_load_a_base_that_do_not_exist_are_refused():
+    with pytest.raises(SettingsError, match="'load_in_8bit' is no way to load"):
+        open_variant("nano", load_in_8bit=True)
+    with pytest.raises(ValueError, match="dtype='half' is not one of float32"):
+        open_variant("nano", dtype="half")
+    with pytest.raises(SettingsError, match="is a checkpoint"):
+        open_variant("nano-router", "base")
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path):
+    """Another model with the same norms: one matrix is half as large again."""
     model, tokenizer = load_base(RunConfig(model="nano", bf16=False))
+    before = open_variant("nano").digest
     with torch.no_grad():
-        model.model.norm.weight.mul_(2)
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(WrongBase, match="cannot be loaded"):
-        open_variant(str(checkpoint), model=str(tmp_path / "other"))
+        open_variant("nano-router", model=str(tmp_path / "other"))
+    assert len({before, open_variant(str(tmp_path / "other")).digest, open_variant("nano", dtype="bfloat16").digest}) == 3
 
 
 # -- FLOPs --------------------------------------------------------------------------------------------------------------
@@ -292,6 +353,36 @@ def test_the_closed_form_is_what_the_counter_counts(family):
     assert counter.get_total_flops() / length == pytest.approx(expected, rel=0.005)
 
 
+def counted(model, length=12):
+    """FLOPs a token; eager attention, and what a replaced half returns costs nothing."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.arange(2, 2 + length).unsqueeze(0))
+    return counter.get_total_flops() / length
+
+
+def test_halves_of_a_layer_cost_what_the_counter_counts():
+    """Attention and MLP are gated apart: each half that is left out saves its own products, and keys and values stay."""
+    model, rates = tiny(), {"attention": [0.0, 1.0, 1.0, 1.0], "mlp": [1.0, 0.0, 1.0, 1.0], "neither": [1.0] * 4}
+    model.set_attn_implementation("eager")
+    layer, width, found = model.model.layers[2], model.config.hidden_size, {"neither": counted(model)}
+    keys_values = layer_flops(model.config, 12)[0]
+    mlp, attention = layer.mlp.forward, layer.self_attn.forward
+    layer.mlp.forward = torch.zeros_like
+    found["mlp"] = counted(model)
+    layer.mlp.forward, layer.self_attn.forward = mlp, lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    found["attention"] = counted(model) + keys_values
+    layer.self_attn.forward = attention
+    for half, rate in rates.items():
+        expected = plan_flops_per_token(model.config, 12, rate, always_keep=2, keep_last=2)
+        assert found[half] == pytest.approx(expected, rel=0.005), half
+        active = active_halves(torch.tensor([rate]), 4, 2)
+        assert text_flops(model.config, active, torch.tensor([11])) == pytest.approx(expected), half
+    assert found["attention"] != pytest.approx(found["mlp"], rel=0.01)
+    with_adapter = plan_flops_per_token(model.config, 12, rates["mlp"], 2, 2, adapter_rank=3)
+    assert with_adapter - plan_flops_per_token(model.config, 12, rates["mlp"], 2, 2) == 4 * width * 3
+
+
 def test_skipping_everything_still_pays_for_keys_and_values():
     config = tiny().config
     width, kv = config.hidden_size, 2 * config.hidden_size // 4
@@ -300,7 +391,5 @@ def test_skipping_everything_still_pays_for_keys_and_values():
     assert plan_flops_per_token(config, 10, [1.0] * 4, always_keep=2) == dense
     assert prefix == 6 * 2 * 2 * width * kv + 2 * width * config.vocab_size
     assert prefix < skipped < dense
-    halves = plan_flops_per_token(config, 10, [1.0, 0.0] * 4, always_keep=2)
-    assert halves == plan_flops_per_token(config, 10, [0.5] * 4, always_keep=2)
     with pytest.raises(ValueError, match="do not fit"):
         plan_flops_per_token(config, 10, [1.0] * 3, always_keep=2)

@@ -1,9 +1,13 @@
 """Views: what they show is what the record holds, any text stays text, and every colour can be read."""
 
 import html
+import io
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import torch
 from test_record import model, tokenizer                       # noqa: F401  fixtures
@@ -11,12 +15,14 @@ from test_routed import half_skipping
 
 from dlr import terminal, views
 from dlr.config import RouterConfig
-from dlr.export import export, page, rows, to_json
+from dlr.export import cell, export, link, page, rows, to_csv, to_json
 from dlr.palette import LEVELS, contrast, ink, ramp, stylesheet
 from dlr.record import Record, pieces
 from dlr.session import Session
-from dlr.tokens import piece_bytes, shown, spans, visible, width
+from dlr.stream import Progress, Side
+from dlr.tokens import Shown, piece_bytes, shown, spans, visible, width
 from dlr.views_compare import agreement, comparison, differing
+from dlr.views_stream import stream
 
 HOSTILE = ["<script>alert(1)</script>", "&lt;b&gt; &amp;amp;", "\"double\" 'single' `back`", "a\nb\n\nc", "tab\there",
            "    leading and trailing   ", "\N{GRINNING FACE}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}",
@@ -69,6 +75,37 @@ def test_any_text_stays_text_in_every_view(session, text):
             assert token.text.strip() in seen.text
     plain = terminal.view(found, colour=True)
     assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", plain) and "\x07" not in plain
+
+
+ATTACK = "\"'><img src=x onerror=alert(1)><script>alert(1)</script></style></textarea>&lt;i&gt;"
+
+
+def test_hostile_words_in_every_field_stay_text(session, monkeypatch, tmp_path):
+    """Token, prediction, note, category, model, policy, execution, names, notes, titles, prompts, errors and file names."""
+    found = session.read("two words")
+    hostile = {key: ATTACK for key in found.meta["top_tokens"]}
+    found = replace(found, tokens=[ATTACK] * len(found), meta=found.meta | {
+        "model": ATTACK, "policy": ATTACK, "top_tokens": hostile, "text": ATTACK, "text_hash": ATTACK})
+    monkeypatch.setattr(views, "kinds", lambda record: [ATTACK] * len(record))
+    monkeypatch.setattr(views, "shown", lambda record: [Shown(ATTACK, ATTACK, ATTACK)] * len(record))
+    cost = views.Cost(2.0, 1.0, 1.0, 1.0, 1.0, execution=ATTACK)
+    side = Side([5, 6], [ATTACK, ATTACK], [3.0])
+    progress = Progress(ATTACK, side, side, 6, ATTACK, {"5": ATTACK})
+    path = tmp_path / (ATTACK.replace("/", "") + ".html")
+    path.write_text("x")
+    made = {"view": views.view(found, cost, note=ATTACK), "strip": views.strip(found, cards=False),
+            "comparison": comparison(found, found, (ATTACK, ATTACK), (cost, cost), note=ATTACK),
+            "error": views.message(ValueError(ATTACK)), "said": views.message(ATTACK), "frame": views.framed("", ATTACK),
+            "stream": stream(progress, 2.0), "page": page("", ATTACK), "link": link(path)}
+    for name, markup in made.items():
+        seen = Page(markup)
+        assert not seen.open, name
+        assert not {"script", "img", "textarea", "i"} & set(seen.tags) - ({"i"} if name in ("view", "strip", "comparison",
+                                                                                          "stream") else set()), name
+        assert not [key for key, _ in seen.attributes if key.startswith("on")], name
+        assert markup.count("</style>") == ("<style>" in markup), name
+        if name not in ("frame", "page", "link"):
+            assert "onerror=alert(1)" in seen.text or "⟨" in seen.text, name
 
 
 def test_what_the_view_shows_is_what_the_saved_record_holds(session, tmp_path):
@@ -131,6 +168,8 @@ def test_sentencepiece_words_keep_their_spaces_and_bytes_are_spelled():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", eos_token="</s>")
     assert pieces(tokenizer, [3, 4, 5, 2]) == [" the", " cat", "s", " "]
     assert piece_bytes(tokenizer, [3, 6, 7]) == {"6": "F0", "7": "9F"}
+    tokenizer.convert_ids_to_tokens = lambda i: "<0x<b>>"
+    assert bytes.fromhex(piece_bytes(tokenizer, [6])["6"]) == b"<0x<b>>", "a piece that only looks like a byte is none"
 
 
 def test_bytes_of_a_split_character_are_spelled_and_joined(session):
@@ -180,7 +219,27 @@ def test_the_page_is_the_view_and_files_appear_whole(session, tmp_path):
         export(found, seen, tmp_path, formats=("docx",))
 
 
+def test_a_spreadsheet_runs_no_token_and_numbers_stay_numbers(session):
+    found = session.read("a b c d e f g h")
+    risky = ["=1+1", "+1", "-2", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\"=1", "'=1", "＝1"]
+    found = replace(found, tokens=(risky * len(found))[:len(found)],
+                    meta=found.meta | {"top_tokens": {key: "=cmd|' /C calc'!A0" for key in found.meta["top_tokens"]}})
+    table = pd.read_csv(io.StringIO(to_csv(found)), keep_default_na=False)
+    for name in ("token", "shown", "note", "category", *(f"top_{which}_{k}" for which in ("dense", "routed")
+                                                         for k in range(5))):
+        for value in table[name].astype(str):
+            assert not re.match(r"[\s\"]*[=+\-@＝＋－＠]|[\t\r\n]", value), (name, value)
+    for text in risky:
+        assert cell(text) == f"'{text}"
+    assert [cell(value) for value in (-1.5, -3, None, "a-b", "x=1", "·a", "")] == [-1.5, -3, None, "a-b", "x=1", "·a", ""]
+    logits = pd.read_csv(io.StringIO(to_csv(found)))["logit_0"]
+    assert logits.dtype == float and (logits < 0).any()
+    assert [row["token"] for row in json.loads(to_json(found))["tokens"]] == found.tokens, "JSON is exact"
+
+
 def test_invisible_characters_get_signs_and_widths():
+    for odd in "\x1b\x9b\x9d\x07\x85\u202e\u2066\u200b\u2028\ufeff\U000e0041\u3164\u2800\xad":
+        assert visible(odd) == f"‹{ord(odd):04X}›", "control, direction, blank: shown as what it is"
     assert visible(" a\tb\n\x1b") == "·a⇥b↵‹001B›" and visible("a b", spaces=False) == "a b"
     assert (width("ab"), width("日本"), width("e\N{COMBINING ACUTE ACCENT}")) == (2, 4, 1)
     assert spans([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8" and spans([]) == "none"

@@ -10,7 +10,7 @@ from dlr.config import RunConfig
 from dlr.models import add_lora
 from dlr.objective import frozen_base, kl_to_teacher
 from dlr.policy import StaticPlan
-from dlr.warmstart import SHARES, Background, HarmLabels, label, label_batch, regress, shrink, warm_start
+from dlr.warmstart import SHARES, SHRINK_BATCHES, Background, HarmLabels, label, label_batch, regress, shrink, warm_start
 
 CONFIG = RunConfig(always_keep=2, keep_first_tokens=1, warm_tokens=64, warm_epochs=4, batch_size=4, seq_len=12,
                    bf16=False, target_skip=0.5, lora_rank=2)
@@ -78,6 +78,45 @@ def test_shrinking_keeps_the_static_order_and_meets_the_target():
     logits = routing.router(labels.states)
     assert (logits <= routing.config.threshold).float().mean().item() == pytest.approx(0.5, abs=0.01)
     assert logits.mean(0).argsort().tolist() == order
+
+
+class Noted(Blocks):
+    """Blocks that note which of them were read."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("count", [64, 24])
+def test_the_share_of_token_dependence_is_chosen_on_blocks_that_no_label_came_from(count):
+    """Also where the text is so short that labels are taken from it more than once."""
+    model, routing = routed()
+    blocks, order = Noted(count), [3, 1, 0, 2]
+    pool = [label(model, routing, blocks, CONFIG, round_index, None, order) for round_index in (0, 1)]
+    labelled, blocks.read = set(blocks.read), []
+    shrink(model, routing, blocks, pool[0], order, CONFIG)
+    assert len(labelled) >= 8 and len(set(blocks.read)) == SHRINK_BATCHES * CONFIG.batch_size
+    assert not labelled & set(blocks.read) and max(blocks.read) == count - 1
+    with pytest.raises(ValueError, match="holds 16 blocks of 12 tokens; a warm start needs 20"):
+        label(model, routing, Blocks(16), CONFIG, 0, None, order)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_labelling_that_stops_leaves_no_hook(stop):
+    model, routing = routed()
+    def stopped(*args):
+        raise stop()
+    before = [len(module._forward_pre_hooks) for module in model.modules()]
+    handle = routing.layers[4].register_forward_pre_hook(stopped)
+    with pytest.raises(stop):
+        label_batch(model, routing, torch.zeros(1, 8, dtype=torch.long), None, False)
+    handle.remove()
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == before
 
 
 def test_labels_are_cached_and_the_whole_is_repeatable(tmp_path):

@@ -1,0 +1,63 @@
+"""What DLR has to know of a causal LM's build: its decoder, the layers, their parts, and where they compute."""
+
+import torch
+from torch import nn
+
+from dlr.compact import ATTENTION, MLP
+
+
+class NotRoutable(ValueError):
+    """The model cannot be routed as asked; the message says why and what to do."""
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside `model` (which may be a PEFT model)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the language model's decoder layers, and those layers.
+
+    Raises:
+        NotRoutable: `model` is no decoder-only language model.
+    """
+    base = causal_lm(model)
+    config = getattr(base, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(text, "num_hidden_layers", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or not (
+            hasattr(base, "can_generate") and base.can_generate()) or count is None:
+        raise NotRoutable(f"{type(base).__name__} is no decoder-only language model; DLR routes the layers of causal "
+                          "LMs such as LlamaForCausalLM.")
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    for module in decoder.modules():              # a vision or audio tower of as many layers lies outside the decoder
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
+    raise NotRoutable(f"{type(base).__name__} holds no list of {count} decoder layers.")
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where `module` computes; its parameters may lie elsewhere between calls (offloaded to CPU or disk by accelerate)."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    return next(module.parameters()).device
+
+
+def sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    parts = [next((getattr(layer, n) for n in names if hasattr(layer, n)), None) for names in (ATTENTION, MLP)]
+    if None in parts or "residual" in parts[0].forward.__code__.co_varnames:
+        raise NotRoutable(f"unit='sublayer' needs layers with separate attention and MLP modules that leave the "
+                          f"residual alone; {type(layer).__name__} has none. Use unit='layer'.")
+    return parts[0], parts[1]
+
+
+def refuse_layerdrop(decoder: nn.Module) -> None:
+    """Refuses families that drop layers at random in training (OPT, XGLM, BioGPT with `layerdrop` above 0)."""
+    rate = getattr(decoder, "layerdrop", getattr(decoder.config, "layerdrop", 0.0)) or 0.0
+    if rate > 0:
+        raise NotRoutable(f"{type(decoder).__name__} drops layers of its own in training (layerdrop={rate}), and a dropped layer "
+                          "has no gate. Set model.config.layerdrop and the decoder's layerdrop to 0; stochastic depth under "
+                          "DLR is dlr.policy.LayerDrop.")
