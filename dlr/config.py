@@ -201,7 +201,7 @@ class LatencyConfig(Settings):
 
 class BaseModelConfig(Settings):
     """00: pretraining of the embedded base model."""
-    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "layers": 5, "width": 64, "vocab_size": 300, "eval_docs": 4}
+    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "layers": 5, "width": 64, "vocab_size": 300, "eval_docs": 2}
     data: ClassVar = "embedded+text_dir"
 
     run_name: RunName = ""

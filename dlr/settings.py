@@ -156,16 +156,22 @@ def default_of(schema: type[BaseModel], name: str):
 def effective(given: dict[str, Any], schema: type[Settings]) -> Settings:
     """Validated settings, on the toy preset where the environment asks for it (`DLR_PRESET=toy`).
 
-    The preset replaces defaults only, so that a value someone chose still counts.
+    The preset replaces defaults; a value someone chose still counts, numbers up to eight times the preset's.
     """
     preset = os.environ.get("DLR_PRESET", "")
     if preset not in ("", "toy"):
         raise SettingsError(f"DLR_PRESET={preset!r} is no preset; there is 'toy', for tests.")
     config = validated(given, schema)
     if preset == "toy":
-        plain = {k: v for k, v in schema.toy.items() if getattr(config, k) == getattr(schema.model_construct(), k)}
-        config = config.changed(**plain)
+        config = config.changed(**{name: _toy(getattr(config, name), default_of(schema, name), small)
+                                   for name, small in schema.toy.items()})
     return config
+
+
+def _toy(value, default, small):
+    if value is None or value == default:
+        return small
+    return min(value, 8 * small) if isinstance(small, (int, float)) and not isinstance(small, bool) else value
 
 
 def read_params(path: str | Path) -> dict[str, Any]:

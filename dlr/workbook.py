@@ -145,8 +145,9 @@ def seeds_table(table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty:
         return pd.DataFrame(columns=["variant", "target_skip", "runs", "skip", "perplexity"])
-    untargeted = table["variant"].str.fullmatch(r"base|dense LoRA|stochastic depth.*")
-    data = table.assign(target_skip=table["target_skip"].astype(object).mask(untargeted, "-"))
+    from dlr.figures import kind_of                     # not above: it takes a second, and few commands draw
+    untargeted = [kind_of(row) in ("base", "dense", "stochastic") for row in table.to_dict("records")]
+    data = table.assign(target_skip=table["target_skip"].astype(object).mask(pd.Series(untargeted, table.index), "-"))
     by = ["variant", "target_skip", *(["settings"] if "settings" in data else [])]
     means = data.groupby(by, sort=False).agg(
         runs=("perplexity", "size"), skip=("skip", "mean"), skip_sd=("skip", "std"), perplexity=("perplexity", "mean"),
