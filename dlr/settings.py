@@ -1,4 +1,4 @@
-"""Settings from people: notebook cells, YAML files and `--set name=value`, validated into objects or refused in a sentence."""
+"""Settings from people (notebook cells, YAML files, `--set name=value`): validated, or refused in a sentence."""
 
 import difflib
 import os
@@ -34,7 +34,7 @@ Local = Annotated[str, LocalPath()]
 class Settings(BaseModel):
     """What all settings share: no unknown names, no conversions, and copies that are validated again."""
     model_config = ConfigDict(extra="forbid", strict=True)
-    toy: ClassVar[dict[str, Any]] = {}         # what DLR_PRESET=toy puts in place of defaults: seconds a notebook, for tests
+    toy: ClassVar[dict[str, Any]] = {}         # what DLR_PRESET=toy puts in place of defaults, see `effective`
 
     def changed(self, **changes):
         """A copy with other values, validated as a whole; pydantic's own `model_copy(update=...)` checks nothing.
@@ -52,7 +52,7 @@ def checked_name(name: str) -> str:
         ValueError: it is a path, begins with a dot, or holds signs that make trouble in folders' names.
     """
     if not re.fullmatch(r"[\w=+-][\w.=+-]*", name) or len(name.encode()) > 150:
-        raise ValueError("it names a folder: letters, digits and _ . = + - only, no dot at its start, 150 bytes at most")
+        raise ValueError("it names a folder: letters, digits and _ . = + - only, no dot at the start, up to 150 bytes")
     return name
 
 
@@ -183,7 +183,8 @@ def read_params(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"No params file {str(path)!r}." + (f" There are: {', '.join(there)}." if there else ""))
+        raise FileNotFoundError(f"No params file {str(path)!r}."
+                                + (f" There are: {', '.join(there)}." if there else ""))
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
