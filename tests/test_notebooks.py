@@ -274,11 +274,11 @@ def test_the_shipped_router_meets_its_budget_and_the_dial_on_the_test_split():
     measured = {}
     for skip in (0.0, 0.1, 0.25, 0.4, 0.6, 0.8):
         with dlr.budget(model, skip=skip):
-            measured[skip] = (logits <= routing.config.threshold).sum().item() / (logits.numel() + forced)
+            measured[skip] = (logits <= routing.threshold).sum().item() / (logits.numel() + forced)
     assert all(abs(found - skip) <= 0.02 for skip, found in measured.items()), measured
     assert abs(measured[0.4] - 0.4) <= 0.01
     assert list(measured.values()) == sorted(measured.values())
     few = padded_batches(documents, tokenizer, 128, 8, limit=8)
     expected, forced = router_logits(model, routing, few, bf16=False)
     found = skip_ratio(evaluate(model, routing, few, RouterPolicy(), bf16=False, bar=False))
-    assert abs(found - (expected <= routing.config.threshold).sum().item() / (expected.numel() + forced)) < 1e-6
+    assert abs(found - (expected <= routing.threshold).sum().item() / (expected.numel() + forced)) < 1e-6
