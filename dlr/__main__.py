@@ -83,7 +83,11 @@ def run(arguments) -> int:
             place.clear()
         started = time.time()
         print(f"{phase}: running notebook, results in {place.folder}", flush=True)
-        notebooks.execute(notebook, place.folder / "notebook.ipynb", parameters | {"run_name": place.folder.name})
+        try:
+            notebooks.execute(notebook, place.folder / "notebook.ipynb", parameters | {"run_name": place.folder.name})
+        except BaseException:
+            place.forget_if_empty()
+            raise
         print(f"{phase}: done in {(time.time() - started) / 60:.1f} minutes")
         for label, pattern in (("executed notebook", "notebook.ipynb"), ("results table", "table.md"),
                                ("figure", "*.png")):

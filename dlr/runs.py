@@ -149,6 +149,12 @@ class Run:
         """Whether a run was ever begun here."""
         return self.done or (self.folder / RECORD).is_file()
 
+    def forget_if_empty(self) -> None:
+        """Drops the settings of a run that failed before it trained or measured anything: they would hold its place."""
+        left = {path for pattern in LEFT_BEHIND for path in self.folder.glob(pattern)}
+        if {path.name for path in left} <= {RECORD, "notebook.ipynb", "output.txt"}:
+            (self.folder / RECORD).unlink(missing_ok=True)
+
     @property
     def record(self) -> dict:
         """run.json, empty where it is missing or cannot be read."""

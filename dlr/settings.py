@@ -156,7 +156,7 @@ def default_of(schema: type[BaseModel], name: str):
 def effective(given: dict[str, Any], schema: type[Settings]) -> Settings:
     """Validated settings, on the toy preset where the environment asks for it (`DLR_PRESET=toy`).
 
-    The preset replaces defaults; a value someone chose still counts, numbers up to eight times the preset's.
+    The preset replaces defaults; a value someone chose still counts, numbers up to four times the preset's.
     """
     preset = os.environ.get("DLR_PRESET", "")
     if preset not in ("", "toy"):
@@ -171,7 +171,7 @@ def effective(given: dict[str, Any], schema: type[Settings]) -> Settings:
 def _toy(value, default, small):
     if value is None or value == default:
         return small
-    return min(value, 8 * small) if isinstance(small, (int, float)) and not isinstance(small, bool) else value
+    return min(value, 4 * small) if isinstance(small, (int, float)) and not isinstance(small, bool) else value
 
 
 def read_params(path: str | Path) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def test_the_toy_preset_replaces_defaults_and_bounds_what_was_chosen(monkeypatch
     for schema in (schema for _, schema in PHASES.values()):
         assert effective({}, schema) == schema(**schema.toy)
     config = effective({"steps": 400, "seq_len": 48, "target_skip": 0.3}, TokenConfig)
-    assert (config.steps, config.seq_len, config.target_skip) == (16, 48, 0.3)
+    assert (config.steps, config.seq_len, config.target_skip) == (8, 48, 0.3)
     monkeypatch.setenv("DLR_PRESET", "tiny")
     with pytest.raises(SettingsError, match="there is 'toy'"):
         effective({}, TokenConfig)
