@@ -24,17 +24,17 @@ FOLDERS = ("DLR_RESULTS", "DLR_CACHE")
 def parser() -> argparse.ArgumentParser:
     from dlr import evalcommand, serve
     from dlr.config import PHASES
-    top = argparse.ArgumentParser("python -m dlr", description="Dynamic Layer Routing: run experiments.", epilog=EXAMPLES,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = top.add_subparsers(dest="command", required=True)
     shape = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    top = argparse.ArgumentParser("python -m dlr", description="Dynamic Layer Routing: run experiments.", **shape)
+    commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run notebooks of one or more phases", **shape)
     run.add_argument("phases", nargs="*", metavar="phase", help=f"{', '.join(PHASES)}; none: a tour")
     run.add_argument("--params", metavar="FILE", help="YAML file of settings that differ from the defaults")
     run.add_argument("--set", action="append", default=[], metavar="name=value", help="one setting; may be repeated")
     run.add_argument("--name", help="name of the run's folder (default: the params file's, or 'default'; where that is "
                                     "another run, a name that says what differs)")
-    run.add_argument("--force", action="store_true", help="run again what is finished; with --name, replace what is there")
+    run.add_argument("--force", action="store_true", help="run again what is finished; with --name, replace what is "
+                                                          "there")
     sweep = commands.add_parser("sweep", help="run a grid of settings", **shape)
     sweep.add_argument("file", help="YAML file with phase, grid and common settings")
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
@@ -67,9 +67,9 @@ def run(arguments) -> int:
         validated({"run_name": name}, schema_of(phase))
         plans.append((phase, name, parameters))
     if tour:
-        print("This regresses a token-level router on how much each layer's absence harms each token, and calibrates it on\n"
-              "held-out text; trains LoRA three times on the embedded base, under that router, under the best static plan and at\n"
-              "full depth; and evaluates the router beside its controls on the test split.\n"
+        print("This regresses a token-level router on how much each layer's absence harms each token, and calibrates it\n"
+              "on held-out text; trains LoRA three times on the embedded base, under that router, under the best static\n"
+              "plan and at full depth; and evaluates the router beside its controls on the test split.\n"
               "About 7 minutes on two CPU cores without fast bfloat16, half that on newer ones.", flush=True)
     for phase, name, parameters in plans:
         notebook = notebooks.read_pair(PHASES[phase][0])

@@ -236,14 +236,6 @@ def specs_of(config, say=print) -> list:
     return specs + list(config.variants)
 
 
-def recorded(config) -> dict:
-    """The settings as run.json keeps them: of a checkpoint's path the last three parts."""
-    settings = config.model_dump()
-    for spec in settings["variants"]:
-        spec |= {key: "/".join(Path(spec[key]).parts[-3:]) for key in ("checkpoint", "order") if spec[key]}
-    return settings
-
-
 def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict, list[dict]]:
     """(rows, the harness's whole result by variant, paired differences) of every variant `config` asks for, resumably.
 

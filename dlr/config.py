@@ -1,7 +1,7 @@
 """The settings there are: of a router, of a training run, and of each notebook.
 
-Flat on purpose: every field is a parameter of a notebook, of a params file and of `--set name=value`. A field's default is
-the value in the notebook's parameters cell. `dlr.settings` says how they are read and refused.
+Flat on purpose: every field is a parameter of a notebook, of a params file and of `--set name=value`. A field's default
+is the value in the notebook's parameters cell. `dlr.settings` says how they are read and refused.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -35,7 +35,7 @@ class RouterConfig(Settings):
 
     level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
     unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
-    kv: Literal["complete", "drop"] = "complete"       # skipped tokens leave keys and values, or none (masked, no cache)
+    kv: Literal["complete", "drop"] = "complete"       # skipped tokens leave keys and values, or none (no cache)
     strategy: Literal["single_pass", "two_pass"] = "single_pass"
     always_keep: int = Field(4, ge=1)                  # layers, the prefix every token runs (K)
     keep_last: int = Field(0, ge=0)                    # layers at the end that every token runs
@@ -46,7 +46,7 @@ class RouterConfig(Settings):
     skip_adapter_rank: int = Field(0, ge=0)            # rank of a low-rank path for skipped tokens, 0 = none
     threshold: float = 0.0                             # gate = logit > threshold at evaluation
     calibrated_skip: float | None = None               # skip ratio measured on the calibration split
-    curve: list[float] = []                            # thresholds at calibrated skips of 0, 1, ... 80 %: the dial's marks
+    curve: list[float] = []                            # thresholds at calibrated skips of 0, 1, ... 80 %: the dial
     base: dict[str, Any] = {}                          # the model the router was made for
 
 
@@ -113,7 +113,7 @@ class RunConfig(Settings):
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     layer_drop: float = Field(0.0, ge=0.0, lt=1.0)     # stochastic depth: probability that a routable layer is dropped
-    bf16: Annotated[bool | None, MachineDecides()] = None      # autocast in training and evaluation; None: where it is fast
+    bf16: Annotated[bool | None, MachineDecides()] = None      # autocast wherever a model runs; None: where it is fast
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=1)
     seed: Seed = 0
@@ -135,10 +135,10 @@ class RunConfig(Settings):
         return RouterConfig(**{name: getattr(self, name) for name in shared})
 
 
-# -- one schema a notebook: its parameters are these fields -----------------------------------------------------------------------
+# -- one schema a notebook: its parameters are these fields ---------------------------------------------
 class NotebookConfig(RunConfig):
     """What the training notebooks share."""
-    run_name: RunName = ""                             # folder below results/<phase>/; '': an exploratory run (dlr.places)
+    run_name: RunName = ""                             # folder below results/<phase>/; '': exploratory (dlr.places)
     steps: int = Field(40, ge=1)
     eval_docs: int = Field(160, ge=1)
 
@@ -185,7 +185,7 @@ class LatencyConfig(Settings):
     shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
     checkpoint: Local = ""                             # whose router's plan is recorded; '': the embedded router
     layers: int = Field(0, ge=0)                       # caps the depth to what memory holds; 0: the whole model
-    dtype: Annotated[Literal["auto"] | Dtype, MachineDecides()] = "auto"       # auto: bfloat16 where the hardware has it
+    dtype: Annotated[Literal["auto"] | Dtype, MachineDecides()] = "auto"       # auto: bfloat16 where it is fast
     skips: Annotated[list[Annotated[float, Field(gt=0.0, le=1.0)]], Field(min_length=1), distinct()] = [0.25, 0.4, 0.5]
     lengths: Counts = [512]                            # tokens of a prefill
     batches: Counts = [1]                              # sequences of a prefill
@@ -199,12 +199,13 @@ class LatencyConfig(Settings):
 
 class BaseModelConfig(Settings):
     """00: pretraining of the embedded base model."""
-    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "layers": 5, "width": 64, "vocab_size": 300, "eval_docs": 4}
+    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "layers": 5, "width": 64, "vocab_size": 300,
+                     "eval_docs": 2}
     data: ClassVar = "embedded+text_dir"
 
     run_name: RunName = ""
     stage: Literal["report", "stable", "decay", "export"] = "report"
-    work_dir: Annotated[str, LocalPath(output=True)] = "base-model"    # checkpoints, token stream; resumable, not committed
+    work_dir: Annotated[str, LocalPath(output=True)] = "base-model"    # checkpoints, token stream; not committed
     text_dir: Local = ""                               # folder of text beside the embedded corpus
     dataset: Local = ""                                # a Hub dataset instead of both
     vocab_size: int = Field(4096, ge=300)
@@ -233,8 +234,8 @@ class ExplorerConfig(Settings):
 
 class TokenAnalysisConfig(Settings):
     """07: what a trained router has learnt. Documents are those of the test split, in its order."""
-    toy: ClassVar = {"record_docs": 6, "eval_len": 32, "oracle_docs": 3, "probe_docs": 6, "oracle_len": 24, "budgets": [0.4],
-                     "weights": ["checkpoint"], "calibration_docs": 4, "frequency_docs": 4}
+    toy: ClassVar = {"record_docs": 6, "eval_len": 32, "oracle_docs": 3, "probe_docs": 6, "oracle_len": 24,
+                     "budgets": [0.4], "weights": ["checkpoint"], "calibration_docs": 4, "frequency_docs": 4}
     splits: ClassVar = ("test", "calibration")
 
     run_name: RunName = ""
@@ -246,7 +247,7 @@ class TokenAnalysisConfig(Settings):
     oracle_docs: int = Field(16, ge=1)                 # documents of the oracle's sample; as many calibration ones
     probe_docs: int = Field(48, ge=3)                  # documents of the probes' sample
     oracle_len: int = Field(96, ge=8)                  # tokens their documents are cut to
-    budgets: Annotated[list[Ratio], Field(min_length=1), distinct()] = [0.2, 0.4, 0.6]      # skips at which headroom is measured
+    budgets: Annotated[list[Ratio], Field(min_length=1), distinct()] = [0.2, 0.4, 0.6]     # skips for the headroom
     # with the LoRA, and without
     weights: Annotated[list[Literal["checkpoint", "base"]], Field(min_length=1), distinct()] = ["checkpoint", "base"]
     calibration_docs: int = Field(96, ge=1)            # for checkpoints that were saved without a dial
@@ -274,7 +275,7 @@ EMBEDDED_ROWS = [
 class EvaluationConfig(Settings):
     """05: benchmark tasks through lm-evaluation-harness, every variant in one table."""
     toy: ClassVar = {"limit": 2.0}
-    data: ClassVar = ""                                # tasks and checkpoints are told apart task by task (dlr.benchmark)
+    data: ClassVar = ""                                # tasks and checkpoints are told apart one by one (dlr.benchmark)
 
     run_name: RunName = ""
     phase: str = ""                                    # every checkpoint of this phase's finished runs is a row

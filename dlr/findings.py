@@ -1,4 +1,4 @@
-"""What a run found, in sentences computed from its rows: notebooks end with these, so that no prose contradicts a table."""
+"""What a run found, in sentences computed from its rows, so that a notebook's last words agree with its table."""
 
 import pandas as pd
 
@@ -22,13 +22,14 @@ def _said(lines: list[str], nothing: str = "No row of this run says more than th
 
 def base_model(scores: list[dict], harm: list[float], slack: float = 0.01) -> str:
     """Notebook 00: bits per byte, and which layers nobody would miss."""
-    lines = [f"On {row['text']} the model needs {row['bits_per_byte']:.3f} bits a byte ({row['low']:.3f} to {row['high']:.3f})."
-             for row in scores]
+    lines = [f"On '{row['text']}' the model needs {row['bits_per_byte']:.3f} bits a byte "
+             f"({row['low']:.3f} to {row['high']:.3f})." for row in scores]
     idle = [str(layer) for layer, value in enumerate(harm) if value < slack]
     least, most = min(harm), max(harm)
-    lines.append(f"Skipping a single layer adds {least:.3f} to {most:.3f} nats a token, most at layer {harm.index(most)}. "
-                 + (f"Slack, adding less than {slack} nats: layers {', '.join(idle)}; a static plan will find them, which "
-                    "flatters static plans." if idle else f"No layer is slack (less than {slack} nats)."))
+    lines.append(f"Skipping a single layer adds {least:.3f} to {most:.3f} nats a token, most at layer "
+                 f"{harm.index(most)}. "
+                 + (f"Slack, adding less than {slack} nats: layers {', '.join(idle)}; a static plan will find them, "
+                    "which flatters static plans." if idle else f"No layer is slack (less than {slack} nats)."))
     return _said(lines)
 
 
@@ -36,7 +37,7 @@ def baselines(rows: list[dict]) -> str:
     """Notebook 01: what LoRA buys, and what stochastic depth costs with and without layers."""
     named = _by_name(rows)
     base, dense, full = (named[name]["perplexity"] for name in ("base", "dense LoRA", "stochastic depth, full"))
-    lines = [f"LoRA at full depth takes perplexity from {base:.2f} to {dense:.2f}, which is the ceiling of all that follows. "
+    lines = [f"LoRA at full depth takes perplexity from {base:.2f} to {dense:.2f}, the ceiling of all that follows. "
              f"Trained with layers missing it is {full:.2f} at full depth, {_side(full, base)} the untrained base."]
     dropped = [f"{row['perplexity']:.2f} at {_percent(row['skip'])}" for name, row in named.items() if "dropped" in name]
     if dropped:
@@ -49,14 +50,15 @@ def sequence(rows: list[dict]) -> str:
     ends = [row for row in rows if row["variant"].startswith("lambda")]
     if not ends:
         return _said([])
-    listed = ", ".join(f"{row['variant']} at {_percent(row['skip'])} (perplexity {row['perplexity']:.2f})" for row in ends)
+    listed = ", ".join(f"{row['variant']} at {_percent(row['skip'])} (perplexity {row['perplexity']:.2f})"
+                       for row in ends)
     skips = [row["skip"] for row in ends]
     line = f"The skip ratio is a result of the price, not a setting: {listed}."
     if len(ends) > 1:
         line += (" A higher price skipped more each time." if skips == sorted(skips) and len(set(skips)) > 1 else
                  " A higher price did not always skip more.")
-    return _said([line, "To reach a budget this way means training once for every price; the controlled budget of notebook "
-                        "03 chooses the price on held-out text instead."])
+    return _said([line, "To reach a budget this way means training once for every price; the controlled budget of "
+                        "notebook 03 chooses the price on held-out text instead."])
 
 
 def token_routing(rows: list[dict], target: float, verdict: dict | None, free: tuple = ("v1", "v2")) -> str:
@@ -75,7 +77,8 @@ def token_routing(rows: list[dict], target: float, verdict: dict | None, free: t
     controlled = [name for name in routed if name not in free]
     if controlled:
         worst = max(abs(ends[name] - target) for name in controlled)
-        lines.append(f"Calibrated on held-out text, {_listed(controlled)} came within {100 * worst:.1f} points of the target.")
+        lines.append(f"Calibrated on held-out text, {_listed(controlled)} came within {100 * worst:.1f} points of the "
+                     "target.")
     lines += [_beside_controls(name, named) for name in routed]
     if verdict:
         lines.append(f"DLR is {against(verdict)} the best static plan: {verdict['nll_difference']:+.4f} nats a token "
@@ -99,8 +102,10 @@ def _listed(names: list[str]) -> str:
 
 
 def against(interval: dict) -> str:
-    """Where an interval of differences lies: 'better than', 'worse than', 'not distinguishable from' (lower is better)."""
-    return "better than" if interval["high"] < 0 else "worse than" if interval["low"] > 0 else "not distinguishable from"
+    """Where an interval of differences lies (lower is better): better than, worse than, not distinguishable from."""
+    if interval["high"] < 0:
+        return "better than"
+    return "worse than" if interval["low"] > 0 else "not distinguishable from"
 
 
 def frontier(differences: pd.DataFrame) -> str:
@@ -120,8 +125,8 @@ def evaluation(rows: list[dict], differences: list[dict]) -> str:
     lines = []
     for found in differences:
         side = {"better than": "worse than", "worse than": "better than"}.get(against(found), against(found))
-        lines.append(f"{found['routed']} is {side} {found['static']} by {abs(found['difference']):.4f} in mean accuracy over "
-                     f"{found['tasks']} tasks ({found['low']:+.4f} to {found['high']:+.4f}, router minus static).")
+        lines.append(f"{found['routed']} is {side} {found['static']} by {abs(found['difference']):.4f} in mean accuracy "
+                     f"over {found['tasks']} tasks ({found['low']:+.4f} to {found['high']:+.4f}, router minus static).")
     for task in dict.fromkeys(task for row in rows for task in row["perplexity"]):
         parts = [f"{row['variant']} {row['perplexity'][task]['token_perplexity']:.2f} at {_percent(row['skip'])} skip"
                  for row in rows if task in row["perplexity"]]
@@ -139,7 +144,8 @@ def latency(table: pd.DataFrame) -> str:
         fast = rows[(rows["system"] == "compact") & (rows["skip"] > 0)]
         parts = [f"{row.speedup:.2f} at {_percent(row.skip)} (bound {row.bound:.2f})" for row in fast.itertuples()]
         slow = rows[rows["system"].isin(["masked", "two-pass"]) & (rows["skip"] > 0)]
-        line = f"{work.capitalize()}, batch {batch}, {length} tokens: compact runs {', '.join(parts)} times as fast as dense."
+        line = (f"{work.capitalize()}, batch {batch}, {length} tokens: compact runs {', '.join(parts)} times as fast as "
+                "dense.")
         if len(slow):
             line += f" Masked and two-pass execution: {slow['speedup'].min():.2f} to {slow['speedup'].max():.2f}."
         lines.append(line)

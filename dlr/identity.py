@@ -1,7 +1,8 @@
 """What makes two runs the same run: their settings and their data.
 
-A setting absent on one side counts as its default, so a new setting orphans no old run; a value that the machine decides
-equals any other; of paths only the part that is the same on every machine is kept, and the files' content decides.
+A setting absent on one side counts as its default, so a new setting orphans no old run; a value that the machine
+decides equals any other; of paths only the part that is the same on every machine is kept, and what the files hold
+decides.
 """
 
 import hashlib
@@ -75,14 +76,15 @@ def portable(settings: dict, schema: type[Settings] | None) -> dict:
 
 # -- data -----------------------------------------------------------------------
 def digest(path: Path) -> str:
-    """Sixteen hex digits of a file or of all files below a folder (of a model's folder: its weights).
+    """Sixteen hex digits of a file or of all files below a folder (of a run its metrics, of a model its weights).
 
     Large files are sampled at sixteen places, so that a model of many gigabytes takes no longer than a small one.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     weights = [file for file in files if file.suffix == ".safetensors"]
+    metrics = [path / "metrics.json"] if (path / "metrics.json").is_file() else []
     found = hashlib.sha256()
-    for file in weights or files:
+    for file in metrics or weights or files:
         size = file.stat().st_size
         found.update(f"{file.relative_to(path) if file != path else file.suffix}\0{size}\0".encode())
         with file.open("rb") as stream:
@@ -127,7 +129,7 @@ def data_hash(config: Settings) -> str:
 # -- comparison -----------------------------------------------------------------------
 def _complete(values: dict, schema: type[Settings]) -> dict:
     """`values` with defaults for what is absent, in lists of rows too, as JSON would hold them."""
-    out = {name: default_of(schema, name) for name in schema.model_fields if not schema.model_fields[name].is_required()}
+    out = {name: default_of(schema, name) for name, field in schema.model_fields.items() if not field.is_required()}
     out |= values
     for name, field in schema.model_fields.items():
         rows = _rows_schema(field.annotation)
@@ -153,7 +155,7 @@ def different_settings(before: dict, now: dict, schema: type[Settings] | None) -
 
 def differences(record: dict, settings: dict, data: str, inputs: dict[str, str],
                 schema: type[Settings] | None) -> dict[str, tuple]:
-    """What keeps the run in `record` (a run.json) from being the run of `settings` on this data; empty: they are one."""
+    """What keeps the run in `record` (a run.json) from being that of `settings` on this data; empty: they are one."""
     found = different_settings(record.get("settings", {}), settings, schema)
     earlier = record.get("inputs", {})
     for name in earlier.keys() & inputs.keys():             # files known on both sides: content decides, not the name

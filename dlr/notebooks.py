@@ -43,8 +43,8 @@ def read_pair(name: str, say=print):
         return notebooks[there[0].suffix]
     saved = {suffix: path.stat().st_mtime_ns for suffix, path in halves.items()}
     if saved[".ipynb"] == saved[".py"]:
-        raise SettingsError(f"{name}.py and {name}.ipynb differ and were saved at the same time. Save the one that is right "
-                            f"again, or make them one: jupytext --to ipynb --update notebooks/{name}.py")
+        raise SettingsError(f"{name}.py and {name}.ipynb differ and were saved at the same time. Save the one that is "
+                            f"right again, or make them one: jupytext --to ipynb --update notebooks/{name}.py")
     newer = max(saved, key=saved.get)
     say(f"{name}.py and {name}.ipynb differ: {name}{newer}, saved last, is what runs.")
     return notebooks[newer]
@@ -62,7 +62,7 @@ def cell_defaults(notebook) -> dict:
     source = next((c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])), "")
     found = {}
     for node in ast.parse(source).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
         with contextlib.suppress(ValueError):
             if isinstance(target, ast.Name):
                 found[target.id] = ast.literal_eval(node.value)
@@ -99,7 +99,7 @@ def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Pa
     """
     import papermill
     manager = _same_python()
-    logging.getLogger("papermill").setLevel(logging.ERROR)        # it warns of settings that are not in the parameters cell
+    logging.getLogger("papermill").setLevel(logging.ERROR)     # it warns of settings that are not in the parameters cell
     target.parent.mkdir(parents=True, exist_ok=True)
     streams = {} if quiet else {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     os.environ["DLR_TERMINAL"] = "1"
@@ -118,11 +118,6 @@ def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Pa
         if target.is_file():
             write(tidied(nbformat.read(target, as_version=4)), target)
     return target
-
-
-def run_notebook(phase: str, parameters: dict, target: Path, quiet: bool = False) -> Path:
-    """Executes a phase's notebook into the file `target`."""
-    return execute(read_pair(PHASES[phase][0]), target, parameters, quiet)
 
 
 def _is_result(output) -> bool:
@@ -150,7 +145,7 @@ def write(notebook, path: Path) -> None:
 
 
 def refresh(names: list[str], say=print) -> None:
-    """Executes committed notebooks anew, in place, with their defaults: recorded runs that fit are shown, others explore.
+    """Executes committed notebooks anew, in place, with their defaults: recorded runs that fit are shown.
 
     Args:
         names: notebooks by name, number or phase; none: all.

@@ -1,7 +1,7 @@
-"""Where a run goes, for notebooks and the command line alike. What someone else's run left is never touched.
+"""Where a run goes, for notebooks and the command line alike. What another run left is never touched.
 
-A named run is results/<phase>/<name>. A notebook without a name explores: a recorded run of the same settings and data is
-shown; otherwise the run goes to results/scratch/<phase>/<the settings that differ>, which git ignores.
+A named run is results/<phase>/<name>. A notebook without a name explores: a recorded run of the same settings and data
+is shown; otherwise the run goes to results/scratch/<phase>/<the settings that differ>, which git ignores.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def _short_hash(*values) -> str:
 
 
 class Wanted:
-    """A run that is to be: its settings, and its data as soon as someone must know them (reading them takes seconds)."""
+    """A run that is to be: its settings and, once something asks for it (which takes seconds), its data."""
 
     def __init__(self, phase: str, config: Settings):
         self.phase, self.config, self._data = phase, config, None
@@ -46,7 +46,11 @@ class Wanted:
     def differences(self, run: Run) -> dict[str, tuple]:
         """What keeps `run` from being this one: settings, or where those are equal, data."""
         settings, schema = self.config.model_dump(), type(self.config)
-        return run.differences(settings, "", {}, schema) or run.differences(settings, *self.data, schema)
+        found = run.differences(settings, "", {}, schema)
+        try:
+            return found or run.differences(settings, *self.data, schema)
+        except OSError:                        # the data is not to be had here: only settings can be compared
+            return found
 
     def fits(self, run: Run) -> bool:
         return run.exists and not self.differences(run)
@@ -93,10 +97,11 @@ def open_run(phase: str, config: Settings, say=print) -> Run:
         if run is None:
             run = wanted.free(results_folder() / SCRATCH / phase / scratch_name(config))
     if run.done:
-        say(f"{shown_path(run.folder)} holds this run, {made(run)}: shown from there. Give run_name a name of your own to "
-            "run it here.")
+        say(f"{shown_path(run.folder)} holds this run, {made(run)}: shown from there. Give run_name a name of your own "
+            "to run it here.")
         return run
-    say(f"Results go to {shown_path(run.folder)}" + (", where this run was begun before: it goes on." if run.exists else "."))
+    begun = ", where this run was begun before: it goes on" if run.exists else ""
+    say(f"Results go to {shown_path(run.folder)}{begun}.")
     return wanted.start(run)
 
 
@@ -115,9 +120,9 @@ def named(wanted: Wanted, name: str, force: bool = False) -> Run:
     run = Run(results_folder() / wanted.phase / name)
     other = wanted.differences(run) if run.exists and not force else {}
     if other:
-        raise SettingsError(f"{shown_path(run.folder)} holds a run with other settings or data ({identity.said(other)}). "
-                            "Give this one a name of its own (run_name in a notebook, --name on the command line), or "
-                            "replace that one: --name with --force.")
+        raise SettingsError(f"{shown_path(run.folder)} holds a run with other settings or data "
+                            f"({identity.said(other)}). Give this one a name of its own (run_name in a notebook, --name "
+                            "on the command line), or replace that one: --name with --force.")
     return run
 
 

@@ -25,8 +25,8 @@ VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 METRICS, RECORD = "metrics.json", "run.json"
 # What a run writes, as patterns below its folder: all that a forced run removes before it starts.
 LEFT_BEHIND = (METRICS, RECORD, "log.csv", "table.md", "notebook.ipynb", "output.txt", "record.json",
-               "record.safetensors", "frequencies.safetensors", "oracle.safetensors", "tasks", "checkpoint", "trainer", "*/log.csv", "*/checkpoint", "*/trainer",
-               "*/harm-*.safetensors")
+               "record.safetensors", "frequencies.safetensors", "oracle.safetensors", "tasks", "checkpoint", "trainer",
+               "*/log.csv", "*/checkpoint", "*/trainer", "*/harm-*.safetensors")
 
 
 def project_root() -> Path:
@@ -168,7 +168,7 @@ class Run:
         return self.metrics["rows"]
 
     def differences(self, settings: dict, data_hash: str, inputs: dict | None = None, schema=None) -> dict[str, tuple]:
-        """What keeps the run that is here from being the one of these settings and data (`dlr.identity.differences`)."""
+        """What keeps the run that is here from being that of these settings and data (`dlr.identity.differences`)."""
         from dlr import identity
         record = self.record
         if "settings" not in record:
@@ -188,8 +188,9 @@ class Run:
         from dlr import identity
         other = self.differences(settings, data_hash, inputs, schema) if self.exists else {}
         if other:
-            raise ValueError(f"{shown_path(self.folder)!r} holds a run with other settings or data ({identity.said(other)}). "
-                             "Give this one a name of its own (run_name, --name), or replace that one with --force.")
+            raise ValueError(f"{shown_path(self.folder)!r} holds a run with other settings or data "
+                             f"({identity.said(other)}). Give this one a name of its own (run_name, --name), or replace "
+                             "that one with --force.")
         settings = identity.portable(settings, schema)
         record = {"settings": settings, "seed": settings.get("seed"), "data_hash": data_hash, "inputs": inputs or {},
                   "versions": {"python": platform.python_version()} | {v: metadata.version(v) for v in VERSIONS},

@@ -1,4 +1,4 @@
-"""Settings from people: notebook cells, YAML files and `--set name=value`, validated into objects or refused in a sentence."""
+"""Settings from people (notebook cells, YAML files, `--set name=value`): validated, or refused in a sentence."""
 
 import difflib
 import os
@@ -33,9 +33,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]                     # what every li
 
 
 class Settings(BaseModel):
-    """What all settings share: no unknown names, no conversions, finite numbers, and copies that are validated again."""
+    """What all settings share: no unknown names, no conversions, finite numbers, copies validated again."""
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    toy: ClassVar[dict[str, Any]] = {}         # what DLR_PRESET=toy puts in place of defaults: seconds a notebook, for tests
+    toy: ClassVar[dict[str, Any]] = {}         # what DLR_PRESET=toy puts in place of defaults, see `effective`
 
     def changed(self, **changes):
         """A copy with other values, validated as a whole; pydantic's own `model_copy(update=...)` checks nothing.
@@ -53,7 +53,7 @@ def checked_name(name: str) -> str:
         ValueError: it is a path, begins with a dot, or holds signs that make trouble in folders' names.
     """
     if not re.fullmatch(r"[\w=+-][\w.=+-]*", name) or len(name.encode()) > 150:
-        raise ValueError("it names a folder: letters, digits and _ . = + - only, no dot at its start, 150 bytes at most")
+        raise ValueError("it names a folder: letters, digits and _ . = + - only, no dot at the start, up to 150 bytes")
     return name
 
 
@@ -185,16 +185,22 @@ def default_of(schema: type[BaseModel], name: str):
 def effective(given: dict[str, Any], schema: type[Settings]) -> Settings:
     """Validated settings, on the toy preset where the environment asks for it (`DLR_PRESET=toy`).
 
-    The preset replaces defaults only, so that a value someone chose still counts.
+    The preset replaces defaults; a value someone chose still counts, numbers up to eight times the preset's.
     """
     preset = os.environ.get("DLR_PRESET", "")
     if preset not in ("", "toy"):
         raise SettingsError(f"DLR_PRESET={preset!r} is no preset; there is 'toy', for tests.")
     config = validated(given, schema)
     if preset == "toy":
-        plain = {k: v for k, v in schema.toy.items() if getattr(config, k) == getattr(schema.model_construct(), k)}
-        config = config.changed(**plain)
+        config = config.changed(**{name: _toy(getattr(config, name), default_of(schema, name), small)
+                                   for name, small in schema.toy.items()})
     return config
+
+
+def _toy(value, default, small):
+    if value is None or value == default:
+        return small
+    return min(value, 8 * small) if isinstance(small, (int, float)) and not isinstance(small, bool) else value
 
 
 def read_params(path: str | Path) -> dict[str, Any]:
@@ -206,7 +212,8 @@ def read_params(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"No params file {str(path)!r}." + (f" There are: {', '.join(there)}." if there else ""))
+        raise FileNotFoundError(f"No params file {str(path)!r}."
+                                + (f" There are: {', '.join(there)}." if there else ""))
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

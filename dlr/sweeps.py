@@ -36,7 +36,7 @@ def expand(sweep: dict) -> list[tuple[str, dict]]:
     schema, common = schema_of(str(sweep["phase"])), sweep.get("common") or {}
     grid = sweep["grid"] if isinstance(sweep["grid"], list) else [sweep["grid"]]
     if not isinstance(common, dict) or not grid or not all(isinstance(axes, dict) and axes for axes in grid):
-        raise SettingsError("common is a mapping of settings, and grid one (or a list of them) whose lists are multiplied out")
+        raise SettingsError("common is a mapping of settings, and grid one (or a list of them) of lists to multiply out")
     points = []
     for axes in grid:
         lists = {name: value if isinstance(value, list) else [value] for name, value in axes.items()}
@@ -52,7 +52,7 @@ def expand(sweep: dict) -> list[tuple[str, dict]]:
 
 
 def _point_name(chosen: dict, told_apart: bool = False) -> str:
-    """A point's settings as a folder's name: 'router-target_skip=0.2-seed=0', with a hash where it would not be its own."""
+    """A point's settings as a folder's name: 'router-target_skip=0.2-seed=0', with a hash where that is not unique."""
     name = slug("-".join(f"{k}={v}" if not isinstance(v, str) else v for k, v in chosen.items()))
     if told_apart or len(name.encode()) > 120:
         name = f"{name[:60]}-{hashlib.sha256(repr(sorted(chosen.items())).encode()).hexdigest()[:6]}"
@@ -76,8 +76,8 @@ def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
     if other:
         raise SettingsError(
             f"{len(points)} runs, {len(other)} hold other settings or data ({said(next(iter(other.values())))}): "
-            f"{', '.join(list(other)[:4])}{' ...' if len(other) > 4 else ''}. Nothing was run. --name NAME puts this sweep "
-            "beside them, --force replaces them.")
+            f"{', '.join(list(other)[:4])}{' ...' if len(other) > 4 else ''}. Nothing was run. --name NAME puts this "
+            "sweep beside them, --force replaces them.")
     return waiting
 
 

@@ -31,8 +31,9 @@ def notebook_settings(phase: str, names: dict) -> Settings:
     stray = stray_names(names, schema)
     if stray:
         near = {name: nearest(name, schema.model_fields) for name in stray}
-        raise SettingsError("; ".join(f"unknown setting {name!r}" + (f", did you mean {near[name]!r}?" if near[name] else "")
-                                      for name in stray) + f" What is no setting can go by another name: del {stray[0]}")
+        refusals = [f"unknown setting {name!r}" + (f", did you mean {near[name]!r}?" if near[name] else "")
+                    for name in stray]
+        raise SettingsError(f"{'; '.join(refusals)} A name that is none is let be once it is gone: del {stray[0]}")
     return effective(resolved(given, schema), schema)
 
 
@@ -45,9 +46,8 @@ def _assigned(source: str) -> dict[str, tuple[bool, bool]]:
         return {}
     found = {}
     for node in body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
-        for target in targets:
-            if isinstance(target, ast.Name):
+        for target in [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", []):
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(target, ast.Name):
                 found[target.id] = isinstance(node, ast.AnnAssign), _is_literal(node.value)
     return found
 
@@ -63,9 +63,9 @@ def _is_literal(node) -> bool:
 def stray_names(names: dict, schema: type[Settings]) -> list[str]:
     """Names someone meant as settings although there are no such ones.
 
-    IPython keeps the source of every cell that was run (`In`). Every name is meant as a setting that the parameters cell
-    assigns, which is the newest one with a setting and its type, or the cell papermill puts behind it. Elsewhere a name is
-    if it holds a literal, is nearly a setting's, and was assigned after that setting was: correcting it is enough.
+    IPython keeps the source of every cell that was run (`In`). Every name is meant as a setting that the parameters
+    cell assigns, which is the newest one with a setting and its type, or the cell papermill puts behind it. Elsewhere a
+    name is if it holds a literal, is nearly a setting's, and was assigned after that setting was: correcting it helps.
     Without `In` (no notebook) every name that is nearly a setting's counts.
     """
     fields = schema.model_fields
@@ -76,7 +76,8 @@ def stray_names(names: dict, schema: type[Settings]) -> list[str]:
     cells = [_assigned(source) for source in names["In"]]
     typed = [any(name in fields and is_typed for name, (is_typed, _) in cell.items()) for cell in cells]
     current = max((place for place, is_typed in enumerate(typed) if is_typed), default=-1)
-    injected = [place for place, source in enumerate(names["In"]) if source.lstrip().startswith(INJECTED) and place > current]
+    injected = [place for place, source in enumerate(names["In"])
+                if source.lstrip().startswith(INJECTED) and place > current]
     newest = {name: place for place, cell in enumerate(cells) for name in cell}
 
     def meant(name: str) -> bool:
@@ -88,7 +89,7 @@ def stray_names(names: dict, schema: type[Settings]) -> list[str]:
 
 
 def checked_parameters(phase: str, params_file: str | None, assignments: list[str]) -> dict:
-    """Parameters from a YAML file and `name=value` pairs, validated before any kernel starts, with paths made absolute."""
+    """Parameters from a YAML file and `name=value` pairs, validated before a kernel starts, with paths made absolute."""
     schema = schema_of(phase)
     given = read_params(params_file) if params_file else {}
     for assignment in assignments:
@@ -145,13 +146,15 @@ def seeds_table(table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty:
         return pd.DataFrame(columns=["variant", "target_skip", "runs", "skip", "perplexity"])
-    untargeted = table["variant"].str.fullmatch(r"base|dense LoRA|stochastic depth.*")
-    data = table.assign(target_skip=table["target_skip"].astype(object).mask(untargeted, "-"))
+    from dlr.figures import kind_of                     # not above: it takes a second, and few commands draw
+    untargeted = [kind_of(row) in ("base", "dense", "stochastic") for row in table.to_dict("records")]
+    data = table.assign(target_skip=table["target_skip"].astype(object).mask(pd.Series(untargeted, table.index), "-"))
     by = ["variant", "target_skip", *(["settings"] if "settings" in data else [])]
     means = data.groupby(by, sort=False).agg(
         runs=("perplexity", "size"), skip=("skip", "mean"), skip_sd=("skip", "std"), perplexity=("perplexity", "mean"),
         perplexity_sd=("perplexity", "std")).reset_index()
-    return means.sort_values(["skip", "perplexity"]).round({"skip": 4, "skip_sd": 4, "perplexity": 2, "perplexity_sd": 2})
+    digits = {"skip": 4, "skip_sd": 4, "perplexity": 2, "perplexity_sd": 2}
+    return means.sort_values(["skip", "perplexity"]).round(digits)
 
 
 def comparable(table: pd.DataFrame, say=print) -> pd.DataFrame:

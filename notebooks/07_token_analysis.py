@@ -70,6 +70,7 @@ run = open_run("token_analysis", config)
 if not run.done:
     token_study.measure(config, run)
 metrics, tokens = run.metrics, Record.load(run.folder / "record")
+shape = tokens.meta["always_keep"], tokens.meta["units_per_layer"]
 print(f"{len(tokens):,} tokens, skip {tokens.skip_ratio:.3f}, perplexity {tokens.perplexity('dense'):.2f} dense, "
       f"{tokens.perplexity():.2f} routed; target {metrics['target']:.0%}")
 
@@ -85,7 +86,7 @@ if not by_category["category"].str.startswith("POS").any():
 by_category.filter(regex="^(?!keep)").sort_values("active_layers").round(3)
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_analysis.category_depth(by_category), "category_depth")
+run.figure(figures_analysis.category_depth(by_category, *shape), "category_depth")
 
 # %% [markdown]
 # ## Does the plan depend on the token?
@@ -112,7 +113,7 @@ pd.DataFrame([metrics["variance"]], index=["share of the plan's variance"]).roun
 benefit, loss = metrics["benefit"], metrics["benefit_loss"]
 print(f"correlation of active layers with the summed benefit: {benefit[0]['correlation']:+.3f} in KL, "
       f"{loss[0]['correlation']:+.3f} in loss")
-run.figure(figures_analysis.difficulty(metrics["difficulty"], benefit), "difficulty")
+run.figure(figures_analysis.difficulty(metrics["difficulty"], benefit, *shape), "difficulty")
 
 # %% tags=["nbval-ignore-output"]
 run.figure(figures_analysis.position(metrics["position"]), "position")
@@ -149,7 +150,7 @@ run.figure(figures_analysis.headroom(run.rows), "headroom")
 # (clipped at its 1st and 99th percentile), on documents held out. Depth 0 is the token's embedding alone.
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_analysis.predictability(metrics["probes"], tokens.meta["always_keep"]), "predictability")
+run.figure(figures_analysis.predictability(metrics["probes"], *shape), "predictability")
 
 # %% [markdown]
 # ## What it means

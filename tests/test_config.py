@@ -226,3 +226,15 @@ def test_shipped_yaml_numbers_are_numbers():
     for path in PARAMS:
         for value in yaml.safe_load(path.read_text()).values():
             assert not (isinstance(value, str) and value.replace(".", "").replace("e-", "").isdigit()), (path, value)
+
+
+def test_the_toy_preset_replaces_defaults_and_bounds_what_was_chosen(monkeypatch):
+    from dlr.settings import effective
+    monkeypatch.setenv("DLR_PRESET", "toy")
+    for schema in (schema for _, schema in PHASES.values()):
+        assert effective({}, schema) == schema(**schema.toy)
+    config = effective({"steps": 400, "seq_len": 48, "target_skip": 0.3}, TokenConfig)
+    assert (config.steps, config.seq_len, config.target_skip) == (16, 48, 0.3)
+    monkeypatch.setenv("DLR_PRESET", "tiny")
+    with pytest.raises(SettingsError, match="there is 'toy'"):
+        effective({}, TokenConfig)

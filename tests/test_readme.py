@@ -1,0 +1,144 @@
+"""Every command of the README, run in a copy of a clone: what it leaves is what the README says. A new one must be added here."""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from clone import contents, copy_project, environment
+
+from dlr.runs import Run, project_root
+
+README = (project_root() / "README.md").read_text(encoding="utf-8")
+SET_UP = {"python3 -m venv .venv", ". .venv/bin/activate", "pip install -q -r requirements.txt",       # what .ci/run does
+          "python -m pytest", "jupyter lab"}
+PLACEHOLDERS = {"CHECKPOINT": "nano-router", "DIR": "no-such-folder"}
+
+
+def commands() -> list[str]:
+    """The commands in indented blocks, without set-up, comments and repetitions."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    lines = [line.strip() for line in re.findall(r"(?m)^ {4}(\S.*)$", prose)]
+    parts = [shlex.join(shlex.split(part, comments=True)) for line in lines for part in line.split(" && ")]
+    return list(dict.fromkeys(part for part in parts if part not in SET_UP))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = copy_project(tmp_path_factory.mktemp("clone"))
+    before = contents(folder)
+    yield folder
+    assert contents(folder) == before, "a command of the README changed what is committed"
+
+
+def call(clone, text: str, **changes):
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(text)]
+    program = {"python": [sys.executable], "papermill": [sys.executable, "-m", "papermill"]}[words[0]]
+    return subprocess.run([*program, *words[1:]], cwd=clone, env=environment(clone, **changes), capture_output=True, text=True)
+
+
+def ran(folder: str, **settings):
+    """The command ran a notebook, into results/<folder>, with these settings."""
+    def check(clone, answer):
+        assert answer.returncode == 0, answer.stderr[-2000:]
+        found = [Run(path.parent) for path in (clone / "results").glob(f"{folder}/metrics.json")]
+        fitting = [run for run in found if settings.items() <= run.record["settings"].items()]
+        assert fitting and fitting[0].rows and (fitting[0].folder / "notebook.ipynb").is_file(), answer.stdout
+        assert (fitting[0].folder / "table.md").is_file() and (fitting[0].folder / "comparison.png").is_file()
+        return fitting[0]
+    return check
+
+
+def tour(clone, answer):
+    run = ran("token_routing/quick")(clone, answer)
+    assert "About" in answer.stdout and "two CPU cores" in answer.stdout
+    for name in ("table.md", "comparison.png", "notebook.ipynb"):
+        assert str(run.folder / name) in answer.stdout
+    assert {row["variant"] for row in run.rows} == {"base", "DLR", "DLR, shuffled", "DLR, mean plan", "DLR, random plan",
+                                                    "best static", "dense LoRA"}
+    again = call(clone, "python -m dlr run")
+    assert again.returncode == 0 and "finished before" in again.stdout
+
+
+def refused(*words):
+    """Without a network the command ends in one sentence and leaves nothing that looks finished."""
+    def check(clone, answer):
+        assert answer.returncode == 2 and all(word in answer.stderr.splitlines()[-1] for word in words), answer.stderr[-2000:]
+    return check
+
+
+def shown(*words):
+    def check(clone, answer):
+        assert answer.returncode == 0 and all(word in answer.stdout for word in words), answer.stdout + answer.stderr[-2000:]
+    return check
+
+
+def papermill(clone, answer):
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert "holds this run" in (clone / "out.ipynb").read_text(encoding="utf-8")          # the tour above made it
+
+
+# Command to what must be true afterwards. 'recorded' commands are in results/, so nothing has to run: no toy preset.
+RECORDED = {"DLR_PRESET": ""}
+EXPECTED = {
+    "python -m dlr run": (tour, {}),
+    "python -m dlr run token_routing --set target_skip=0.3": (ran("token_routing/default-*", target_skip=0.3), {}),
+    "python -m dlr run token_routing --params params/token_routing/tinyllama.yaml": (refused("model='nano'"), {}),
+    "python -m dlr sweep params/pareto/nano.yaml --jobs 2": (
+        shown("12 runs, 12 finished already", "| best static", "0 failed"), RECORDED),
+    "papermill notebooks/03_token_routing.ipynb out.ipynb -f params/token_routing/quick.yaml": (papermill, {}),
+    "python -m dlr explore 'Any text.'": (shown("Any text"), {}),
+    "python -m dlr explore --serve": (None, {}),                                          # below: it does not end by itself
+    "python -m dlr eval CHECKPOINT --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5": (refused("--data-dir"), {}),
+}
+
+
+def test_every_command_of_the_readme_is_known_here():
+    assert set(commands()) == set(EXPECTED)
+    assert "python -m dlr" in README and "```python" in README
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [text for text, (check, _) in EXPECTED.items() if check is not None])
+def test_a_command_does_what_it_says(text, clone):
+    check, changes = EXPECTED[text]
+    check(clone, call(clone, text, **changes))
+
+
+@pytest.mark.slow
+def test_what_the_readme_reports_is_recorded_and_not_run_again(clone):
+    """The commands that made its numbers, in the prose: each is finished in a clone, and says where."""
+    prose = " ".join(README.split())
+    made = {"python -m dlr run latency --params params/latency/tinyllama.yaml": "results/latency/tinyllama",
+            "python -m dlr run latency": "results/latency/default",
+            "python -m dlr run token_analysis --params params/token_analysis/nano.yaml": "results/token_analysis/nano"}
+    assert all(f"`{text}`" in prose for text in made)
+    program = "import sys\nfrom dlr.__main__ import main\nsys.exit(max(main(line.split()[3:]) for line in sys.argv[1:]))"
+    answer = subprocess.run([sys.executable, "-c", program, *made], cwd=clone, capture_output=True, text=True,
+                            env=environment(clone, **RECORDED))
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    for folder in made.values():
+        assert re.search(rf"finished before, made on .*{folder}\n", answer.stdout), answer.stdout
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(clone):
+    for program in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        answer = subprocess.run([sys.executable, "-c", program], cwd=clone, env=environment(clone), capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_served_explorer_says_where_it_is(clone):
+    process = subprocess.Popen([sys.executable, "-u", "-m", "dlr", "explore", "--serve", "--no-browser"], cwd=clone, text=True,
+                               env=environment(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        said = ""
+        while "http://127.0.0.1" not in said and (line := process.stdout.readline()):
+            said += line
+        assert "http://127.0.0.1" in said, said
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
