@@ -6,14 +6,18 @@ is the value in the notebook's parameters cell. `dlr.settings` says how they are
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from dlr.settings import Local, LocalPath, MachineDecides, RunName, Settings, SettingsError, read_params, validated
+from dlr.settings import (Local, LocalPath, MachineDecides, RunName, Seed, Settings, SettingsError, distinct, read_params,
+                          validated)
 
 __all__ = ["PHASES", "RouterConfig", "RunConfig", "SettingsError", "fast_bf16", "read_params", "validated"]
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Counts = Annotated[list[Count], Field(min_length=1), distinct()]
+Named = Annotated[Local, Field(min_length=1)]              # '' would be the current folder
+Dropped = Annotated[list[Ratio], distinct("{:.0%}")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -27,6 +31,7 @@ def fast_bf16() -> bool:
 
 class RouterConfig(Settings):
     """What a router is, stored beside its weights (`router_config.json`)."""
+    model_config = ConfigDict(allow_inf_nan=True)      # at a skip of 0 the threshold is minus infinity
 
     level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
     unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
@@ -52,8 +57,8 @@ class RunConfig(Settings):
     splits: ClassVar = ("train", "calibration", "test")          # of `dataset`, whose hash is part of a run's identity
 
     # model and data
-    model: Local = "nano"                              # 'nano' (embedded), a local folder or a Hub id
-    dataset: Local = "embedded"                        # 'embedded', a local file or folder, or a Hub id
+    model: Named = "nano"                              # 'nano' (embedded), a local folder or a Hub id
+    dataset: Named = "embedded"                        # 'embedded', a local file or folder, or a Hub id
     load_in_4bit: bool = False                         # NF4 base through bitsandbytes
     dtype: Dtype = "float32"
     attn_implementation: str = "sdpa"
@@ -111,7 +116,7 @@ class RunConfig(Settings):
     bf16: Annotated[bool | None, MachineDecides()] = None      # autocast wherever a model runs; None: where it is fast
     gradient_checkpointing: bool = False
     save_steps: int = Field(50, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -143,7 +148,7 @@ class BaselinesConfig(NotebookConfig):
     toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
 
     layer_drop: float = Field(0.5, ge=0.0, lt=1.0)
-    dropped: list[Ratio] = [0.2, 0.4, 0.6]             # skip ratios at which stochastic depth is evaluated
+    dropped: Dropped = [0.2, 0.4, 0.6]                 # skip ratios at which stochastic depth is evaluated
 
 
 class SequenceConfig(NotebookConfig):
@@ -154,19 +159,12 @@ class SequenceConfig(NotebookConfig):
     objective: Literal["controlled", "original", "global_penalty"] = "global_penalty"
     warm_start: bool = False
     router_lr: float = Field(1e-2, gt=0.0)
-    penalties: list[Annotated[float, Field(ge=0.0)]] = [0.3, 1.0, 3.0]
-
-    @model_validator(mode="after")
-    def _told_apart(self):
-        names = [f"{penalty:g}" for penalty in self.penalties]
-        if len(set(names)) < len(names):
-            raise ValueError(f"penalties={self.penalties} holds one value twice.")
-        return self
+    penalties: Annotated[list[Annotated[float, Field(ge=0.0)]], distinct("{:g}")] = [0.3, 1.0, 3.0]
 
 
 class TokenConfig(NotebookConfig):
     """03: token-level routing, version by version."""
-    variants: list[str] = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
+    variants: Annotated[list[str], distinct()] = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
 
 
 class ParetoConfig(NotebookConfig):
@@ -174,7 +172,7 @@ class ParetoConfig(NotebookConfig):
     toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
 
     point: Literal["router", "baselines", "summary"] = "summary"
-    dropped: list[Ratio] = [0.2, 0.4, 0.6]
+    dropped: Dropped = [0.2, 0.4, 0.6]
 
 
 class LatencyConfig(Settings):
@@ -188,15 +186,15 @@ class LatencyConfig(Settings):
     checkpoint: Local = ""                             # whose router's plan is recorded; '': the embedded router
     layers: int = Field(0, ge=0)                       # caps the depth to what memory holds; 0: the whole model
     dtype: Annotated[Literal["auto"] | Dtype, MachineDecides()] = "auto"       # auto: bfloat16 where it is fast
-    skips: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field([0.25, 0.4, 0.5], min_length=1)
-    lengths: list[Count] = Field([512], min_length=1)              # tokens of a prefill
-    batches: list[Count] = Field([1], min_length=1)                # sequences of a prefill
+    skips: Annotated[list[Annotated[float, Field(gt=0.0, le=1.0)]], Field(min_length=1), distinct()] = [0.25, 0.4, 0.5]
+    lengths: Counts = [512]                            # tokens of a prefill
+    batches: Counts = [1]                              # sequences of a prefill
     context: int = Field(256, ge=1)                    # tokens in the cache before decoding
-    decode_batches: list[Count] = Field([1], min_length=1)
+    decode_batches: Counts = [1]
     decode_steps: int = Field(16, ge=1)                # steps a turn
     repeats: int = Field(9, ge=1)                      # turns; medians and quartiles are taken over them
     plan_docs: int = Field(16, ge=1)                   # test documents whose plan is recorded
-    seed: int = 0
+    seed: Seed = 0
 
 
 class BaseModelConfig(Settings):
@@ -222,7 +220,7 @@ class BaseModelConfig(Settings):
     wikitext_test: Local = ""                          # WikiText-103 test: text file, or one-column CSV as .txt
     tinystories_validation: Local = ""                 # a file of the TinyStories validation split
     eval_docs: int = Field(240, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ExplorerConfig(Settings):
@@ -231,7 +229,7 @@ class ExplorerConfig(Settings):
     checkpoint: Local = ""                             # folder or label; empty: the embedded router
     text: str = ""                                     # empty: the first example
     skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
-    seed: int = 0
+    seed: Seed = 0
 
 
 class TokenAnalysisConfig(Settings):
@@ -249,17 +247,18 @@ class TokenAnalysisConfig(Settings):
     oracle_docs: int = Field(16, ge=1)                 # documents of the oracle's sample; as many calibration ones
     probe_docs: int = Field(48, ge=3)                  # documents of the probes' sample
     oracle_len: int = Field(96, ge=8)                  # tokens their documents are cut to
-    budgets: list[Ratio] = Field([0.2, 0.4, 0.6], min_length=1)         # skip ratios at which the headroom is measured
-    weights: list[Literal["checkpoint", "base"]] = Field(["checkpoint", "base"], min_length=1)  # with LoRA, and without
+    budgets: Annotated[list[Ratio], Field(min_length=1), distinct()] = [0.2, 0.4, 0.6]     # skips for the headroom
+    # with the LoRA, and without
+    weights: Annotated[list[Literal["checkpoint", "base"]], Field(min_length=1), distinct()] = ["checkpoint", "base"]
     calibration_docs: int = Field(96, ge=1)            # for checkpoints that were saved without a dial
     frequency_docs: int = Field(400, ge=1)             # training documents in which tokens are counted
-    seed: int = 0
+    seed: Seed = 0
 
 
 class VariantSpec(Settings):
     """One row of an evaluation: a checkpoint and what decides which layers run (dlr.variants.open_variant)."""
     name: str
-    checkpoint: Local = "nano"                         # checkpoint, run or phase; 'nano-router'; or a base model
+    checkpoint: Named = "nano"                         # checkpoint, run or phase; 'nano-router'; or a base model
     variant: Literal["routed", "static", "stochastic", "dense", "base"] | None = None
     skip: float | None = Field(None, ge=0.0, le=1.0)
     order: Annotated[str | None, LocalPath()] = None   # run that holds the greedy static order
@@ -281,8 +280,9 @@ class EvaluationConfig(Settings):
     run_name: RunName = ""
     phase: str = ""                                    # every checkpoint of this phase's finished runs is a row
     variants: list[VariantSpec] = EMBEDDED_ROWS        # rows beside those and the base model's
-    model: Local = "nano"                              # base model of the checkpoints, for the base row
-    tasks: list[str] = Field(["embedded"], min_length=1)       # harness tasks, groups, tags; wikitext103, embedded
+    model: Named = "nano"                              # base model of the checkpoints, for the base row
+    # harness tasks, groups, tags; wikitext103, embedded
+    tasks: Annotated[list[str], Field(min_length=1), distinct()] = ["embedded"]
     num_fewshot: int | None = Field(None, ge=0)        # examples before each question; None: the task's own
     limit: float | None = Field(40.0, gt=0.0)          # rows of each task, or a share below 1; None: all
     data_dir: Local = ""                               # folder of local files instead of the hub

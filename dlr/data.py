@@ -48,12 +48,17 @@ def _hash(texts: list[str]) -> str:
 
 
 def _file_texts(path: Path) -> list[str]:
-    """Documents of one file: WikiExtractor `<doc>` blocks, JSON lines or lists, `<|endoftext|>` or chapter breaks."""
-    raw = path.read_text(encoding="utf-8", errors="replace")
-    if path.suffix == ".jsonl":
-        raw_rows = [json.loads(line) for line in raw.splitlines() if line.strip()]
-    elif path.suffix == ".json":
-        raw_rows = json.loads(raw)
+    """Documents of one file: WikiExtractor `<doc>` blocks, JSON lines or lists, `<|endoftext|>` or chapter breaks.
+
+    Raises:
+        ValueError: the file is no UTF-8, no JSON, or holds JSON records without a text.
+    """
+    try:
+        raw = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 (byte {error.start}); convert it first (iconv -t UTF-8).") from None
+    if path.suffix in (".json", ".jsonl"):
+        raw_rows = _json_texts(path, raw)
     elif "<doc " in raw[:200]:
         raw_rows = _WIKI_DOC.findall(raw)
     elif _SEPARATOR.search(raw):
@@ -62,8 +67,21 @@ def _file_texts(path: Path) -> list[str]:
         raw_rows = re.split(r"\n(?=## )", raw)
     else:
         raw_rows = re.split(r"\n{3,}", raw)
-    rows = (row.get("text", "") if isinstance(row, dict) else str(row) for row in raw_rows)
-    return [row.strip() for row in rows if len(row.strip()) >= 200]
+    return [row.strip() for row in raw_rows if len(row.strip()) >= 200]
+
+
+def _json_texts(path: Path, raw: str) -> list[str]:
+    try:
+        # at \n alone: splitlines() would also cut at U+2028 and U+0085, which JSON texts may hold
+        records = json.loads(raw) if path.suffix == ".json" else [json.loads(line) for line in raw.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from None
+    texts = [row.get("text") if isinstance(row, dict) else row for row in records] if isinstance(records, list) else [None]
+    wrong = next((place for place, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{str(path)!r} must hold a list of texts, or of records with a text under 'text'; record {wrong} is "
+                         "none.")
+    return texts
 
 
 def folder_texts(path: str | Path) -> list[str]:

@@ -18,13 +18,17 @@ def encode(tokenizer, texts: str | list[str]) -> list[int] | list[list[int]]:
     """Token ids of one text, or of each of several; no special token is added and none is read out of the text.
 
     Raises:
-        ValueError: the tokenizer makes special tokens of what a text spells out, whatever it is asked.
+        ValueError: the tokenizer makes special tokens of what a text spells out, whatever it is asked; or a text has half
+            characters (surrogates), which stand for bytes that were no UTF-8.
     """
     if isinstance(texts, str):
         return encode(tokenizer, [texts])[0]
     if not len(texts):
         return []
     texts = list(texts)
+    broken = next((text for text in texts if any("\ud800" <= sign <= "\udfff" for sign in text)), None)
+    if broken is not None:
+        raise ValueError(f"The text {ascii(broken[:60])} holds bytes that are no UTF-8; convert it first (iconv -t UTF-8).")
     rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     special, unknown = _special_ids(tokenizer), getattr(tokenizer, "unk_token", None)
     for place, (text, ids) in enumerate(zip(texts, rows)):

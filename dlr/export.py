@@ -5,9 +5,10 @@ in the CSV that a spreadsheet would run as a formula has an apostrophe before it
 """
 
 import base64
+import csv
 import io
 import json
-import re
+import unicodedata
 from html import escape
 from pathlib import Path
 
@@ -56,13 +57,15 @@ def to_json(record: Record, cost: Cost | None = None) -> str:
                              "cost": vars(cost) if cost else None, "tokens": rows(record)}), ensure_ascii=False, indent=1)
 
 
-# What a spreadsheet reads as a formula, also after spaces and quotes and in full width, or takes for another cell.
-_FORMULA = re.compile(r"[\t\r\n]|[\s'\"\u200b\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20]")
+def _is_formula(text: str) -> bool:
+    """Whether a spreadsheet may run `text`, also after what it drops (spaces, quotes, unseen signs) and in other widths."""
+    first = next((sign for sign in text if sign not in "'\"" and not sign.isspace() and unicodedata.category(sign)[0] != "C"), "")
+    return text.startswith(("\t", "\r", "\n")) or unicodedata.normalize("NFKC", first).startswith(("=", "+", "-", "@"))
 
 
 def cell(value):
     """`value` for a CSV file: a text that a spreadsheet would run gets an apostrophe; numbers stay numbers."""
-    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
 
 
 def to_csv(record: Record) -> str:
@@ -77,7 +80,8 @@ def to_csv(record: Record) -> str:
             stem = {"layers": "layer", "router_logits": "logit"}.get(name, name)
             row |= {f"{stem}_{k}": value for k, value in enumerate(row.pop(name))}
         flat.append({name: cell(value) for name, value in row.items()})
-    return pd.DataFrame(flat).to_csv(index=False)
+    # texts in quotes: a spreadsheet whose separator is ';' would begin a cell after the one in a token
+    return pd.DataFrame(flat).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def picture(record: Record, kind: str = "png", look: Look = Look()) -> bytes:

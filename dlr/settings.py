@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")          # YAML 1.1 reads 1e-4 as text
 
@@ -29,11 +29,12 @@ class MachineDecides:
 
 
 Local = Annotated[str, LocalPath()]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]                     # what every library's generator takes
 
 
 class Settings(BaseModel):
-    """What all settings share: no unknown names, no conversions, and copies that are validated again."""
-    model_config = ConfigDict(extra="forbid", strict=True)
+    """What all settings share: no unknown names, no conversions, finite numbers, copies validated again."""
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     toy: ClassVar[dict[str, Any]] = {}         # what DLR_PRESET=toy puts in place of defaults, see `effective`
 
     def changed(self, **changes):
@@ -57,6 +58,17 @@ def checked_name(name: str) -> str:
 
 
 RunName = Annotated[str, AfterValidator(lambda name: name and checked_name(name))]
+
+
+def distinct(shown="{}"):
+    """Refuses a list in which two values read the same when written as `shown`: rows and folders are named by them."""
+    def check(values: list) -> list:
+        names = [shown.format(value) for value in values]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"it holds one value twice ({twice})")
+        return values
+    return AfterValidator(check)
 
 
 # -- what a field takes -----------------------------------------------------------------------
@@ -89,16 +101,33 @@ def _numbers(value, annotation):
     return value
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML whose numbers are decimal, and in which None is null: version 1.1 reads 010 as 8, 10:00 as 600, 1e-4 as text."""
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
+for _tag, _pattern, _firsts, _make in (
+        ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789", int), ("null", "None", "N", lambda text: None),
+        ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789", float)):
+    _Yaml.add_implicit_resolver(f"!{_tag}", re.compile(f"(?:{_pattern})$"), list(_firsts))
+    _Yaml.add_constructor(f"!{_tag}", lambda loader, node, make=_make: make(loader.construct_scalar(node)))
+
+
 def from_text(name: str, text: str, schema: type[Settings]):
     """The value of setting `name` written as `text` on a command line: as it is for a text, else read as YAML.
 
     Raises:
         SettingsError: it is not valid YAML.
     """
-    if name not in schema.model_fields or _is_text(schema.model_fields[name].annotation):
+    annotation = schema.model_fields[name].annotation if name in schema.model_fields else str
+    if type(None) in get_args(annotation) and text in ("null", "None", "~"):
+        return None
+    if _is_text(annotation):
         return text                              # an unknown name is refused by `validated`, which knows the nearest
-    items = items_of(schema.model_fields[name].annotation)
-    loader = yaml.BaseLoader if items is not None and _is_text(items) else yaml.SafeLoader
+    items = items_of(annotation)
+    loader = yaml.BaseLoader if items is not None and _is_text(items) else _Yaml
     try:
         return yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -186,7 +215,7 @@ def read_params(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No params file {str(path)!r}."
                                 + (f" There are: {', '.join(there)}." if there else ""))
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{str(path)!r} is not valid YAML: {_problem(error)}") from None
     if not isinstance(loaded or {}, dict):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from dlr.identity import resolved, said
 from dlr.places import Wanted, schema_of
@@ -105,7 +105,7 @@ def run_sweep(path: str | Path, jobs: int = 1, prefix: str = "", force: bool = F
                 name, parameters = waiting.pop(0)
                 (root / name).mkdir(parents=True, exist_ok=True)
                 file = Path(scratch) / f"{name}.yaml"
-                file.write_text(yaml.safe_dump(parameters), encoding="utf-8")
+                file.write_text(json.dumps(parameters), encoding="utf-8")
                 output = (root / name / "output.txt").open("w", encoding="utf-8")
                 command = [sys.executable, "-m", "dlr", "run", phase, "--params", str(file), "--name", name]
                 running[subprocess.Popen(command + ["--force"] * force, stdout=output, stderr=subprocess.STDOUT,

@@ -53,6 +53,11 @@ def test_wrong_settings_are_named_with_the_remedy(given, words):
 
 @pytest.mark.parametrize("phase, assignment, words", [
     ("baselines", "dropped=[0.2,1.5]", "dropped.1=1.5"), ("sequence_routing", "penalties=[1.0,1]", "one value twice"),
+    ("baselines", "dropped=[0.201,0.204]", "one value twice (20%)"), ("token_routing", "variants=[DLR, DLR]", "twice (DLR)"),
+    ("latency", "lengths=[16,16]", "one value twice"), ("token_analysis", "budgets=[0.4,4e-1]", "one value twice"),
+    ("token_routing", "steps=10:00", "steps='10:00'"), ("token_routing", "lr=1:30", "lr='1:30'"),
+    ("token_routing", "lr=1e400", "finite number"), ("token_routing", "keep_bias=-1e999", "finite number"),
+    ("token_routing", "seed=-1", "seed=-1"), ("token_routing", "dataset=", "dataset=''"), ("pareto", "model=", "model=''"),
     ("latency", "skips=[]", "at least 1 item"), ("latency", "batches=[]", "at least 1 item"),
     ("latency", "lengths=[0]", "lengths.0=0"), ("token_analysis", "budgets=[]", "at least 1 item"),
     ("token_analysis", "weights=[]", "at least 1 item"), ("evaluation", "tasks=blimp", "write [a, b]"),
@@ -79,7 +84,9 @@ def test_other_settings_are_read_by_their_type():
         return checked_parameters(phase, None, list(assignments))
 
     assert read("token_routing", "target_skip=0.3") == {"target_skip": 0.3}
-    assert validated(read("token_routing", "lr=1e-4"), TokenConfig).lr == 1e-4
+    assert read("token_routing", "lr=1e-4", "steps=010", "keep_bias=-.5", "seed=1_000") == {
+        "lr": 1e-4, "steps": 10, "keep_bias": -0.5, "seed": 1000}
+    assert read("evaluation", "limit=None", "dtype=null") == {"limit": None, "dtype": None}
     assert read("token_routing", "bf16=null", "warm_start=no") == {"bf16": None, "warm_start": False}
     assert read("token_routing", "variants=[DLR, best static]") == {"variants": ["DLR", "best static"]}
     assert read("evaluation", "tasks=[no, 12:30, 1e3]", "limit=null") == {"tasks": ["no", "12:30", "1e3"], "limit": None}

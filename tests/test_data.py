@@ -1,5 +1,6 @@
 """The embedded corpus, local files, packing, and the reading of foreign formats."""
 
+import json
 import re
 
 import pandas as pd
@@ -207,3 +208,27 @@ def test_hub_rows_become_articles_and_validation_feeds_calibration(monkeypatch):
 def test_packed_stops_at_the_tokens_asked_for(tokenizer):
     documents = load_documents("embedded", "calibration")
     assert len(packed(documents, tokenizer, 64, seed=0, max_tokens=640)) == 10
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", ("caf\xe9 " * 100).encode("latin-1"), "not UTF-8 .byte 3"), ("a.txt", ("word " * 100).encode("utf-16"), "not UTF-8"),
+    ("a.json", b'{"data": ["x"]}', "list of texts"), ("a.json", b"[1", "not valid JSON"),
+    ("a.jsonl", b'{"text": {"en": "x"}}\n', "record 0"), ("a.jsonl", b'{"text": "x"}\n{"content": "x"}\n', "record 1"),
+    ("a.json", b'[["x", "y"]]', "record 0")])
+def test_files_that_cannot_be_read_as_meant_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        folder_texts(tmp_path)
+
+
+def test_a_byte_order_mark_and_line_ends_are_no_text(tmp_path):
+    text = "a line of text\r\n" * 20
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "one\u2028two " * 30}, ensure_ascii=False) + "\n", encoding="utf-8")
+    plain, record = folder_texts(tmp_path)
+    assert plain == text.replace("\r\n", "\n").strip() and "\u2028" in record
+
+
+def test_bytes_that_are_no_text_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="no UTF-8"):
+        encode(tokenizer, "caf\udce9")

@@ -221,7 +221,8 @@ def test_the_page_is_the_view_and_files_appear_whole(session, tmp_path):
 
 def test_a_spreadsheet_runs_no_token_and_numbers_stay_numbers(session):
     found = session.read("a b c d e f g h")
-    risky = ["=1+1", "+1", "-2", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\"=1", "'=1", "＝1"]
+    risky = ["=1+1", "+1", "-2", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "\"=1", "'=1", "＝1", "\x00=1", "\u200e=1",
+             "\xa0\u2060+1", "﹦1", "﹣1"]
     found = replace(found, tokens=(risky * len(found))[:len(found)],
                     meta=found.meta | {"top_tokens": {key: "=cmd|' /C calc'!A0" for key in found.meta["top_tokens"]}})
     table = pd.read_csv(io.StringIO(to_csv(found)), keep_default_na=False)
@@ -232,6 +233,7 @@ def test_a_spreadsheet_runs_no_token_and_numbers_stay_numbers(session):
     for text in risky:
         assert cell(text) == f"'{text}"
     assert [cell(value) for value in (-1.5, -3, None, "a-b", "x=1", "·a", "")] == [-1.5, -3, None, "a-b", "x=1", "·a", ""]
+    assert '"a;=1"' in to_csv(replace(found, tokens=["a;=1"] * len(found))), "';' separates cells in many countries"
     logits = pd.read_csv(io.StringIO(to_csv(found)))["logit_0"]
     assert logits.dtype == float and (logits < 0).any()
     assert [row["token"] for row in json.loads(to_json(found))["tokens"]] == found.tokens, "JSON is exact"
