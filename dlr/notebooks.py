@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -159,14 +160,12 @@ def refresh(names: list[str], say=print) -> None:
         raise SettingsError(f"no notebook {unknown[0]!r}; there are: {', '.join(name for name, _ in PHASES.values())}")
     for name in dict.fromkeys(known[name] for name in names or list(PHASES)):
         say(f"{name}: executing", flush=True)
-        notebook, executed = read_pair(name, say), folder() / f".{name}.executing.ipynb"
+        notebook = read_pair(name, say)
         about = {"jupytext": notebook.metadata.get("jupytext", {}), "language_info": {"name": "python"},
                  "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-        try:
-            execute(notebook, executed, {}, quiet=True)
+        with tempfile.TemporaryDirectory() as elsewhere:
+            executed = execute(notebook, Path(elsewhere) / f"{name}.ipynb", {}, quiet=True)
             notebook = nbformat.read(executed, as_version=4)
-        finally:
-            executed.unlink(missing_ok=True)
         for cell in notebook.cells:
             cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
         notebook.metadata = nbformat.from_dict(about)

@@ -60,7 +60,6 @@ from dlr.models import load_base
 from dlr.workbook import open_run
 
 run = open_run("latency", config)
-run.record["hardware"]
 
 # %% tags=["nbval-ignore-output"]
 if not run.done:

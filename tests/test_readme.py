@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from clone import contents, copy_project, environment
+from clone import contents, copy_project, environment, needs_the_recorded_corpus
 
 from dlr.runs import Run, project_root
 
@@ -103,12 +103,15 @@ def test_every_command_of_the_readme_is_known_here():
 @pytest.mark.parametrize("text", [text for text, (check, _) in EXPECTED.items() if check is not None])
 def test_a_command_does_what_it_says(text, clone):
     check, changes = EXPECTED[text]
+    if changes == RECORDED:
+        needs_the_recorded_corpus()
     check(clone, call(clone, text, **changes))
 
 
 @pytest.mark.slow
 def test_what_the_readme_reports_is_recorded_and_not_run_again(clone):
     """The commands that made its numbers, in the prose: each is finished in a clone, and says where."""
+    needs_the_recorded_corpus()
     prose = " ".join(README.split())
     made = {"python -m dlr run latency --params params/latency/tinyllama.yaml": "results/latency/tinyllama",
             "python -m dlr run latency": "results/latency/default",
