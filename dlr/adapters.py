@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dlr.folder import ADAPTER, ADAPTER_CONFIG
-from dlr.weights import base_tensors
+from dlr.weights import base_tensors, causal_lm
 from dlr.router import ROUTER_NAME
 
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")       # beginnings that subtract from the base
@@ -25,11 +25,6 @@ class NotSaveable(ValueError):
     """The model holds something trained that a checkpoint would lose; the message says what, and what to do."""
 
 
-def inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside `model`, which may be a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _wrapped(base: nn.Module) -> bool:
     return any(hasattr(module, "adapter_layer_names") or hasattr(module, "original_module")
                for module in base.modules())
@@ -37,7 +32,7 @@ def _wrapped(base: nn.Module) -> bool:
 
 def adapted_already(model: nn.Module) -> bool:
     """Whether there is an adapter on `model`, of whatever kind."""
-    return bool(getattr(model, "peft_config", None)) or _wrapped(inner(model))
+    return bool(getattr(model, "peft_config", None)) or _wrapped(causal_lm(model))
 
 
 def adapted(model: nn.Module, routing) -> nn.Module | None:
@@ -50,9 +45,9 @@ def adapted(model: nn.Module, routing) -> nn.Module | None:
         return model
     if getattr(model, "_hf_peft_config_loaded", False):
         return model
-    if not _wrapped(inner(model)):
+    if not _wrapped(causal_lm(model)):
         return None
-    if getattr(routing.model, "peft_config", None) and inner(routing.model) is inner(model):
+    if getattr(routing.model, "peft_config", None) and causal_lm(routing.model) is causal_lm(model):
         return routing.model
     raise NotSaveable("The model holds adapter layers that were put in by hand; pass the PEFT model that "
                       "get_peft_model returned.")
@@ -141,6 +136,10 @@ def refuse_unsaveable_adapter(model: nn.Module) -> str:
         raise NotSaveable(f"The adapter {name!r} has no weights in the model any more; was it merged or unloaded? "
                           "Save before merging, or save the merged model itself (save_pretrained) and attach a "
                           "router to that.")
+    nowhere = [key for key, tensor in state.items() if tensor.is_meta]
+    if nowhere:
+        raise NotSaveable(f"The adapter {name!r} holds no weights ({nowhere[0]!r} is on 'meta'): PEFT put it where the "
+                          "offloaded base was. Add the adapter before the base is offloaded.")
     kept = {tensor.data_ptr() for tensor in state.values()}
     others = tuple(other for other in model.peft_config if other != name)
     base = {id(tensor) for _, tensor in base_tensors(model)}
@@ -181,15 +180,23 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False, nam
     """
     from peft import PeftModel
     if adapted_already(model):
-        raise ValueError(f"This {type(inner(model)).__name__} carries adapters already; give the base model without "
-                         "them (model.unload()).")
+        raise ValueError(f"This {type(causal_lm(model)).__name__} carries adapters already; give the base model "
+                         "without them (model.unload()).")
     with safe_open(folder / ADAPTER, "pt") as file:
         stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     halves = any(dtype in ("BF16", "F16") for dtype in stored.values())       # PEFT would make float32 of them
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")        # refused below
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, adapter_name=name,
-                                          autocast_adapter_dtype=not halves)
+        try:
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, adapter_name=name,
+                                              autocast_adapter_dtype=not halves)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"The adapter in {str(folder)!r} does not fit this model, or its {ADAPTER_CONFIG} is "
+                             f"not what PEFT wrote: {type(error).__name__}: {error}") from error
+    if not hasattr(model, "hf_device_map") and any(tensor.is_meta for tensor in _state(model, name).values()):
+        raise ValueError("The base model's weights are offloaded, and PEFT put the adapter where they are: nowhere, so "
+                         "that it would hold nothing. Give the base in memory (load_in_4bit=True makes it a quarter), "
+                         "or loaded with a device_map.")
     wrong = sorted(stored.keys() ^ _state(model, name).keys())
     if wrong:
         raise ValueError(f"The adapter in {str(folder)!r} does not fit this model; first difference: {wrong[0]!r}.")
@@ -199,7 +206,7 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False, nam
 @contextlib.contextmanager
 def as_it_was(model: nn.Module):
     """Puts modules, flags and vectors of `model` back where they were if the block raises."""
-    base = inner(model)
+    base = causal_lm(model)
     modules = {module: (dict(module._modules), module.training) for module in base.modules()}
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     vectors = [(parameter, parameter.detach().clone()) for parameter in base.parameters()

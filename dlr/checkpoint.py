@@ -199,6 +199,7 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
         raise FileNotFoundError(f"{str(folder)!r} is a {record.get('variant')} control and has no router; open it with "
                                 "dlr.variants.open_variant.")
     config, weights = read_config(record), load_file(folder / WEIGHTS)
+    Router.refuse_unfit(weights, config)
     loading = {"dtype": dtype, "load_in_4bit": load_in_4bit, "attn_implementation": attn_implementation,
                "device": device}
     if model is None:

@@ -13,6 +13,7 @@ pay for running it twice, the layer is left alone.
 """
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -111,24 +112,41 @@ def _stop(module, query, key, value, attention_mask, **kwargs):
     raise _Reached(query, key, value, attention_mask)
 
 
-def _blank(width: int):
+@dataclass(frozen=True)
+class _Blank:
     """A projection that computes nothing: zeros `[..., width]`."""
-    return lambda x, *args, **kwargs: x.new_zeros(*x.shape[:-1], width)
+    width: int
+
+    def __call__(self, x, *args, **kwargs):
+        return x.new_zeros(*x.shape[:-1], self.width)
 
 
-def _selective(module: nn.Module, rows: Rows, width: int):
-    """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros."""
+def _selective(module: nn.Module, rows: Rows, width: int, more: dict):
+    """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros.
+
+    `more` notes how many further outputs it has (an MLP of experts returns its router's choices), for when no row runs.
+    """
     there = Standin.of(module)                                    # another thread's, or none
     own = module.forward if there is None else there.own
 
     def forward(x, *args, **kwargs):
         lead = x.shape[:-1]
+        if not rows.count and module in more:
+            return _joined(x.new_zeros(*lead, width), (None,) * more[module])
         if not rows.count:
-            return x.new_zeros(*lead, width)
-        args = [rows.gather(a) if isinstance(a, torch.Tensor) and a.shape[:-1] == lead else a for a in args]
-        return rows.scatter(own(rows.gather(x), *args, **kwargs), lead)
+            out = own(x, *args, **kwargs)
+        else:
+            args = [rows.gather(a) if isinstance(a, torch.Tensor) and a.shape[:-1] == lead else a for a in args]
+            out = own(rows.gather(x), *args, **kwargs)
+        first, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        more[module] = len(others)
+        return _joined(rows.scatter(first, lead) if rows.count else x.new_zeros(*lead, width), others)
 
     return forward
+
+
+def _joined(first: torch.Tensor, others: tuple):
+    return (first, *others) if others else first
 
 
 class CompactLayer:
@@ -152,8 +170,9 @@ class CompactLayer:
         self.attention = self.parts.attention
         self.found = self._inside()
         self.weights = sum(p.numel() for p in self.layer.parameters())       # packed 4-bit ones count as fewer
-        self.no_query = {m: _blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
-        self.no_keys = {m: _blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
+        self.no_query = {m: _Blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
+        self.no_keys = {m: _Blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
+        self.more = dict.fromkeys((*self.parts.query, *self.parts.output), 0)
         self.touched = (self.attention, *self.no_query, *self.no_keys, *self.parts.output, *self.parts.mlp)
 
     def _inside(self) -> tuple:
@@ -163,10 +182,13 @@ class CompactLayer:
         """Takes away what an interrupt of this thread may have left in the place of the layer's modules."""
         own_forwards(self.touched, everybody=False)
 
+    def refresh(self) -> None:
+        """Finds the layer's parts again where LoRA has been added, merged or taken away; raises NotCompactable."""
+        if self._inside() != self.found:
+            self._find()
+
     def install(self) -> None:
         """Puts this in the layer's place until `remove`; putting it there twice changes nothing."""
-        if self._inside() != self.found:
-            self._find()                                          # LoRA has been added, merged or taken away
         self.function = attention_function(self.attention)        # asked once a pass: a model can change it
         there = self.layer.__dict__.get("forward")
         if there is not self:
@@ -241,7 +263,7 @@ class CompactLayer:
         positions = {name: rows.positions(part) for name, part in now.items()}
         with intercepted(self.no_keys, self.attention, attention):
             out = self.own(rows.gather(hidden), **kwargs | positions | {self.cache_name: None, "attention_mask": None})
-        self.returns_tuple = isinstance(out, tuple)
+        self.returns_tuple = isinstance(out, (tuple, list))
         return rows.onto(skipped, out[0] if self.returns_tuple else out)
 
     def _keys(self, hidden: torch.Tensor, kwargs: dict) -> tuple:
@@ -261,7 +283,7 @@ class CompactLayer:
         forwards = {}
         for rows, modules in ((attention, (*self.parts.query, *self.parts.output)), (mlp, self.parts.mlp)):
             if rows is not None:
-                forwards |= {m: _selective(m, rows, _width(m, self.width)) for m in modules}
+                forwards |= {m: _selective(m, rows, _width(m, self.width), self.more) for m in modules}
 
         def attends(module, query, key, value, mask, **options):
             shape = attention.batch, attention.length
@@ -273,7 +295,7 @@ class CompactLayer:
         exchange = self.function is not None and attention is not None
         with intercepted(forwards, self.attention, attends if exchange else None):
             out = self.own(hidden, **kwargs)
-        self.returns_tuple = isinstance(out, tuple)
+        self.returns_tuple = isinstance(out, (tuple, list))
         return out
 
     def _blend(self, current, hidden: torch.Tensor, out):

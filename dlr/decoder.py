@@ -4,15 +4,11 @@ import torch
 from torch import nn
 
 from dlr.compact import ATTENTION, MLP
+from dlr.weights import causal_lm
 
 
 class NotRoutable(ValueError):
     """The model cannot be routed as asked; the message says why and what to do."""
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside `model` (which may be a PEFT model)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -56,7 +52,7 @@ def sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def refuse_layerdrop(decoder: nn.Module) -> None:
     """Refuses families that drop layers at random in training (OPT, XGLM, BioGPT with `layerdrop` above 0)."""
-    rate = getattr(decoder, "layerdrop", getattr(decoder.config, "layerdrop", 0.0)) or 0.0
+    rate = getattr(decoder, "layerdrop", getattr(getattr(decoder, "config", None), "layerdrop", 0.0)) or 0.0
     if rate > 0:
         raise NotRoutable(f"{type(decoder).__name__} drops layers of its own in training (layerdrop={rate}), and a dropped layer "
                           "has no gate. Set model.config.layerdrop and the decoder's layerdrop to 0; stochastic depth under "

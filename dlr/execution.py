@@ -18,11 +18,11 @@ class FirstPassDone(Exception):
 
 
 def _first(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _with_first(output, value):
-    return (value, *output[1:]) if isinstance(output, tuple) else value
+    return (value, *output[1:]) if isinstance(output, (tuple, list)) else value
 
 
 def argument_names(layer) -> list[str]:

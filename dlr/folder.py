@@ -90,7 +90,7 @@ def _publish(staged: Path, folder: Path) -> None:
 def _read(path: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -110,11 +110,12 @@ def has_adapter(folder: Path, record: dict) -> bool:
 def _unreadable(path: Path) -> str | None:
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                raise ValueError
         else:
             with safe_open(path, "pt"):
                 pass
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name} cannot be read"
     return None
 
@@ -126,7 +127,7 @@ def looks_like(folder: Path) -> bool:
 
 def missing_part(folder: Path) -> str | None:
     """What makes `folder` an incomplete checkpoint, or None."""
-    if folder.name.startswith("."):
+    if folder.name.startswith(".") and folder.suffix == ".tmp":
         return "it was being written"
     control = (folder / CONTROL).exists()
     record = _read(folder / (CONTROL if control else CONFIG))
@@ -154,11 +155,12 @@ def refuse_incomplete(folder: Path) -> dict:
     """
     if not (folder / CONTROL).is_file() and not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
         raise FileNotFoundError(f"{str(folder)!r} is no DLR checkpoint: it needs {CONFIG} and {WEIGHTS}.")
-    if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER).exists():
+    record = _read(folder / (CONTROL if (folder / CONTROL).is_file() else CONFIG))
+    if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER).exists() and has_adapter(folder, record):
         raise ValueError(f"The adapter in {str(folder)!r} is a pickle (adapter_model.bin); loading one runs whatever "
                          f"code it holds, so it is refused. Save the adapter as {ADAPTER}.")
     problem = missing_part(folder)
     if problem:
         raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. Give another one, or "
                                 "save it again.")
-    return _read(folder / (CONTROL if (folder / CONTROL).is_file() else CONFIG))
+    return record

@@ -7,6 +7,7 @@ What a pass is about is kept by thread, so that threads may share a model; what 
 """
 
 import contextlib
+import dataclasses
 import warnings
 from threading import get_ident
 
@@ -19,7 +20,7 @@ from dlr.decoder import NotRoutable, causal_lm, refuse_layerdrop, sublayers
 from dlr.execution import BlendLayer, FirstPassDone, GateSublayer, HideSkippedKeys, argument_names, run_first_pass
 from dlr.intercept import LOCK, own_forwards
 from dlr.memory import Memory, Owner, memory_of, remember
-from dlr.passes import Pass, asked_of_model, pass_of, records_more
+from dlr.passes import CACHES, Pass, asked_of_model, pass_of, records_more
 from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router
@@ -246,12 +247,12 @@ class Routing:
     def _memory_of(self, current: Pass) -> Memory | None:
         """What the pass's cache remembers; refuses a cache that another router's plans have filled."""
         if current.cache is None:
-            return Memory(self.owner)
+            return Memory(self.owner, current.seen)
         memory = memory_of(current.cache) if current.past is not False else None
         if memory is not None and memory.owner is not self.owner:
             raise ValueError("This key/value cache was begun by another router, whose plan decided what is in it; go on "
                              "with that router, or start again with an empty cache.")
-        return Memory(self.owner) if memory is None else Memory(self.owner, memory.prompt, memory.pool)
+        return Memory(self.owner, current.seen) if memory is None else dataclasses.replace(memory, seen=current.seen)
 
     def _runs_compact(self, records: bool) -> bool:
         """Whether this pass is compacted; where it could be but for what the caller asked, that is said once."""
@@ -263,6 +264,12 @@ class Routing:
             return False
         if torch.is_grad_enabled():
             self._say("gradients are being recorded; use torch.no_grad() or torch.inference_mode()")
+            return False
+        try:
+            for layer in self._compact:
+                layer.refresh()
+        except NotCompactable as error:                        # an adapter has been put in a place that mixes rows
+            self._say(str(error).removesuffix("."))
             return False
         return True
 
@@ -292,6 +299,10 @@ class Routing:
         if current is None or current.gates is not None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape != (*current.real.shape, self.router.width):
+            raise NotRoutable(f"{type(module).__name__} is given states {tuple(hidden.shape)}, where DLR routes one state "
+                              f"a token, {(*current.real.shape, self.router.width)}: this family carries several, or in "
+                              "another order. Detach the router.")
         current.real, current.position = current.real.to(hidden.device), current.position.to(hidden.device)
         gates, current.logits = self.policy(self, hidden, current)
         keep = current.position < self.config.keep_first_tokens
@@ -316,5 +327,5 @@ class Routing:
 
 def _cache_in(output):
     """The cache a decoder made itself, in its output; None where there is none, or the pass ended in an error."""
-    values = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+    values = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CACHES]
     return next((value for value in values if hasattr(value, "get_seq_length")), None)

@@ -10,12 +10,15 @@ be told from scored tokens, and fails closed: a routed request on which the rout
 import difflib
 import hashlib
 import logging
+from typing import Any, Literal
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from dlr.config import SettingsError
+from dlr.models import DTYPES
 from dlr.metering import Meter, Watch, end_watch
 from dlr.progress import tqdm
 from dlr.routed import causal_lm
@@ -75,11 +78,31 @@ def _checked(options: dict, own: list[str]) -> dict:
     return {name: value for name, value in options.items() if name in PASSED_ON}
 
 
-def _number(name: str, value) -> float | None:
+_TEXT, _YES, _SIZE = (str, "text"), (bool, "true or false"), (PositiveInt, "a whole number of at least 1")
+_PRECISION = (Literal["auto", *DTYPES], f"auto, {', '.join(DTYPES)}")
+_TYPES = {"batch_size": (PositiveInt, f"{_SIZE[1]}; 'auto' is not supported"), "skip": (float, "a number"),
+          "max_length": _SIZE, "prefix_token_id": (NonNegativeInt, "a token's number"),
+          "load_in_4bit": _YES, "add_bos_token": _YES, "truncation": _YES, "softmax_dtype": _PRECISION,
+          "mixed_precision_dtype": _PRECISION, "model": _TEXT, "order": _TEXT, "attn_implementation": _TEXT}
+
+
+def _typed(options: dict) -> dict:
+    """`options` as the types they must have: a command line gives '64' and 'no'."""
+    typed = {}
+    for name, value in options.items():
+        kind, said = _TYPES.get(name, (Any, ""))
+        try:
+            typed[name] = None if value is None else TypeAdapter(kind).validate_python(value)
+        except ValidationError:
+            raise SettingsError(f"{name}={value!r} must be {said}.") from None
+    return typed
+
+
+def _refuse_absent(device: str) -> None:
     try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        raise SettingsError(f"{name}={value!r} must be a number.") from None
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise SettingsError(f"device={device!r} is not to be had here: {str(error).splitlines()[0]}") from None
 
 
 @register_model("dlr")
@@ -96,17 +119,18 @@ class DLRLM(HFLM):
                  order: str | None = None, model: str | None = None, dtype: str | None = None,
                  load_in_4bit: bool | None = None, attn_implementation: str | None = None, loaded: Loaded | None = None,
                  batch_size: int | str = 16, device: str | None = None, max_length: int | None = None, **options):
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise SettingsError(f"batch_size={batch_size!r} must be a whole number of at least 1; 'auto' is not supported.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        opened = {"variant": variant, "skip": _number("skip", skip), "order": order, "model": model,
-                  "dtype": None if dtype == "auto" else dtype, "load_in_4bit": load_in_4bit,
-                  "attn_implementation": attn_implementation}
+        _refuse_absent(device)
+        opened = _typed({"variant": variant, "skip": skip, "order": order, "model": model,
+                         "dtype": None if dtype == "auto" else dtype, "load_in_4bit": load_in_4bit,
+                         "attn_implementation": attn_implementation})
+        sizes = _typed({"batch_size": batch_size, "max_length": max_length})
         options = _checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length", *opened])
         given = [name for name, value in (opened | {"checkpoint": checkpoint}).items() if value is not None]
         if loaded is not None and given:
             raise SettingsError(f"{', '.join(given)} would have no effect on a model that is loaded already; give either.")
-        self.loaded = loaded or open_variant(checkpoint or "nano", **opened, device=None if device == "cpu" else device)
+        self.loaded = loaded or open_variant("nano" if checkpoint is None else checkpoint, **opened,
+                                             device=None if device == "cpu" else device)
         net = self.loaded.model
         if next(net.parameters()).device.type not in ("meta", torch.device(device).type):          # meta: offloaded
             net = net.to(device)
@@ -115,7 +139,7 @@ class DLRLM(HFLM):
         net.__dict__["tie_weights"] = lambda: None      # it would tie a head again that an adapter trained apart
         try:
             super().__init__(pretrained=net, backend="causal", tokenizer=self.loaded.tokenizer,
-                             logits_cache=False, batch_size=int(batch_size), max_length=max_length, **options)
+                             logits_cache=False, **sizes, **_typed(options))
         finally:
             logger.disabled = False
             del net.__dict__["tie_weights"]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dlr.memory import Memory
+from dlr.memory import Memory, memory_of
+
+CACHES = ("past_key_values", "cache_params")               # what families call their cache
 
 
 @dataclass
@@ -17,6 +19,7 @@ class Pass:
     Attributes:
         real: `[b, s]` bool, False at padding. position: `[b, s]` place among the real tokens of the row, from 0.
         cache: the key/value cache, or None. past: whether it holds anything (None: only the device knows).
+        seen: tokens in the cache after this pass.
         new: tokens in front that are no candidates of assisted decoding, which are there to be verified.
         memory: what the cache remembers, and is to remember after this pass.
         gates, logits: `[b, s, U]`, once the plan is made.
@@ -26,6 +29,7 @@ class Pass:
     position: torch.Tensor
     cache: object = None
     past: bool | None = False
+    seen: int | torch.Tensor = 0
     new: int = 0
     memory: Memory | None = None
     gates: torch.Tensor | None = None
@@ -34,6 +38,16 @@ class Pass:
     compact: bool = False
     keep: torch.Tensor | None = None
     rows: list | None = None
+
+
+def _tokens_in(cache) -> int | torch.Tensor:
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:                                     # recurrent states alone (Mamba): no layer of it counts
+        memory = memory_of(cache)
+        return 0 if memory is None else memory.seen
 
 
 def asked_of_model(kwargs: dict) -> dict:
@@ -47,10 +61,10 @@ def pass_of(args: tuple, kwargs: dict, asked: dict) -> Pass:
     """The pass that a decoder call begins; `asked` is what `asked_of_model` found in the model's own call."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     embeds = kwargs.get("inputs_embeds")
-    batch, length = (ids.shape if ids is not None else embeds.shape[:2])
-    device = (ids if ids is not None else embeds).device
-    cache = kwargs.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0        # a tensor in static caches: not brought to the host
+    given = ids if ids is not None else embeds             # ids, or states where the decoder gets those (BERT and kin)
+    (batch, length), device = given.shape[:2], given.device
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+    past = _tokens_in(cache)                               # a tensor in static caches: not brought to the host
     place = torch.arange(length, device=device) + past
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -58,7 +72,7 @@ def pass_of(args: tuple, kwargs: dict, asked: dict) -> Pass:
         if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
             mask = None
     wanted = asked.get("wanted", 0)
-    about = {"cache": cache, "past": past > 0 if isinstance(past, int) else None,
+    about = {"cache": cache, "seen": past + length, "past": past > 0 if isinstance(past, int) else None,
              "new": length - (wanted - 1) if 0 < wanted <= length else length}
     if mask is not None:
         mask, place = mask.to(device), place.clamp(max=mask.shape[1] - 1)
@@ -72,4 +86,5 @@ def records_more(decoder, kwargs: dict) -> bool:
     then run in full, or the record has fewer entries than layers."""
     names = {f"output_{name}" for name in getattr(decoder, "_can_record_outputs", None) or {}} | {"output_attentions"}
     asked = {name: kwargs.get(name) for name in names - {"output_hidden_states"}}
-    return any(getattr(decoder.config, name, False) if value is None else value for name, value in asked.items())
+    config = getattr(decoder, "config", None)
+    return any(getattr(config, name, False) if value is None else value for name, value in asked.items())

@@ -44,16 +44,6 @@ def joined(parts: list):
     return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts], 1)
 
 
-class Projector:
-    """Makes the keys and values of waiting inputs; shared, never copied, by copies of a cache."""
-
-    def __init__(self, project):
-        self.project = project
-
-    def __deepcopy__(self, memo):
-        return self
-
-
 class PendingLayer(DynamicLayer):
     """A DynamicLayer some of whose newest entries are still inputs. Made from one by `owe`."""
 
@@ -70,8 +60,18 @@ class PendingLayer(DynamicLayer):
         """Projects what waits now."""
         if self.waiting:
             waiting = self.take()
-            self.projector.project(self, torch.cat([hidden for hidden, _ in waiting], 1),
-                                   {name: joined([p[name] for _, p in waiting]) for name in waiting[0][1]})
+            try:
+                self.project(self, torch.cat([hidden for hidden, _ in waiting], 1),
+                             {name: joined([p[name] for _, p in waiting]) for name in waiting[0][1]})
+            except BaseException:                          # an interrupt: they are owed still
+                self.waiting = waiting
+                raise
+
+    def __reduce_ex__(self, protocol):
+        """Copies and pickles are whole, and know nothing of the model."""
+        self.complete()
+        state = {name: value for name, value in self.__dict__.items() if name not in ("waiting", "project")}
+        return object.__new__, (DynamicLayer,), state
 
     @property
     def keys(self):
@@ -115,5 +115,5 @@ def pending_layer(cache, index: int, project) -> PendingLayer | None:
     layer = layers[index] if index < len(layers) else None
     if type(layer) is DynamicLayer:
         layer.__class__ = PendingLayer
-        layer.waiting, layer.projector = [], Projector(project)
+        layer.waiting, layer.project = [], project
     return layer if type(layer) is PendingLayer else None

@@ -2,6 +2,8 @@
 
 import warnings
 
+import torch
+import torch._dynamo
 from torch import nn
 
 from dlr.config import RouterConfig
@@ -39,6 +41,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
         raise NotRoutable("kv='drop' needs an attention that takes any mask; load the model with attn_implementation='sdpa' "
                           "or 'eager'.")
     refuse_layerdrop(decoder)
+    _compile_with_hooks()
     per_layer = 2 if config.unit == "sublayer" else 1
     keep_differentiable(base)
     units = (len(layers) - config.always_keep - config.keep_last) * per_layer
@@ -57,6 +60,13 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
         routing.detach()
         raise
     return routing
+
+
+def _compile_with_hooks() -> None:
+    """torch.compile takes hooks for unchanging: a graph made without them would run a routed model dense."""
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()                                      # graphs made before
 
 
 def routing_of(model: nn.Module) -> Routing:

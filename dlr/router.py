@@ -74,14 +74,28 @@ class Router(nn.Module):
         """Name to tensor, contiguous on the CPU: what a router file holds."""
         return {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
 
-    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies `tensors` in; raises ValueError where names or shapes differ."""
+    @staticmethod
+    def refuse_unfit(tensors: dict[str, torch.Tensor], config: RouterConfig) -> None:
+        """Raises ValueError where `tensors` are no weights of a router of these settings, before one is built."""
+        first, last = (tensors.get(name, torch.empty(1)).shape[-1:] for name in ("net.0.weight", "net.4.bias"))
+        with torch.device("meta"):
+            Router(*first or (1,), *last or (1,), config)._fits(tensors)
+        odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if odd:
+            raise ValueError(f"These router weights hold infinite or undefined numbers ({odd[0]!r}): the training that "
+                             "wrote them diverged, or the file was damaged.")
+
+    def _fits(self, tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
         own = dict(self.named_parameters())
         wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
         if wrong:
             raise ValueError(f"These router weights do not fit this router; first difference: {wrong[0]!r}.")
+        return own
+
+    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies `tensors` in; raises ValueError where names or shapes differ."""
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in self._fits(tensors).items():
                 parameter.copy_(tensors[name])
 
 

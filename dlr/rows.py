@@ -87,6 +87,7 @@ class Rows:
         return out if self.batch == 1 else out.flatten(0, 1).index_select(0, self.source).unsqueeze(0)
 
 
+@torch.compiler.disable
 def plan_rows(gates: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
     """Kept rows of each unit; None where every real token runs the unit. The forward pass's only host sync is here.
 

@@ -164,6 +164,8 @@ def open_variant(checkpoint: str, variant: str | None = None, skip: float | None
     Raises:
         FileNotFoundError, SettingsError, WrongBase.
     """
+    if not isinstance(checkpoint, str | Path) or not str(checkpoint).strip() or model == "":
+        raise SettingsError(f"checkpoint={checkpoint!r}, model={model!r}: give a checkpoint's name, and a model's if any.")
     if variant is not None and variant not in VARIANTS:
         raise SettingsError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}.")
     if skip is not None and not 0 <= skip <= 1:

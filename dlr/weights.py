@@ -20,13 +20,16 @@ SAMPLE = 64                       # elements read of a layer's matrix; of other 
 PARTS = ("biases", "other tensors", "layer matrices")       # of the fingerprint, in this order
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside `model`, which may be a PEFT model, a compiled one (torch.compile), or both."""
+    model = getattr(model, "_orig_mod", model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "_orig_mod", base)
 
 
 def base_tensors(model: nn.Module):
     """(name without adapters' wrappers, tensor, or None where it is nowhere) of every parameter of the base model."""
-    base, seen = _inner(model), set()
+    base, seen = causal_lm(model), set()
     tied = getattr(base, "all_tied_weights_keys", None) or {}
 
     def walk(module, prefix):
@@ -93,11 +96,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def quantisation_of(model: nn.Module) -> dict | None:
     """The quantisation the base was loaded under, as its library's own settings; None for plain weights."""
-    found = getattr(_inner(model).config, "quantization_config", None)
+    found = getattr(causal_lm(model).config, "quantization_config", None)
     if found is None:
         return None
     found = found if isinstance(found, dict) else found.to_dict()
-    loaded = str(getattr(_inner(model).config, "dtype", "")).removeprefix("torch.")
+    loaded = str(getattr(causal_lm(model).config, "dtype", "")).removeprefix("torch.")
     return {name: value for name, value in found.items() if not name.startswith("_")} | {"loaded_as": loaded}
 
 
@@ -120,7 +123,7 @@ def dtype_of(model: nn.Module) -> str:
 
 def describe_base(model: nn.Module) -> dict:
     """Name and shape of the base model."""
-    config = _inner(model).config.get_text_config()
+    config = causal_lm(model).config.get_text_config()
     name = getattr(config, "_name_or_path", "") or ""
     embedded = name and Path(name).is_dir() and Path(name).resolve() == NANO.resolve()
     return {"model_type": config.model_type, "name": NANO_NAME if embedded else name,

@@ -515,3 +515,78 @@ def test_a_four_bit_base_routes_and_trains(four_bit, ids):
     loss.backward()
     assert all(p.grad is not None for p in routing.router.parameters())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"router_hidden": 10**12}, "router_hidden"), ({"router_hidden": 50_000}, "do not fit"),
+    ({"skip_adapter_rank": 60_000}, "do not fit"), ({"keep_first_tokens": 10**30}, "keep_first_tokens"),
+    ({"pool_tokens": 10**12}, "pool_tokens"), ({"threshold": float("nan")}, "threshold=nan"),
+    ({"threshold": float("-inf")}, "finite"), ({"curve": [0.1, 0.2]}, "81"),
+    ({"curve": [float(-i) for i in range(81)]}, "never fall"), ({"base": {"name": ["x"]}}, "base.name"),
+    ({"base": {"quantisation": "x"}}, "base.quantisation"), ({"base": [1]}, "base")])
+def test_a_record_from_anywhere_is_refused_before_it_costs_anything(changes, message, tmp_path):
+    model = tiny()
+    dlr.attach(model, RouterConfig())
+    dlr.save_pretrained(model, tmp_path)
+    record = json.loads((tmp_path / "router_config.json").read_text())
+    (tmp_path / "router_config.json").write_text(json.dumps(record | changes))
+    with pytest.raises(ValueError, match=message):
+        dlr.from_pretrained(tmp_path, tiny())
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000])
+def test_a_record_that_is_no_record_is_refused(text, tmp_path):
+    model = tiny()
+    dlr.attach(model, RouterConfig())
+    dlr.save_pretrained(model, tmp_path)
+    (tmp_path / "router_config.json").write_text(text)
+    with pytest.raises(FileNotFoundError, match="cannot be read"):
+        dlr.from_pretrained(tmp_path, tiny())
+
+
+def test_a_router_whose_training_diverged_is_refused(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        dlr.attach(model, RouterConfig()).router.net[0].weight[0, 0] = float("nan")
+    dlr.save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="undefined numbers"):
+        dlr.from_pretrained(tmp_path, tiny())
+
+
+def test_folders_of_odd_names_and_anothers_pickle_beside_it(tmp_path):
+    model = tiny()
+    dlr.attach(model, RouterConfig())
+    for name in (".hidden", "mit Leerzeichen", "日本", "a/b/c"):
+        dlr.from_pretrained(dlr.save_pretrained(model, tmp_path / name), tiny())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_model.bin").write_bytes(b"not the checkpoint's")
+    dlr.from_pretrained(dlr.save_pretrained(model, tmp_path / "other"), tiny())
+
+
+@pytest.mark.parametrize("changes", [{"peft_type": "FOO"}, {"modules_to_save": ["lm_head"]}, {"r": 3}])
+def test_an_adapter_s_settings_that_do_not_fit_are_refused_in_a_sentence(changes, tmp_path):
+    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"]))
+    dlr.attach(model, RouterConfig())
+    dlr.save_pretrained(model, tmp_path)
+    for name, edit in (("router_config.json", {"files": {}}), ("adapter_config.json", changes)):
+        (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text()) | edit))
+    base = tiny()
+    with pytest.raises(ValueError, match="does not fit this model"):
+        dlr.from_pretrained(tmp_path, base)
+    assert not getattr(base, "peft_config", None)
+
+
+def test_an_adapter_that_would_hold_nothing_is_refused(tmp_path):
+    """PEFT puts adapters of an offloaded base on 'meta', and computes something with them."""
+    import accelerate
+    model = get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"]))
+    dlr.attach(model, RouterConfig())
+    dlr.save_pretrained(model, tmp_path)
+    offloaded = accelerate.cpu_offload(tiny(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="offloaded.*device_map"):
+        dlr.from_pretrained(tmp_path, offloaded)
+    offloaded = accelerate.cpu_offload(tiny(), execution_device=torch.device("cpu"))
+    model = get_peft_model(offloaded, LoraConfig(target_modules=["q_proj"]))
+    dlr.attach(model, RouterConfig())
+    with pytest.raises(NotSaveable, match="before the base is offloaded"):
+        dlr.save_pretrained(model, tmp_path / "again")

@@ -232,7 +232,11 @@ def test_reused_logits_are_refused(nano):
     ({"load_in_8bit": True}, "give load_in_4bit"), ({"peft": "x"}, "adapters come with the checkpoint"),
     ({"pretrained": "x"}, "those the checkpoint names"), ({"parallelize": True}, "one device"),
     ({"trust_remote_code": True}, "never run"), ({"max_batch_size": 4}, "give batch_size"),
-    ({"skip": "much"}, "must be a number"), ({"order": "pareto"}, "no use for order"), ({"dtype": "half"}, "not one of")])
+    ({"skip": "much"}, "must be a number"), ({"order": "pareto"}, "no use for order"), ({"dtype": "half"}, "not one of"),
+    ({"max_length": "long"}, "whole number"), ({"max_length": -5}, "whole number"), ({"batch_size": "²"}, "whole number"),
+    ({"load_in_4bit": "maybe"}, "true or false"), ({"add_bos_token": "perhaps"}, "true or false"),
+    ({"prefix_token_id": -1}, "token's number"), ({"softmax_dtype": "float99"}, "softmax_dtype='float99' must be"),
+    ({"device": "cudaa"}, "not to be had here"), ({"model": ""}, "give a checkpoint's name")])
 def test_no_model_argument_is_swallowed(options, message):
     with pytest.raises(ValueError, match=message):
         DLRLM(checkpoint="nano-router", **options)
@@ -245,6 +249,10 @@ def test_arguments_that_are_known_act(nano):
     assert lm.model.dtype == torch.bfloat16 and lm.model.config._attn_implementation == "eager" and lm.add_bos_token
     routing = lm.loaded.routing
     assert routing.threshold == pytest.approx(routing.config.curve[20]) != routing.config.threshold
+    lm = DLRLM(load_in_4bit="no", max_length="64")                   # as a command line gives them
+    assert "4bit" not in type(lm.model.model.layers[0].mlp.up_proj).__name__ and lm.max_length == 64
+    with pytest.raises(ValueError, match="give a checkpoint's name"):
+        DLRLM(checkpoint="")                                        # an unset variable is not the embedded base
     assert "4bit" in type(DLRLM(load_in_4bit=True).model.model.layers[0].mlp.up_proj).__name__
     with pytest.raises(ValueError, match="dtype would have no effect on a model that is loaded already"):
         DLRLM(loaded=base_of(nano), dtype="bfloat16")

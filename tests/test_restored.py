@@ -1,16 +1,18 @@
 """Whatever happens while a router is attached, the model goes on and detaching gives the base back, bit for bit."""
 
 import copy
+import pickle
 import threading
 
 import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import SMALL, tiny
-from transformers import (BloomConfig, BloomForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM,
-                          StaticCache)
+from tiny_models import PLAIN, SMALL, tiny
+from transformers import (AutoModelForCausalLM, BertConfig, BloomConfig, BloomForCausalLM, CLIPVisionConfig,
+                          Llama4TextConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration,
+                          MambaConfig, MixtralConfig, MixtralForCausalLM, OpenAIGPTConfig, OPTConfig, OPTForCausalLM,
+                          StaticCache, XLNetConfig, XLNetLMHeadModel)
 
 import dlr
 from dlr.config import RouterConfig
@@ -451,3 +453,114 @@ def test_random_plans_stay_the_base_s_when_everything_is_kept(ids):
     dense = call(model, ids)
     with half(model).using(RandomPlan(0.0)):
         assert torch.equal(call(model, ids), dense)
+
+
+# -- caches again, other builds, torch.compile ------------------------------------------------------------------------
+@pytest.mark.parametrize("plan", ["exact", "prompt"])
+@torch.no_grad()
+def test_a_static_cache_that_was_reset_is_an_empty_one(plan, ids):
+    model = tiny()
+    half(model).decode_plan = plan
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    model(ids, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, model(ids[:, :1]).logits)   # no old plan
+    dlr.routing_of(model).detach()
+    half(model, always_keep=3)
+    cache.reset()
+    model(ids, past_key_values=cache)                              # nor another router's
+
+
+@torch.no_grad()
+def test_keys_are_owed_still_after_an_interrupt_and_copies_are_whole(ids):
+    model = tiny()
+    routing = half(model)
+    cache = model(ids, use_cache=True).past_key_values
+    with routing.using(StaticPlan(torch.zeros(routing.units))):
+        model(ids[:, :1], past_key_values=cache)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    handle = model.model.layers[3].self_attn.k_proj.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache.layers[3].keys
+    handle.remove()
+    again = pickle.loads(pickle.dumps(cache))                       # holds keys and values, and nothing of the model
+    assert {layer.keys.shape[-2] for layer in (*cache.layers, *again.layers)} == {ids.shape[1] + 1}
+    assert torch.equal(again.layers[3].keys, cache.layers[3].keys)
+    assert torch.equal(call(pickle.loads(pickle.dumps(model)), ids), call(model, ids))
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_routed(ids):
+    torch.compiler.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = True           # as torch sets it
+    small = LlamaConfig(**(SMALL | {"num_hidden_layers": 2}))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(small).eval()
+    plain, compiled = copy.deepcopy(model), torch.compile(model, backend="eager")
+    dense = call(compiled, ids)                                     # a graph made before there are any hooks
+    routing = half(compiled, "masked", always_keep=1)
+    half(plain, always_keep=1)
+    assert dlr.routing_of(model) is dlr.routing_of(compiled) is routing
+    assert not torch.allclose(call(plain, ids), dense, atol=1e-5)
+    assert torch.allclose(call(compiled, ids), call(plain, ids), atol=1e-5)
+    assert dlr.weights.fingerprint(compiled) == dlr.weights.fingerprint(plain)
+    routing.detach()
+    assert torch.allclose(call(compiled, ids), dense, atol=1e-5)
+
+
+BUILDS = {  # states told to the decoder; layers that return lists; experts whose choices come along
+    "bert": BertConfig(**PLAIN, is_decoder=True),
+    "openai-gpt": OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=6, n_head=4, n_positions=128),
+    "llama4": Llama4TextConfig(**SMALL, head_dim=8, num_local_experts=4, intermediate_size_mlp=48)}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@torch.no_grad()
+def test_other_builds_of_decoders_are_routed(build, ids):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(BUILDS[build]).eval()
+    dense = model(ids).logits
+    routing = half(model)
+    with routing.using(StaticPlan(torch.ones(routing.units))):
+        assert torch.allclose(model(ids).logits, dense, atol=1e-4)
+    with routing.using(StaticPlan(torch.zeros(routing.units))):
+        none = model(ids).logits                                    # no row runs a layer that never ran
+        routing.execution = "masked"
+        assert torch.allclose(model(ids).logits, none, atol=1e-4)
+    assert not torch.allclose(none, dense, atol=1e-4)
+    routing.detach()
+    assert torch.equal(model(ids).logits, dense)
+
+
+@torch.no_grad()
+def test_states_that_are_no_row_a_token_are_refused(ids):
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=97, d_model=32, n_layer=6, n_head=4, d_inner=48)).eval()
+    half(model)
+    with pytest.raises(NotRoutable, match="one state a token"):
+        model(ids)
+
+
+@torch.no_grad()
+def test_recurrent_states_alone_know_how_far_they_are(ids):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=6, state_size=8, pad_token_id=1, bos_token_id=0,
+                         eos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    routing = half(model, keep_first_tokens=1)
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert routing.plan.skip_ratio > 0 or not routing.plan.logits.lt(0).any()       # a step is no first token
+    assert torch.equal(text, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
+                                            use_cache=False))
+
+
+@torch.no_grad()
+def test_an_adapter_that_mixes_rows_runs_masked_and_says_so(ids):
+    model = tiny()
+    half(model)
+    model = get_peft_model(model, LoraConfig(target_modules=["up_proj"], modules_to_save=["self_attn"])).eval()
+    with pytest.warns(RunsMasked, match="ModulesToSaveWrapper"):
+        compact = model(input_ids=ids).logits
+    dlr.routing_of(model).execution = "masked"
+    assert torch.equal(model(input_ids=ids).logits, compact)
