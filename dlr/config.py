@@ -60,8 +60,6 @@ class RouterConfig(Settings):
     threshold: float = 0.0                             # gate = logit > threshold at evaluation
     calibrated_skip: float | None = None               # skip ratio measured on the calibration split
     curve: list[float] = []                            # thresholds at calibrated skips of 0, 1, ... 80 %: the dial
-    base: dict[str, Any] = {}                          # the model the router was made for
-    curve: list[float] = []                            # thresholds at calibrated skips of 0, 1, ... 80 %: the dial's marks
     base: Base = {}                                    # the model the router was made for
 
     @field_validator("curve")
