@@ -186,14 +186,14 @@ def _await(process, address: str, log: Path, seconds: float = 90) -> None:
 
 def serve(checkpoint: str | None, port: int, browser: bool, text: str | None = None, **loading) -> int:
     """Serves until interrupted."""
-    with server(checkpoint, port, text, **loading) as address:
-        print(f"The explorer is at {address} (this machine and this token only). Ctrl-C ends it.", flush=True)
-        with _opened(address) if browser else contextlib.nullcontext():
-            try:
+    try:
+        with server(checkpoint, port, text, **loading) as address:
+            print(f"The explorer is at {address} (this machine and this token only). Ctrl-C ends it.", flush=True)
+            with _opened(address) if browser else contextlib.nullcontext():
                 while True:
                     time.sleep(3600)
-            except KeyboardInterrupt:
-                print("\nstopped")
+    except KeyboardInterrupt:
+        print("\nstopped")
     return 0
 
 
