@@ -77,7 +77,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
             raise
         if "safetensors" in str(error):
             raise ValueError(_PICKLE.format(repr(name))) from error
-        raise ConnectionError(f"The model {name!r} is neither a local folder nor to be had from the Hugging "
+        raise ConnectionError(f"The model {name!r} is no local folder and could not be downloaded from the Hugging "
                               f"Face Hub ({type(error).__name__}). Without a network use model='nano', the embedded "
                               "base model.") from error
     if quantisation and quantisation.get("load_in_4bit") and upcast:

@@ -251,7 +251,7 @@ def _set_shots(task, num_fewshot: int | None) -> None:
 
 def _unreachable(names: list[str], error: Exception) -> ConnectionError:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return ConnectionError(f"The data of {', '.join(names)} is not to be had from the Hugging Face Hub{offline}: "
+    return ConnectionError(f"The data of {', '.join(names)} could not be downloaded from the Hugging Face Hub{offline}: "
                            f"{str(error).splitlines()[0]}. Without a network give --data-dir DIR with local files; it "
                            f"serves {SERVED} and {WIKITEXT}.")
 

@@ -54,7 +54,7 @@ def load_articles(data_dir: str | None = None, split: str = "test") -> list[str]
         try:
             rows = datasets.load_dataset(*HUB_ALIASES["wikitext-103-raw-v1"], split=split)["text"]
         except Exception as error:          # see dlr.tasks.load_tasks
-            raise ConnectionError(f"WikiText-103 is not to be had from the Hugging Face Hub ({type(error).__name__}). "
+            raise ConnectionError(f"WikiText-103 could not be downloaded from the Hugging Face Hub ({type(error).__name__}). "
                                   "Without a network give --data-dir DIR with wikitext-103/test.txt.") from error
         return articles("".join(rows))
     path = Path(data_dir).expanduser() / "wikitext-103" / f"{split}.txt"
