@@ -218,15 +218,11 @@ def test_an_edited_script_runs_under_the_python_that_was_called(project, tmp_pat
     assert "06_latency.py, saved last, is what runs" in answer.stdout
 
 
-CHANGED = {"00_base_model": {"eval_docs: int = 240": "eval_docs: int = 3"},
-           "01_baselines": {"dropped: list = [0.2, 0.4, 0.6]": "dropped: list = []"},
-           "02_sequence_routing": {"penalties: list = [0.3, 1.0, 3.0]": "penalties: list = []"},
+# Changes that alter what a notebook does; nbval runs each of the nine under the toy preset's, which are changes too.
+CHANGED = {"02_sequence_routing": {"penalties: list = [0.3, 1.0, 3.0]": "penalties: list = []"},
            "03_token_routing": {'variants: list = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]':
                                 'variants: list = ["dense LoRA"]'},
-           "04_pareto": {'point: str = "summary"': 'point: str = "router"', "target_skip: float = 0.4": "target_skip: float = 0.5"},
-           "05_evaluation": {"limit: float = 40.0": "limit: float = 1.0"},
-           "06_latency": {"skips: list = [0.25, 0.4, 0.5]": "skips: list = [0.6]"},
-           "07_token_analysis": {'weights: list = ["checkpoint", "base"]': 'weights: list = ["base"]'}}
+           "06_latency": {"skips: list = [0.25, 0.4, 0.5]": "skips: list = [0.6]"}}
 
 
 @pytest.mark.slow

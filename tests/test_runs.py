@@ -282,13 +282,9 @@ def test_bad_input_is_one_sentence_and_no_folder(tmp_path, arguments, words, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting, words", [
-    ("model=/nowhere/llama", "Without a network use model='nano'"),
-    ("always_keep=16", "leave none of the model's 16 layers"),
-])
-def test_what_only_the_notebook_can_find_ends_in_one_sentence(tmp_path, setting, words):
-    answer = command("run", "baselines", "--set", setting, DLR_RESULTS=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert answer.returncode == 2 and words in answer.stderr.strip().splitlines()[-1]
+def test_what_only_the_notebook_can_find_ends_in_one_sentence(tmp_path):
+    answer = command("run", "baselines", "--set", "always_keep=16", DLR_RESULTS=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert answer.returncode == 2 and "leave none of the model's 16 layers" in answer.stderr.strip().splitlines()[-1]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notebook.ipynb"]    # and the name is free
 
 
