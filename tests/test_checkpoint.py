@@ -248,8 +248,8 @@ def stirred(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attached", ["after", "before"])
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind, attached", [*((kind, "after") for kind in TRAINED),
+                                            *((kind, "before") for kind in ("every linear layer", "embeddings", "a prompt"))])
 def test_what_was_trained_comes_back(kind, attached, tmp_path, ids):
     base = biased()
     dense = base(ids).logits
