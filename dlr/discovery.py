@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from dlr.config import PHASES
-from dlr.folder import CONFIG, CONTROL, WEIGHTS, looks_like, missing_part  # noqa: F401
+from dlr.folder import looks_like, missing_part  # noqa: F401
 from dlr.models import NANO_ROUTER
 from dlr.runs import METRICS, project_root, results_folder
 

@@ -8,7 +8,7 @@ import pandas as pd
 from dlr.config import PHASES
 from dlr.identity import different_settings, resolved
 from dlr.places import open_run, schema_of
-from dlr.runs import finished_runs, results_folder
+from dlr.runs import finished_runs
 from dlr.settings import Settings, SettingsError, effective, from_text, nearest, read_params
 
 __all__ = ["checked_parameters", "notebook_settings", "open_run", "results_table", "seeds_table"]

@@ -15,7 +15,7 @@ import pytest
 from clone import contents, copy_project, environment
 
 import dlr
-from dlr import figures, findings, notebooks, token_study
+from dlr import figures, findings, notebooks
 from dlr.config import PHASES, RunConfig, SettingsError
 from dlr.data import load_documents, padded_batches
 from dlr.evaluate import evaluate, router_logits, skip_ratio
