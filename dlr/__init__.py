@@ -5,7 +5,8 @@ from dlr.packed import silence_missing_kernel
 silence_missing_kernel()                # before anything imports bitsandbytes
 
 from dlr.checkpoint import from_pretrained, save_pretrained  # noqa: E402
-from dlr.config import RouterConfig, RunConfig  # noqa: E402
+from dlr.config import RunConfig  # noqa: E402
+from dlr.router_config import RouterConfig  # noqa: E402
 from dlr.dial import budget  # noqa: E402
 from dlr.plan import Plan  # noqa: E402
 from dlr.routed import NotRoutable, attach, routing_of  # noqa: E402

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from dlr.config import BaseModelConfig, RouterConfig, RunConfig, SettingsError
+from dlr.config import BaseModelConfig, RunConfig, SettingsError
+from dlr.router_config import RouterConfig
 from dlr.data import Documents, folder_texts, load_documents, padded_batches
 from dlr.discovery import from_project
 from dlr.encoding import encode, opening_token, padding_token

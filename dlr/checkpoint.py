@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from dlr.adapters import (NotSaveable, active_adapter, adapted, adapted_already, as_it_was, load_adapter,
                           refuse_unsaveable_adapter, write_adapter)
-from dlr.config import RouterConfig, validated
+from dlr.config import validated
+from dlr.router_config import RouterConfig
 from dlr.discovery import from_project
 from dlr.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder, digests, has_adapter,
                         refuse_incomplete)

@@ -19,27 +19,23 @@ import torch
 from torch import nn
 
 from dlr.execution import argument_names
+from dlr.families import names
 from dlr.intercept import Standin, attention_function, intercepted, own_forwards
 from dlr.pending import PendingLayer, by_row, joined, pending_layer, positional
 from dlr.rows import Rows, attend
 
-QUERY, OUTPUT = ("q_proj",), ("o_proj", "out_proj", "dense", "c_proj")
-FUSED = ("qkv_proj", "query_key_value", "c_attn")          # compute keys and values too, so they see every row
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "feed_forward")
-BARE_MLP = ("fc1", "fc2")
 # FLOPs of products that take as long as running a layer by rows costs more: 2 ms on two CPU cores, as measured; on an
 # accelerator about 0.3 ms of kernel launches at 150 TFLOP/s, an estimate
 OVERHEAD = {"cpu": 1.5e8, "cuda": 5e10}
-CACHE_NAMES = ("past_key_values", "layer_past")
 
 
 class NotCompactable(ValueError):
     """The model cannot run compacted without changing its results; the message says why."""
 
 
-def _named(parent: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    return [getattr(parent, name) for name in names if isinstance(getattr(parent, name, None), nn.Module)]
+def _named(parent: nn.Module, column: str) -> list[nn.Module]:
+    """The children of `parent` that a column of `families` names."""
+    return [getattr(parent, name) for name in names(column) if isinstance(getattr(parent, name, None), nn.Module)]
 
 
 def _rowwise(module: nn.Module) -> bool:
@@ -55,8 +51,7 @@ class Parts:
     """
 
     def __init__(self, layer: nn.Module):
-        attention, mlp = _named(layer, ATTENTION), _named(layer, MLP)
-        bare = _named(layer, BARE_MLP)
+        attention, mlp, bare = (_named(layer, column) for column in ("attention", "mlp", "bare_mlp"))
         known = {*attention, *mlp, *bare}
         strange = [name for name, child in layer.named_children() if child not in known and not _rowwise(child)]
         if len(attention) != 1 or strange or not (len(mlp) == 1 or len(bare) == 2):
@@ -64,8 +59,8 @@ class Parts:
             raise NotCompactable(f"{type(layer).__name__} cannot run compacted: {what} may mix tokens in a way DLR does "
                                  "not know. Use execution='masked'.")
         self.attention = attention[0]
-        query, output, fused = (_named(self.attention, names) for names in (QUERY, OUTPUT, FUSED))
-        inner = {*query, *output, *fused, *_named(self.attention, ("k_proj", "v_proj"))}
+        query, output, fused, key_value = (_named(self.attention, c) for c in ("query", "output", "fused", "key_value"))
+        inner = {*query, *output, *fused, *key_value}
         strange = [n for n, child in self.attention.named_children() if child not in inner and not _rowwise(child)]
         if len(output) != 1 or len(query) + len(fused) != 1 or strange:
             raise NotCompactable(f"{type(self.attention).__name__} cannot run compacted: DLR knows attention with one "
@@ -75,7 +70,7 @@ class Parts:
             raise NotCompactable(f"{type(self.attention).__name__} shares keys and values across layers, so a skipped "
                                  "layer would change another one. Use execution='masked'.")
         self.query, self.fused, self.output, self.mlp = query, fused, output, mlp or bare
-        self.key_value = _named(self.attention, ("k_proj", "v_proj"))
+        self.key_value = key_value
 
     def blank_query_width(self, default: int) -> int:
         """Width of a query nobody reads: one head where the attention's code takes any number of heads."""
@@ -160,7 +155,7 @@ class CompactLayer:
         self.routing, self.layer, self.index = routing, layer, index
         self.place, self.width = index - routing.first, width
         self.names = argument_names(layer)[1:]
-        self.cache_name = next((name for name in CACHE_NAMES if name in self.names), CACHE_NAMES[0])
+        self.cache_name = next((name for name in names("cache") if name in self.names), names("cache")[0])
         self.returns_tuple: bool | None = None                    # known once the layer has run
         self.before = None                                        # a forward of the layer's own __dict__ (accelerate's)
         self._find()

@@ -1,9 +1,8 @@
-"""What DLR has to know of a causal LM's build: its decoder, the layers, their parts, and where they compute."""
+"""What DLR has to know of a causal LM's build: its decoder, the layers and their parts."""
 
-import torch
 from torch import nn
 
-from dlr.compact import ATTENTION, MLP
+from dlr.families import names
 from dlr.weights import causal_lm
 
 
@@ -33,21 +32,19 @@ def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     raise NotRoutable(f"{type(base).__name__} holds no list of {count} decoder layers.")
 
 
-def execution_device(module: nn.Module) -> torch.device:
-    """Where `module` computes; its parameters may lie elsewhere between calls (offloaded to CPU or disk by accelerate)."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
-    return next(module.parameters()).device
-
-
 def sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    parts = [next((getattr(layer, n) for n in names if hasattr(layer, n)), None) for names in (ATTENTION, MLP)]
+    parts = [next((getattr(layer, n) for n in names(column) if hasattr(layer, n)), None) for column in ("attention", "mlp")]
     if None in parts or "residual" in parts[0].forward.__code__.co_varnames:
         raise NotRoutable(f"unit='sublayer' needs layers with separate attention and MLP modules that leave the "
                           f"residual alone; {type(layer).__name__} has none. Use unit='layer'.")
     return parts[0], parts[1]
+
+
+def projections_of(model: nn.Module) -> list[str]:
+    """The names of attention and MLP projections inside the decoder layers of `model`, for LoRA."""
+    _, layers = decoder_and_layers(model)
+    present = {name.rsplit(".", 1)[-1] for name, _ in layers.named_modules()}
+    return [name for name in names("lora") if name in present]
 
 
 def refuse_layerdrop(decoder: nn.Module) -> None:

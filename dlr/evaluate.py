@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from dlr.calibration import calibrate, calibration_curve
-from dlr.config import fast_bf16
+from dlr.device import autocast, device_of
 from dlr.logits import last_only
 from dlr.objective import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.policy import Policy, RouterPolicy
@@ -16,15 +16,6 @@ from dlr.progress import tqdm
 from dlr.routed import Routing
 
 BOOTSTRAP = 1000
-
-
-def autocast(device: torch.device, enabled: bool | None = None):
-    """bfloat16 autocast on `device`, or nothing; None: where bfloat16 products are faster here (`config.fast_bf16`)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16() if enabled is None else enabled)
-
-
-def device_of(model) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _per_row(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:

@@ -6,7 +6,9 @@ them; it saves the queries, the attention scores, the output projection and the 
 
 import torch
 
-_UNGATED = {"gpt2", "gpt_neox", "opt", "falcon", "phi", "bloom", "gpt_neo", "gptj", "starcoder2"}
+from dlr.families import names
+
+_UNGATED = frozenset(names("ungated"))
 
 
 def _text(config):

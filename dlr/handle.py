@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from dlr.compact import NotCompactable, compact_layers
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.decoder import NotRoutable, causal_lm, refuse_layerdrop, sublayers
 from dlr.execution import BlendLayer, FirstPassDone, GateSublayer, HideSkippedKeys, argument_names, run_first_pass
+from dlr.families import CACHES
 from dlr.intercept import LOCK, own_forwards
 from dlr.memory import Memory, Owner, memory_of, remember
-from dlr.passes import CACHES, Pass, asked_of_model, pass_of, records_more
+from dlr.passes import Pass, asked_of_model, pass_of, records_more
 from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router

@@ -13,9 +13,9 @@ from threading import get_ident
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from dlr.families import ANY_MASK, PLACE_FINDERS
+
 ATTENTION_NAME = "dlr_rows"        # what attention modules find as their attention function meanwhile
-_INTERCEPTED = ("sdpa", "eager")   # attention functions that take any mask; others see every query row
-_BY_PLACE = frozenset({"arange", "get_seq_length", "get_query_offset"})      # how attention code finds places by itself
 LOCK = threading.RLock()           # held while stand-ins are put in place or taken away, never while they run
 
 
@@ -125,14 +125,14 @@ def _exchangeable(family: type) -> bool:
         calls = inspect.getsource(forward).count("attention_interface(")
     except OSError:                                            # installed without sources
         return False
-    return calls == 1 and "ALL_ATTENTION_FUNCTIONS" in names and not _BY_PLACE.intersection(names)
+    return calls == 1 and "ALL_ATTENTION_FUNCTIONS" in names and not set(PLACE_FINDERS).intersection(names)
 
 
 def attention_function(attention: nn.Module):
     """The function `attention` would call, where kept rows can be handed to it alone; None: it must see every row."""
     config = getattr(attention, "config", None)
     name = getattr(getattr(config, "real", config), "_attn_implementation", None)
-    if name not in _INTERCEPTED or not _exchangeable(type(attention)):
+    if name not in ANY_MASK or not _exchangeable(type(attention)):
         return None
     if getattr(attention, "reorder_and_upcast_attn", False):
         return None

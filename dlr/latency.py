@@ -17,7 +17,8 @@ from torch.utils.benchmark import timer              # waits for an accelerator 
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from dlr.config import RouterConfig, fast_bf16
+from dlr.device import fast_bf16
+from dlr.router_config import RouterConfig
 from dlr.flops import flops_per_token, router_flops
 from dlr.policy import RecordedPlan
 from dlr.progress import tqdm

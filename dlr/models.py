@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlr.config import RunConfig
+from dlr.decoder import projections_of
 from dlr.weights import NANO, NANO_NAME
 from dlr.packed import keep_differentiable
 
@@ -17,11 +18,6 @@ NANO_ROUTER = NANO / "router"            # a trained, calibrated router for it
 DTYPES = ("float32", "bfloat16", "float16")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
        "bnb_4bit_compute_dtype": "bfloat16"}
-# Names of attention and MLP projections in the families we know; PEFT takes those a model has.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",        # Llama and kin
-               "qkv_proj", "gate_up_proj", "out_proj", "fc1", "fc2",                               # Phi-3, OPT
-               "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",                       # GPT-NeoX, Falcon
-               "c_attn", "c_proj", "c_fc")                                                         # GPT-2
 
 
 def load_base(config: RunConfig):
@@ -95,14 +91,6 @@ def _refuse_pickle(source: str) -> None:
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         raise ValueError(_PICKLE.format(repr(source)))
-
-
-def projections_of(model) -> list[str]:
-    """The names in PROJECTIONS that occur inside the decoder layers of `model`."""
-    from dlr.routed import decoder_and_layers
-    _, layers = decoder_and_layers(model)
-    there = {name.rsplit(".", 1)[-1] for name, _ in layers.named_modules()}
-    return [name for name in PROJECTIONS if name in there]
 
 
 def add_lora(model, config: RunConfig):

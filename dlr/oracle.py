@@ -22,7 +22,8 @@ import torch
 
 from dlr.adapters import without_adapters
 from dlr.baselines import drop, static_pair
-from dlr.evaluate import autocast, bootstrap, device_of
+from dlr.device import autocast, device_of
+from dlr.evaluate import bootstrap
 from dlr.objective import ROWS, frozen_base, predicted
 from dlr.policy import GivenPlan, RouterPolicy
 from dlr.progress import tqdm

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dlr.families import CACHES
 from dlr.memory import Memory, memory_of
-
-CACHES = ("past_key_values", "cache_params")               # what families call their cache
 
 
 @dataclass

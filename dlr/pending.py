@@ -8,12 +8,12 @@ one K/V product made when the layer next runs takes them along (sublayer units m
 import torch
 from transformers.cache_utils import DynamicLayer
 
-_BY_POSITION = ("position_embeddings", "position_ids", "cache_position")
+from dlr.families import POSITIONS
 
 
 def positional(kwargs: dict) -> dict:
     """The arguments of a layer's forward that go with positions, and so must wait with its inputs."""
-    return {name: kwargs[name] for name in _BY_POSITION if kwargs.get(name) is not None}
+    return {name: kwargs[name] for name in POSITIONS if kwargs.get(name) is not None}
 
 
 def by_row(kwargs: dict, hidden: torch.Tensor) -> bool:

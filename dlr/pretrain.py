@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer_utils import get_last_checkpoint
 
 from dlr import encoding
-from dlr.config import fast_bf16
+from dlr.device import fast_bf16
 from dlr.data import PackedBlocks, folder_texts, load_documents, token_stream
 from dlr.runs import atomic_file, write_atomically
 

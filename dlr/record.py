@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from dlr.encoding import encode, opening_token
-from dlr.evaluate import autocast, device_of
+from dlr.device import autocast, device_of
 from dlr.logits import chunks, logits_of
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm

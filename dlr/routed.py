@@ -6,15 +6,16 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from dlr.config import RouterConfig
-from dlr.decoder import NotRoutable, causal_lm, decoder_and_layers, execution_device, refuse_layerdrop
+from dlr.router_config import RouterConfig
+from dlr.decoder import NotRoutable, causal_lm, decoder_and_layers, refuse_layerdrop
+from dlr.device import execution_device
 from dlr.handle import HANDLE, Routing, RunsMasked
 from dlr.packed import keep_differentiable
 from dlr.router import Router
 from dlr.weights import NANO_NAME, base_record, describe_base
 
 __all__ = ["NANO_NAME", "NotRoutable", "Routing", "RunsMasked", "attach", "causal_lm", "decoder_and_layers", "describe_base",
-           "execution_device", "routing_of"]
+           "routing_of"]
 
 
 def attach(model: nn.Module, config: RouterConfig | None = None, execution: str | None = None) -> Routing:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 
 
 ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds it

@@ -21,11 +21,12 @@ from transformers.utils import logging as bars
 
 from dlr.calibration import DIAL, calibration_curve, threshold_at
 from dlr.checkpoint import CONFIG, from_pretrained
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.data import load_documents, padded_batches
 from dlr.discovery import find_checkpoint
 from dlr.encoding import encode, tokenizer_of
-from dlr.evaluate import device_of, router_logits
+from dlr.device import device_of
+from dlr.evaluate import router_logits
 from dlr.flops import active_halves, adapter_flops, router_flops, text_flops
 from dlr.logits import last_only
 from dlr.models import NANO_ROUTER

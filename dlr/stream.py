@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
-from dlr.evaluate import device_of
+from dlr.device import device_of
 from dlr.objective import frozen_base
 from dlr.logits import last_only
 from dlr.record import document_ids, pieces

@@ -14,63 +14,19 @@ from dlr.adapters import adapted, write_adapter
 from dlr.baselines import static_pair
 from dlr.calibration import threshold_at
 from dlr.checkpoint import from_pretrained, load_onto, named_base, refuse_other_base, refuse_unsaveable, trains_biases
-from dlr.config import RouterConfig, SettingsError, validated
+from dlr.config import SettingsError, validated
+from dlr.router_config import RouterConfig
 from dlr.discovery import find_checkpoint, from_project
 from dlr.folder import (CONFIG, CONTROL, PARTS, RECORDS, as_json, atomic_folder, digests, looks_like,
                         refuse_incomplete)
 from dlr.weights import NANO_NAME, base_record, identity
 from dlr.models import NF4, open_base
-from dlr.policy import Policy, RouterPolicy
+from dlr.policy import Policy, RandomByDocument, RouterPolicy, StaticByDocument
 from dlr.routed import Routing, routing_of
 from dlr.runs import METRICS, slug, write_atomically
 
 VARIANTS = ("routed", "static", "stochastic", "dense", "base")
 LOADING = ("dtype", "load_in_4bit", "attn_implementation", "device")
-
-
-def draw(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
-
-
-class StaticByDocument(Policy):
-    """Two neighbouring static plans `[U]`; each document draws one of them, so that their mean meets the budget.
-
-    `keys` names the document of each row of the batch. Both sentences of a minimal pair run under the same plan.
-    """
-
-    def __init__(self, fewer: torch.Tensor, more: torch.Tensor, share_more: float):
-        self.plans, self.share_more, self.keys = torch.stack([fewer, more]).float(), share_more, []
-
-    def __call__(self, routing, hidden, current):
-        chosen = torch.tensor([int(draw(key) < self.share_more) for key in self.keys])
-        return self.plans[chosen].to(hidden.device).unsqueeze(1).expand(-1, hidden.shape[1], -1), None
-
-
-class RandomByDocument(Policy):
-    """Stochastic depth at evaluation: every token drops every unit with probability `skip`, drawn from its document's
-    name and its place in the row."""
-
-    def __init__(self, skip: float):
-        self.skip, self._keys, self._uniform = skip, [], None
-
-    @property
-    def keys(self) -> list[str]:
-        return self._keys
-
-    @keys.setter
-    def keys(self, names: list[str]) -> None:
-        self._keys, self._uniform = names, None
-
-    def __call__(self, routing, hidden, current):
-        place = current.position.clamp(min=0).cpu()
-        longest = int(place.max()) + 1
-        if self._uniform is None or self._uniform.shape[1] < longest:
-            length = 64 * -(-longest // 64)
-            self._uniform = torch.stack([torch.rand(length, routing.units, generator=torch.Generator().manual_seed(
-                int(draw(key) * 2**53))) for key in self._keys])
-        gates = (self._uniform[torch.arange(len(place)).unsqueeze(1), place] >= self.skip).float()
-        return gates.to(hidden.device), None
 
 
 @dataclass

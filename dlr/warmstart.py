@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dlr.baselines import static_pair
 from dlr.calibration import calibrate
 from dlr.config import RunConfig
-from dlr.evaluate import autocast, device_of
+from dlr.device import autocast, device_of
 from dlr.objective import cross_entropy, frozen_base, kl_to_teacher
 from dlr.policy import GivenPlan, RouterPolicy
 from dlr.progress import tqdm

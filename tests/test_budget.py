@@ -8,7 +8,7 @@ from test_routed import half_skipping
 import dlr
 from dlr.baselines import drop, evaluate_static, greedy_static_order, static_pair
 from dlr.calibration import Controller, calibrate
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.evaluate import bootstrap, calibrate_router, evaluate, mix, paired_difference, perplexity, skip_ratio, summary
 from dlr.policy import LayerDrop, RandomPlan, RouterPolicy, StaticPlan
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import dlr
 from dlr.adapters import NotSaveable
 from dlr.checkpoint import WrongBase
-from dlr.config import RouterConfig, RunConfig
+from dlr.config import RunConfig
+from dlr.router_config import RouterConfig
 from dlr.folder import atomic_folder
 from dlr.weights import fingerprint, identity
 from dlr.models import NANO, NANO_ROUTER, add_lora, load_base, projections_of

@@ -11,7 +11,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import dlr
 from dlr.compact import OVERHEAD
-from dlr.config import RouterConfig, RunConfig
+from dlr.config import RunConfig
+from dlr.router_config import RouterConfig
 from dlr.models import add_lora
 from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routed import NotRoutable

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, tiny
 from transformers import DynamicCache, StaticCache
 
 import dlr
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.pending import PendingLayer
 from dlr.policy import GivenPlan
 

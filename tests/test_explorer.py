@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import dlr
 from dlr import views
 from dlr.calibration import calibration_curve
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.explorer import Explorer
 from dlr.explorer_tabs import STATIC, Comparison, Generator
 from dlr.models import NANO

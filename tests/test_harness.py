@@ -10,16 +10,17 @@ from local_tasks import write_tasks
 
 import dlr.benchmark
 from dlr.benchmark import row_of, run_benchmark
-from dlr.config import RouterConfig, RunConfig
+from dlr.config import RunConfig
+from dlr.router_config import RouterConfig
 from dlr.evaluate import router_logits
 from dlr.data import Documents, padded_batches
 from dlr.harness import DLRLM, generated_length
 from dlr.metering import Meter, RouterDidNotRun
 from dlr.models import load_base
-from dlr.policy import RouterPolicy, StaticPlan
+from dlr.policy import RandomByDocument, RouterPolicy, StaticByDocument, StaticPlan, uniform_from
 from dlr.routed import attach
 from dlr.tasks import load_tasks, manager_for
-from dlr.variants import Loaded, RandomByDocument, StaticByDocument, draw
+from dlr.variants import Loaded
 from dlr.wikitext import strided_perplexity, windows
 
 pytestmark = pytest.mark.usefixtures("by_rows")
@@ -346,7 +347,7 @@ def test_a_static_plan_meets_the_router_s_skip_on_each_task(routed, data, tmp_pa
 
 
 def test_documents_draw_plans_evenly():
-    draws = [draw(f"blimp_causative/{i}") for i in range(4000)]
+    draws = [uniform_from(f"blimp_causative/{i}") for i in range(4000)]
     assert abs(sum(d < 0.3 for d in draws) / 4000 - 0.3) < 0.03
 
 

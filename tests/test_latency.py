@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dlr
 from dlr import figures_latency, latency
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.flops import flops_per_token
 from dlr.policy import StaticPlan
 from dlr.shapes import SHAPES, random_model, recorded_gates

@@ -8,7 +8,7 @@ from test_routed import half_skipping
 from tiny_models import tiny
 
 from dlr import oracle, predictability
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.objective import frozen_base, kl_to_teacher, predicted
 from dlr.policy import GivenPlan
 

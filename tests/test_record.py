@@ -10,7 +10,7 @@ from test_routed import half_skipping
 from tiny_models import FAMILIES, SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.models import NANO
 from dlr.objective import cross_entropy
 from dlr.record import TENSORS, Record, record

@@ -15,7 +15,7 @@ from transformers import (AutoModelForCausalLM, BertConfig, BloomConfig, BloomFo
                           StaticCache, XLNetConfig, XLNetLMHeadModel)
 
 import dlr
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.policy import GivenPlan, RandomPlan, RouterPolicy, StaticPlan
 from dlr.routed import NotRoutable, RunsMasked
 

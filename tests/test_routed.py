@@ -6,7 +6,7 @@ from tiny_models import FAMILIES, tiny
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import dlr
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.policy import GivenPlan, RandomPlan, RouterPolicy, ShuffledPlan, StaticPlan
 from dlr.routed import NotRoutable, decoder_and_layers
 

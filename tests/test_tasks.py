@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dlr
 from dlr.__main__ import main
 from dlr.checkpoint import WrongBase
-from dlr.config import RouterConfig, RunConfig, SettingsError
+from dlr.config import RunConfig, SettingsError
+from dlr.router_config import RouterConfig
 from dlr.discovery import HalfWritten, find_checkpoint
 from dlr.flops import active_halves, flops_per_token, layer_flops, plan_flops_per_token, text_flops
 from dlr.models import add_lora, load_base

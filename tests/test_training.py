@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from test_routed import half_skipping
 
 import dlr
-from dlr.config import RouterConfig, RunConfig
+from dlr.config import RunConfig
+from dlr.router_config import RouterConfig
 from dlr.models import add_lora
 from dlr.evaluate import calibrate_router, evaluate, perplexity, skip_ratio
 from dlr.objective import cross_entropy, frozen_base, global_penalty, kl_to_teacher, original_budget, predicted

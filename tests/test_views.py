@@ -14,7 +14,7 @@ from test_record import model, tokenizer                       # noqa: F401  fix
 from test_routed import half_skipping
 
 from dlr import terminal, views
-from dlr.config import RouterConfig
+from dlr.router_config import RouterConfig
 from dlr.export import cell, export, link, page, rows, to_csv, to_json
 from dlr.palette import LEVELS, contrast, ink, ramp, stylesheet
 from dlr.record import Record, pieces

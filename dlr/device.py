@@ -1,0 +1,31 @@
+"""Where a model computes, and in what precision."""
+
+import torch
+from torch import nn
+
+
+def fast_bf16() -> bool:
+    """Whether bfloat16 matrix products are faster here than float32: emulated ones take about five times as long."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device: torch.device, enabled: bool | None = None):
+    """bfloat16 autocast on `device`, or nothing; None: where bfloat16 products are faster here."""
+    enabled = fast_bf16() if enabled is None else enabled
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of `model` lie."""
+    return next(model.parameters()).device
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where `module` computes; its parameters may lie elsewhere between calls (offloaded to CPU or disk by accelerate)."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    return next(module.parameters()).device
