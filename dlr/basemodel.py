@@ -10,10 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from dlr.config import BaseModelConfig, RunConfig, SettingsError
+from dlr.config import BaseModelConfig, SettingsError
 from dlr.router_config import RouterConfig
 from dlr.data import Documents, folder_texts, load_documents, padded_batches
-from dlr.discovery import from_project
 from dlr.encoding import encode, opening_token, padding_token
 from dlr.evaluate import bootstrap, evaluate
 from dlr.models import NANO, load_base
@@ -21,7 +20,7 @@ from dlr.policy import StaticPlan
 from dlr.pretrain import STAGE, new_model, pretrain, pretraining_stream, pretraining_texts, train_tokenizer
 from dlr.progress import tqdm
 from dlr.routed import attach
-from dlr.runs import write_atomically
+from dlr.runs import from_project, write_atomically
 from dlr.wikitext import read_text
 
 HISTORY = "training.json"          # loss by tokens seen, beside the exported weights
@@ -113,7 +112,7 @@ def history_of(config: BaseModelConfig) -> pd.DataFrame:
 
 def load_for_report(config: BaseModelConfig):
     """The exported model and its tokenizer."""
-    return load_base(RunConfig(seed=config.seed))
+    return load_base()
 
 
 def _windows(texts: list[str], tokenizer, limit: int) -> list[str]:

@@ -18,7 +18,7 @@ from dlr import wikitext
 from dlr.flops import flops_per_token, plan_flops_per_token
 from dlr.metering import Meter
 from dlr.progress import tqdm
-from dlr.runs import plain, slug, write_atomically
+from dlr.runs import from_project, plain, slug, write_atomically
 from dlr.tasks import PERPLEXITIES, load_tasks, notes_of
 
 Z = 1.96                                    # half a 95 % interval in standard errors
@@ -220,7 +220,7 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
 def specs_of(config, say=print) -> list:
     """The rows an evaluation asks for: the base model, every checkpoint of `config.phase`, and `config.variants`."""
     from dlr.config import VariantSpec
-    from dlr.discovery import looks_like, missing_part
+    from dlr.folder import looks_like, missing_part
     from dlr.runs import finished_runs, results_folder
     specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
     for run, found in (finished_runs(config.phase) if config.phase else {}).items():
@@ -246,7 +246,6 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
         SettingsError: two rows of one name, or `match` names no earlier row.
     """
     from dlr.config import SettingsError
-    from dlr.discovery import from_project
     from dlr.harness import DLRLM
     from dlr.variants import open_variant
     specs, rows, whole, by_name = specs_of(config, say), [], {}, {}

@@ -15,16 +15,15 @@ from safetensors.torch import load_file
 
 from dlr.adapters import (NotSaveable, active_adapter, adapted, adapted_already, as_it_was, load_adapter,
                           refuse_unsaveable_adapter, write_adapter)
-from dlr.config import validated
 from dlr.router_config import RouterConfig
-from dlr.discovery import from_project
+from dlr.settings import validated
 from dlr.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder, digests, has_adapter,
                         refuse_incomplete)
 from dlr.weights import NANO_NAME, base_record, differences, fingerprint, said_of  # noqa: F401
 from dlr.models import NF4, open_model, source_of
 from dlr.router import ROUTER_NAME, Router
 from dlr.routed import Routing, attach, causal_lm, routing_of
-from dlr.runs import save_tensors, write_atomically
+from dlr.runs import from_project, save_tensors, write_atomically
 
 
 class WrongBase(ValueError):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from dlr.corpus import SPLITS, content_hash, embedded_corpus, split_of
-from dlr.discovery import from_project
 from dlr.encoding import encode, opening_token, padding_token
 from dlr.progress import tqdm
+from dlr.runs import from_project
 
 HUB_ALIASES = {"wikitext-103-raw-v1": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
                "wikitext-2-raw-v1": ("Salesforce/wikitext", "wikitext-2-raw-v1")}

@@ -1,17 +1,18 @@
 """Finding a checkpoint: in a folder, in a run, or the newest of a phase, saying which one was taken.
 
-Order: the folder itself; its `best`, then the finished `checkpoint`, then the `last` state of its training; and for a phase
-the same in its newest complete run. Half-written checkpoints are skipped with a warning.
+Order: the folder itself; its `best`, then the finished `checkpoint`, then the `last` state of its
+training; and for a phase the same in its newest complete run. Half-written checkpoints are skipped
+with a warning.
 """
 
 import warnings
 from pathlib import Path
 
-from dlr.config import PHASES
-from dlr.folder import looks_like, missing_part  # noqa: F401
+from dlr.folder import CONFIG, looks_like, missing_part
 from dlr.models import NANO_ROUTER
-from dlr.runs import METRICS, project_root, results_folder
+from dlr.runs import METRICS, from_project, results_folder
 
+EMBEDDED = "embedded router"            # its label; on a command line it is 'nano-router'
 _BEST, _LAST = ("best", "checkpoint-best", "checkpoint"), ("last", "checkpoint-last")
 
 
@@ -19,10 +20,27 @@ class HalfWritten(UserWarning):
     """A checkpoint folder that lacks a part, and was skipped."""
 
 
-def from_project(where: str | Path) -> Path:
-    """`where` as a path; a relative one that is not here is taken from the project's root (kernels run in notebooks/)."""
-    path = Path(where).expanduser()
-    return path if path.is_absolute() or path.exists() else project_root() / path
+def checkpoints(root: Path | None = None) -> dict[str, Path]:
+    """Label to folder of the routed models there are: the embedded router first, then those of
+    finished runs, trials in `scratch/` last."""
+    folders = {EMBEDDED: NANO_ROUTER} if (NANO_ROUTER / CONFIG).is_file() else {}
+    root = root or results_folder()
+    for pattern in (f"*/*/{METRICS}", f"scratch/*/*/{METRICS}"):
+        for metrics in sorted(root.glob(pattern)):
+            for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
+                folder = config.parent
+                named = folder.parent if folder.name == "checkpoint" else folder
+                folders[str(named.relative_to(root))] = folder
+    return folders
+
+
+def label_of(folder: Path) -> str:
+    """The label of `checkpoints()`, or the last parts of the path: never a whole one, which would
+    name a machine."""
+    for label, path in checkpoints().items():
+        if path.resolve() == folder.resolve():
+            return label
+    return "/".join(part for part in folder.parts[-3:] if part not in ("checkpoint", "/"))
 
 
 def _candidates(folder: Path) -> list[tuple[str, Path]]:
@@ -31,59 +49,85 @@ def _candidates(folder: Path) -> list[tuple[str, Path]]:
         tail = path.name.rsplit("-", 1)[-1]
         return int(tail) if tail.isdigit() else -1
 
-    found = [("best", folder / name) for name in _BEST]
-    found += [("half-written", path) for path in folder.glob(".checkpoint.*.tmp")]
-    found += [("last", folder / name) for name in _LAST]
-    found += [("last", path) for path in sorted(folder.glob("trainer/checkpoint-*"), key=number, reverse=True)]
-    return [(label, path) for label, path in found if path.is_dir()]
+    named = [("best", folder / name) for name in _BEST]
+    named += [("half-written", path) for path in folder.glob(".checkpoint.*.tmp")]
+    named += [("last", folder / name) for name in _LAST]
+    named += [("last", path) for path in
+              sorted(folder.glob("trainer/checkpoint-*"), key=number, reverse=True)]
+    return [(said, path) for said, path in named if path.is_dir()]
 
 
-def _search(folder: Path) -> tuple[str, Path] | None:
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inner.sort(key=lambda path: path.name not in ("router", "DLR"))             # a routed model before its controls
-    found = [(label, path) for place in (folder, *inner) for label, path in _candidates(place)]
-    for label, path in sorted(found, key=lambda entry: entry[0] == "last"):     # any best one before any last one
+def _best_in(folder: Path) -> tuple[str, Path] | None:
+    """(how it is called aloud, folder) of the best complete checkpoint here or one folder down."""
+    inner = sorted(path for path in folder.iterdir()
+                   if path.is_dir() and not path.name.startswith("."))
+    inner.sort(key=lambda path: path.name not in ("router", "DLR"))   # a routed model before its controls
+    named = [pair for place in (folder, *inner) for pair in _candidates(place)]
+    for said, path in sorted(named, key=lambda pair: pair[0] == "last"):      # any best before any last
         problem = missing_part(path)
         if problem is None:
-            return label, path
+            return said, path
         if looks_like(path) or path.name.startswith("."):
-            warnings.warn(f"Skipped the half-written checkpoint {str(path)!r}: {problem}.", HalfWritten, stacklevel=3)
+            warnings.warn(f"Skipped the half-written checkpoint {str(path)!r}: {problem}.",
+                          HalfWritten, stacklevel=3)
     return None
 
 
-def find_checkpoint(where: str | Path, say=print) -> Path:
-    """The checkpoint folder meant by `where`: such a folder, a run's or variant's folder, a phase, or 'nano-router'.
+def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
+    """The checkpoint folder meant by `where`.
+
+    Args:
+        where: 'nano-router', a checkpoint's folder, a run's or a variant's, a phase, or a label of
+            `checkpoints`. A relative path is looked for from here, then from the project's root.
+            None: the embedded router, or the first checkpoint there is.
 
     Raises:
-        FileNotFoundError: there is none; the message says where was looked.
+        FileNotFoundError: there is none; the message says where was looked, and what there is.
     """
-    if str(where) == "nano-router":
-        where = NANO_ROUTER
+    if where is None:
+        where = next(iter(checkpoints()), EMBEDDED)
+    if str(where) in ("nano-router", EMBEDDED):
         if not looks_like(NANO_ROUTER):
-            raise FileNotFoundError("The embedded model's own router (dlr/nano/router) is not in this copy of the project. "
-                                    "Train one with 'python -m dlr run' and give its checkpoint folder.")
+            raise FileNotFoundError(
+                "There is no embedded router (dlr/nano/router) in this copy of the project. Name a "
+                "checkpoint, for example --set checkpoint=results/token_routing/quick/DLR/checkpoint, "
+                f"or train one: python -m dlr run. There are: {', '.join(checkpoints()) or 'none'}.")
+        return NANO_ROUTER
     folder = from_project(where)
-    if folder.is_dir():
-        if looks_like(folder):
-            problem = missing_part(folder)
-            if problem:
-                raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. Give another one, or "
-                                        "run its training again.")
-            return folder
-        found = _search(folder)
-        if found:
-            say(f"checkpoint: {found[0]} of {folder.name}: {found[1]}")
-            return found[1]
-        raise FileNotFoundError(f"{str(folder)!r} holds no complete checkpoint: looked for {', '.join(_BEST + _LAST)} and "
-                                "trainer/checkpoint-*, here and one folder down.")
-    if str(where) in PHASES:
-        runs = sorted((results_folder() / str(where)).glob(f"*/{METRICS}"), key=lambda p: p.stat().st_mtime, reverse=True)
-        for path in runs:
-            found = _search(path.parent)
-            if found:
-                say(f"checkpoint: {found[0]} of the newest complete run with one, {path.parent.name}: {found[1]}")
-                return found[1]
-        raise FileNotFoundError(f"None of the {len(runs)} complete runs of {where!r} holds a checkpoint; train one with "
-                                f"'python -m dlr run {where}'.")
-    raise FileNotFoundError(f"{str(where)!r} is neither a folder nor a phase; the phases are {', '.join(PHASES)}. For a "
-                            "base model give 'nano', a folder with config.json, or a Hub id with --variant base.")
+    if not folder.is_dir():
+        folder = results_folder() / where
+    if not folder.is_dir():
+        phases = sorted({label.split("/")[0] for label in checkpoints()} - {EMBEDDED})
+        raise FileNotFoundError(
+            f"There is no checkpoint {str(where)!r}: it is neither a folder nor a phase "
+            f"({', '.join(phases) or 'none has a run'}). There are: {', '.join(checkpoints()) or 'none'}. "
+            "python -m dlr run trains one. For a base model give 'nano', a folder with config.json, "
+            "or a Hub id with --variant base.")
+    if looks_like(folder):
+        problem = missing_part(folder)
+        if problem:
+            raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. "
+                                    "Give another one, or run its training again.")
+        return folder
+    if folder.resolve().parent == results_folder().resolve():
+        return _newest_of(folder, say)
+    best = _best_in(folder)
+    if best is None:
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no complete checkpoint: looked for {', '.join(_BEST + _LAST)} and "
+            "trainer/checkpoint-*, here and one folder down.")
+    say(f"checkpoint: {best[0]} of {folder.name}: {best[1]}")
+    return best[1]
+
+
+def _newest_of(phase: Path, say) -> Path:
+    """The best checkpoint of the newest complete run of a phase that has one."""
+    runs = sorted(phase.glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for metrics in runs:
+        best = _best_in(metrics.parent)
+        if best is not None:
+            say(f"checkpoint: {best[0]} of the newest complete run with one, {metrics.parent.name}: "
+                f"{best[1]}")
+            return best[1]
+    raise FileNotFoundError(f"None of the {len(runs)} complete runs of {phase.name!r} holds a checkpoint; "
+                            f"train one with 'python -m dlr run {phase.name}'.")

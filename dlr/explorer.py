@@ -14,9 +14,10 @@ import ipywidgets as W
 
 from dlr import views
 from dlr.calibration import DIAL
+from dlr.discovery import checkpoints
 from dlr.export import export, link
 from dlr.record import Record
-from dlr.session import TURNS, Session, checkpoints
+from dlr.session import TURNS, Session
 
 SETTLE = 0.4                     # seconds without a change before the slower step starts
 EXAMPLES = {

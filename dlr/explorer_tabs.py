@@ -10,11 +10,12 @@ from pathlib import Path
 import ipywidgets as W
 
 from dlr import views
+from dlr.discovery import checkpoints
 from dlr.explorer import EXAMPLES, Explorer, Later, Quiet, budget_slider, guarded, labelled
 from dlr.export import link, page
 from dlr.record import Record
 from dlr.runs import results_folder, slug, write_atomically
-from dlr.session import Session, checkpoints
+from dlr.session import Session
 from dlr.stream import Progress, generate
 from dlr.views_compare import comparison
 from dlr.views_stream import stream

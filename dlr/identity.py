@@ -42,16 +42,14 @@ def resolved(values: dict, schema: type[Settings]) -> dict:
 
     What names no file ('nano', a Hub id) stays as it is. A folder to write to is one of the caller's in any case.
     """
-    from dlr.runs import project_root, shell_folder
+    from dlr.runs import from_project, shell_folder
 
     def change(text: str, mark: LocalPath, name: str) -> str:
         if text in NAMES:
             return text
-        path = Path(text).expanduser()
-        for root in (Path.cwd(), shell_folder(), project_root()):
-            if (root / path).exists():
-                return str((root / path).resolve())
-        return str((shell_folder() / path).absolute()) if mark.output else text
+        if from_project(text).exists():
+            return str(from_project(text).resolve())
+        return str((shell_folder() / Path(text).expanduser()).absolute()) if mark.output else text
     return map_paths(values, schema, change)
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dlr.config import RunConfig
 from dlr.decoder import projections_of
-from dlr.weights import NANO, NANO_NAME
 from dlr.packed import keep_differentiable
+from dlr.weights import NANO, NANO_NAME
 
 # PEFT 0.21 still asks transformers 5.23 for the old name of this property.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -20,19 +19,10 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
        "bnb_4bit_compute_dtype": "bfloat16"}
 
 
-def load_base(config: RunConfig):
-    """(model, tokenizer) of `config.model`, in evaluation mode and without gradients.
-
-    Raises:
-        ConnectionError: neither a local folder nor reachable on the Hub; the message names the embedded model.
-        ValueError: the weights are there as a pickle only, or an unknown dtype.
-    """
-    return open_base(config.model, config.dtype, config.attn_implementation, NF4 if config.load_in_4bit else None)
-
-
-def open_base(name: str, *args, **options):
+def load_base(name: str = "nano", *, dtype: str | None = None, attn_implementation: str | None = None,
+              load_in_4bit: bool | None = None, device: str | None = None):
     """(model, tokenizer) of the base `name`; arguments and errors as in `open_model`."""
-    model = open_model(name, *args, **options)
+    model = open_model(name, dtype, attn_implementation, NF4 if load_in_4bit else None, device)
     return model, AutoTokenizer.from_pretrained(source_of(name))
 
 
@@ -51,7 +41,9 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
         quantisation: bitsandbytes' settings, as `NF4`; None leaves the base as it is stored.
         device: where the weights go; None is the CPU. upcast: float32 for what a 4-bit base does not pack.
 
-    Raises: as `load_base`.
+    Raises:
+        ConnectionError: neither a local folder nor reachable on the Hub; the message names the embedded model.
+        ValueError: the weights are there as a pickle only, or an unknown dtype.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -93,10 +85,10 @@ def _refuse_pickle(source: str) -> None:
         raise ValueError(_PICKLE.format(repr(source)))
 
 
-def add_lora(model, config: RunConfig):
-    """`model` with LoRA (Hu et al. 2021) on its attention and MLP projections, initialised from `config.seed`."""
-    from peft import LoraConfig, get_peft_model
-    torch.manual_seed(config.seed)
+def add_lora(model, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0):
+    """`model` with LoRA (Hu et al. 2021) on its attention and MLP projections, initialised from `seed`."""
+    from peft import LoraConfig, get_peft_model        # takes seconds to import
+    torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, bias="none",
-        task_type="CAUSAL_LM", target_modules=projections_of(model)))
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
+        target_modules=projections_of(model)))

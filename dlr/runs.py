@@ -43,6 +43,12 @@ def shell_folder() -> Path:
     return project_root() if here == project_root() / "notebooks" else here
 
 
+def from_project(where: str | Path) -> Path:
+    """`where` as a path; a relative one that is not here is taken from the project's root (kernels run in notebooks/)."""
+    path = Path(where).expanduser()
+    return path if path.is_absolute() or path.exists() else project_root() / path
+
+
 def folder_from(variable: str, default: Path) -> Path:
     """The folder an environment variable names, absolute, or `default`."""
     given = os.environ.get(variable)

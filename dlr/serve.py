@@ -97,8 +97,8 @@ def notebook(checkpoint: str | None, text: str | None = None, **loading) -> str:
     """The one-cell notebook behind the page, as JSON. The kernel runs elsewhere: a checkpoint is named by its folder."""
     import nbformat
 
-    from dlr.session import folder_of
-    folder = str(folder_of(checkpoint).resolve())
+    from dlr.discovery import find_checkpoint
+    folder = str(find_checkpoint(checkpoint).resolve())
     settings = "".join(f", {name}={value!r}" for name, value in loading.items())
     source = f"from dlr.explorer_tabs import Workbench\nWorkbench({folder!r}, {text!r}{settings})"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])

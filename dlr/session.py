@@ -20,68 +20,25 @@ import torch
 from transformers.utils import logging as bars
 
 from dlr.calibration import DIAL, calibration_curve, threshold_at
-from dlr.checkpoint import CONFIG, from_pretrained
+from dlr.checkpoint import from_pretrained
 from dlr.router_config import RouterConfig
 from dlr.data import load_documents, padded_batches
-from dlr.discovery import find_checkpoint
+from dlr.discovery import find_checkpoint, label_of
 from dlr.encoding import encode, tokenizer_of
 from dlr.device import device_of
 from dlr.evaluate import router_logits
 from dlr.flops import active_halves, adapter_flops, router_flops, text_flops
 from dlr.logits import last_only
-from dlr.models import NANO_ROUTER
 from dlr.objective import frozen_base
 from dlr.policy import GivenPlan, Policy, RecordedPlan, StaticPlan
 from dlr.record import Record, record
 from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of
-from dlr.runs import METRICS, finished_runs, project_root, results_folder
+from dlr.runs import finished_runs, project_root, results_folder
 from dlr.tokens import piece_bytes
 from dlr.views import Cost
 
 TURNS = 3                        # runs whose median time is shown
 CURVE_DOCUMENTS = 12            # calibration documents that make up for a missing curve
-EMBEDDED = "embedded router"
-
-
-def checkpoints(root: Path | None = None) -> dict[str, Path]:
-    """Label to folder of what can be explored: the embedded router first, then those of finished runs, trials in
-    `scratch/` last."""
-    found = {EMBEDDED: NANO_ROUTER} if (NANO_ROUTER / CONFIG).is_file() else {}
-    root = root or results_folder()
-    for metrics in [*sorted(root.glob(f"*/*/{METRICS}")), *sorted(root.glob(f"scratch/*/*/{METRICS}"))]:
-        for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
-            folder = config.parent
-            named = folder.parent if folder.name == "checkpoint" else folder
-            found[str(named.relative_to(root))] = folder
-    return found
-
-
-def folder_of(checkpoint: str | Path | None) -> Path:
-    """The folder of a checkpoint; None is the embedded router, or the first there is.
-
-    Args:
-        checkpoint: a label of `checkpoints()`, or what `dlr.discovery.find_checkpoint` takes: a folder, a run, a phase.
-            A relative path is looked for from here, then from the project's root.
-
-    Raises:
-        FileNotFoundError: there is none; the message names those there are.
-    """
-    there = checkpoints()
-    if checkpoint is None or checkpoint == EMBEDDED:
-        if (NANO_ROUTER / CONFIG).is_file():
-            return NANO_ROUTER
-        if there and checkpoint is None:
-            return next(iter(there.values()))
-    elif str(checkpoint) in there:
-        return there[str(checkpoint)]
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            folder = find_checkpoint(checkpoint, say=lambda words: None)
-            if (folder / CONFIG).is_file():
-                return folder
-    wanted = "embedded router (dlr/nano/router)" if checkpoint in (None, EMBEDDED) else f"checkpoint {str(checkpoint)!r}"
-    raise FileNotFoundError(f"There is no {wanted}. There are: {', '.join(there) or 'none'}. "
-                            "python -m dlr run trains one; give its checkpoint folder.")
 
 
 def static_order(config: RouterConfig) -> list[int] | None:
@@ -104,7 +61,7 @@ class Session:
     """One routed model and its tokenizer.
 
     Args:
-        checkpoint: a checkpoint as in `folder_of`; the embedded router by default.
+        checkpoint: as in `dlr.discovery.find_checkpoint`; the embedded router by default.
         model, tokenizer: a routed model that is there already, instead of a checkpoint; `close` then leaves it alone.
         loading: dtype, device and load_in_4bit, as in `dlr.from_pretrained`; what is None is as the checkpoint records
             it, on an accelerator where there is one.
@@ -119,10 +76,10 @@ class Session:
         self.owned, self.note = model is None, ""
         self.name, self.folder = "given model", None
         if self.owned:
-            self.folder = folder_of(checkpoint)
+            self.folder = find_checkpoint(checkpoint, say=lambda words: None)
             if torch.cuda.is_available():
                 loading.setdefault("device", "cuda")
-            self.name = _label(self.folder)
+            self.name = label_of(self.folder)
             with _no_bars(), _warnings_of_this_project() as said:
                 model = from_pretrained(self.folder, **loading)
             self.note = " ".join(said).replace(str(self.folder), self.name)
@@ -298,11 +255,3 @@ def _warnings_of_this_project():
             said.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _label(folder: Path) -> str:
-    """The label of `checkpoints()`, or the last parts of the path: never a whole path, which would name a machine."""
-    for label, path in checkpoints().items():
-        if path.resolve() == folder.resolve():
-            return label
-    return "/".join(p for p in folder.parts[-3:] if p not in ("checkpoint", "/"))

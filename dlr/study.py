@@ -53,7 +53,8 @@ class Bench:
 
 def open_bench(config: RunConfig) -> Bench:
     """Loads model, tokenizer, calibration and test documents of `config`."""
-    base, tokenizer = load_base(config)
+    base, tokenizer = load_base(config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit,
+                                attn_implementation=config.attn_implementation)
     if torch.cuda.is_available() and not config.load_in_4bit:
         base.to("cuda")
     documents = {split: load_documents(config.dataset, split) for split in ("train", "calibration", "test")}
@@ -93,7 +94,8 @@ def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     """Fresh LoRA and router on the bench's base."""
     _clear(bench)
     seed_everything(config.seed)
-    model = add_lora(bench.base, config)
+    model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,
+                     seed=config.seed)
     try:
         routing = attach(model, config.router())
     except BaseException:

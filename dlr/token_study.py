@@ -12,7 +12,7 @@ from dlr import analysis, oracle
 from dlr.calibration import threshold_at
 from dlr.categories import categories, frequencies, load_spacy, part_of_speech, partition
 from dlr.checkpoint import from_pretrained
-from dlr.config import RunConfig, TokenAnalysisConfig
+from dlr.config import TokenAnalysisConfig
 from dlr.data import Documents, load_documents, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, perplexity
 from dlr.policy import RouterPolicy, ShuffledPlan
@@ -41,7 +41,7 @@ class Study:
 
 def untrained(seed: int):
     """The embedded base under a router of spread random logits: what token-dependence that means nothing looks like."""
-    model, _ = models.load_base(RunConfig(bf16=False))
+    model, _ = models.load_base()
     routing = attach(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

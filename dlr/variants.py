@@ -14,16 +14,17 @@ from dlr.adapters import adapted, write_adapter
 from dlr.baselines import static_pair
 from dlr.calibration import threshold_at
 from dlr.checkpoint import from_pretrained, load_onto, named_base, refuse_other_base, refuse_unsaveable, trains_biases
-from dlr.config import SettingsError, validated
 from dlr.router_config import RouterConfig
-from dlr.discovery import find_checkpoint, from_project
+from dlr.settings import SettingsError, validated
+from dlr.discovery import find_checkpoint
+from dlr.encoding import tokenizer_of
 from dlr.folder import (CONFIG, CONTROL, PARTS, RECORDS, as_json, atomic_folder, digests, looks_like,
                         refuse_incomplete)
 from dlr.weights import NANO_NAME, base_record, identity
-from dlr.models import NF4, open_base
+from dlr.models import load_base, open_model
 from dlr.policy import Policy, RandomByDocument, RouterPolicy, StaticByDocument
 from dlr.routed import Routing, routing_of
-from dlr.runs import METRICS, slug, write_atomically
+from dlr.runs import METRICS, from_project, slug, write_atomically
 
 VARIANTS = ("routed", "static", "stochastic", "dense", "base")
 LOADING = ("dtype", "load_in_4bit", "attn_implementation", "device")
@@ -137,7 +138,8 @@ def open_variant(checkpoint: str, variant: str | None = None, skip: float | None
     kind = variant or (record["variant"] if control else "routed")
     _refuse_unused(kind, {"skip": skip, "order": order}, control)
     where = str(folder / (CONTROL if control else CONFIG))
-    net, tokenizer = open_base(**named_base(record.get("base", {}), where, model and _source(model), **loading))
+    net = open_model(**named_base(record.get("base", {}), where, model and _source(model), **loading))
+    tokenizer = tokenizer_of(net, folder)
     if control:
         loaded = _open_control(folder, record, net, tokenizer, kind, skip)
     else:
@@ -165,8 +167,7 @@ def _open_base(checkpoint: str, variant: str | None, given: dict, loading: dict)
     if variant not in (None, "base", "dense"):
         raise SettingsError(f"{checkpoint!r} is a base model without a router; variant={variant!r} needs a checkpoint.")
     _refuse_unused("base", given, False)
-    settings = {name: value for name, value in loading.items() if name != "load_in_4bit"}
-    net, tokenizer = open_base(_source(checkpoint), quantisation=NF4 if loading.get("load_in_4bit") else None, **settings)
+    net, tokenizer = load_base(_source(checkpoint), **loading)
     return Loaded("base", "base", net, tokenizer, None, None, Path(checkpoint).name, digest=identity(net),
                   base=base_record(net))
 

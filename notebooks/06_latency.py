@@ -55,7 +55,6 @@ import pandas as pd
 import torch
 
 from dlr import figures_latency, latency, shapes
-from dlr.config import RunConfig
 from dlr.models import load_base
 from dlr.workbook import open_run
 
@@ -68,7 +67,7 @@ if not run.done:
     subject = latency.subject(
         config.shape, plan, config.skips, layers=config.layers or None, device=device,
         dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
-        model=load_base(RunConfig())[0].to(device) if config.shape == "nano" else None)
+        model=load_base()[0].to(device) if config.shape == "nano" else None)
     works = [latency.Prefill(subject, batch, length) for batch in config.batches for length in config.lengths]
     rows = [latency.measure(work, [0.0, *config.skips], repeats=config.repeats) for work in works]
     rows += [latency.measure(latency.Decode(subject, batch, config.context, config.decode_steps), config.skips,

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import dlr
 from dlr.adapters import NotSaveable
 from dlr.checkpoint import WrongBase
-from dlr.config import RunConfig
 from dlr.router_config import RouterConfig
 from dlr.folder import atomic_folder
 from dlr.weights import fingerprint, identity
@@ -27,7 +26,7 @@ from dlr.policy import RouterPolicy
 
 
 def routed(seed=0):
-    model = add_lora(tiny(seed=seed), RunConfig(lora_rank=2))
+    model = add_lora(tiny(seed=seed), rank=2)
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1, skip_adapter_rank=2))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -80,7 +79,7 @@ def test_a_base_is_its_weights_whatever_its_precision_and_adapters(family):
     before = fingerprint(tiny(family))
     assert before != fingerprint(tiny(family, seed=1))
     assert fingerprint(tiny(family).to(torch.bfloat16)) == before
-    adapted = add_lora(tiny(family), RunConfig(lora_rank=2))
+    adapted = add_lora(tiny(family), rank=2)
     dlr.attach(adapted, OPEN)
     assert fingerprint(adapted) == before
 
@@ -139,7 +138,7 @@ def test_not_a_checkpoint(tmp_path):
     (tmp_path / "base").mkdir()
     torch.save({}, tmp_path / "base" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickle only"):
-        load_base(RunConfig(model=str(tmp_path / "base")))
+        load_base(str(tmp_path / "base"))
 
 
 # -- saving -------------------------------------------------------------------------------------------------------------
@@ -402,14 +401,14 @@ def test_a_refused_load_leaves_the_model_as_it_was(tmp_path, ids, monkeypatch):
         assert torch.equal(model(ids).logits, dense)
     assert dlr.routing_of(dlr.from_pretrained(tmp_path / "c", model)).config.threshold == 0.125
     with pytest.raises(ValueError, match="carries adapters already"):
-        dlr.from_pretrained(tmp_path / "c", add_lora(tiny(), RunConfig(lora_rank=2)))
+        dlr.from_pretrained(tmp_path / "c", add_lora(tiny(), rank=2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_finds_attention_and_mlp_in_every_family(family, ids):
     names = projections_of(tiny(family))
     assert len(names) >= 3
-    model = add_lora(tiny(family), RunConfig(lora_rank=2))
+    model = add_lora(tiny(family), rank=2)
     dlr.attach(model, OPEN)
     assert torch.equal(model(input_ids=ids).logits, tiny(family)(ids).logits)
 
@@ -417,32 +416,32 @@ def test_lora_finds_attention_and_mlp_in_every_family(family, ids):
 # -- 4 bit --------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory):
-    """A run's settings for an NF4 base whose weights fill bitsandbytes' blocks of 64, so that no kernel refuses them."""
+    """How to load an NF4 base whose weights fill bitsandbytes' blocks of 64, so that no kernel refuses them."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SMALL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
                                  initializer_range=0.1)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(NANO).save_pretrained(folder)
-    return RunConfig(model=str(folder), load_in_4bit=True, dtype="bfloat16", lora_rank=2)
+    return {"name": str(folder), "load_in_4bit": True, "dtype": "bfloat16"}
 
 
 @torch.no_grad()
 def test_a_four_bit_checkpoint_comes_back_in_four_bit(four_bit, tmp_path, ids, capfd):
-    model = stirred(add_lora(load_base(four_bit)[0], four_bit))
+    model = stirred(add_lora(load_base(**four_bit)[0], rank=2))
     half_skipping(model, RouterConfig(always_keep=2))
     want = model(input_ids=ids).logits
     dlr.save_pretrained(model, tmp_path / "c")
     loaded = dlr.from_pretrained(tmp_path / "c")
     assert "4bit" in type(loaded.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__
     assert torch.equal(loaded(input_ids=ids).logits, want)
-    assert f"base model: {four_bit.model}, as" in capfd.readouterr().err
-    plain = four_bit.model_copy(update={"load_in_4bit": False})
+    assert f"base model: {four_bit['name']}, as" in capfd.readouterr().err
+    plain = four_bit | {"load_in_4bit": False}
     for load in (lambda: dlr.from_pretrained(tmp_path / "c", load_in_4bit=False),
-                 lambda: dlr.from_pretrained(tmp_path / "c", load_base(plain)[0])):
+                 lambda: dlr.from_pretrained(tmp_path / "c", load_base(**plain)[0])):
         with pytest.warns(UserWarning, match=r"4 bit \(nf4\); this one is bfloat16, not quantised"):
             load()
-    assert identity(load_base(four_bit)[0]) != identity(load_base(plain)[0])
-    other = load_base(four_bit)[0]
+    assert identity(load_base(**four_bit)[0]) != identity(load_base(**plain)[0])
+    other = load_base(**four_bit)[0]
     weight = other.model.layers[1].mlp.up_proj.weight
     weight.data[::2] = 0
     with pytest.raises(WrongBase, match="layer matrices"):
@@ -453,11 +452,11 @@ def test_four_bit_gradients_are_those_of_the_unpacked_base(four_bit, ids):
     """Before and after an evaluation pass: on some processors that pass used to repack weights for a product without
     a backward."""
     import bitsandbytes.functional as bnb
-    exact = four_bit.model_copy(update={"dtype": "float32"})
-    model = stirred(add_lora(load_base(exact)[0], four_bit))
+    exact = four_bit | {"dtype": "float32"}
+    model = stirred(add_lora(load_base(**exact)[0], rank=2))
     packed = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     assert packed and not any(module.support_avx512bf16_for_cpu for module in packed)
-    plain = stirred(add_lora(load_base(exact.model_copy(update={"load_in_4bit": False}))[0], four_bit))
+    plain = stirred(add_lora(load_base(**exact | {"load_in_4bit": False})[0], rank=2))
     with torch.no_grad():
         theirs = dict(plain.named_modules())
         for name, module in model.named_modules():
@@ -483,7 +482,7 @@ def test_four_bit_gradients_are_those_of_the_unpacked_base(four_bit, ids):
 
 def test_a_users_own_four_bit_model_is_made_differentiable(four_bit):
     from bitsandbytes.functional import _convert_weight_packed_for_cpu as pack
-    model = AutoModelForCausalLM.from_pretrained(four_bit.model, quantization_config=BitsAndBytesConfig(
+    model = AutoModelForCausalLM.from_pretrained(four_bit["name"], quantization_config=BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4"))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -505,9 +504,9 @@ def test_the_missing_kernel_is_not_announced():
 
 def test_a_four_bit_base_routes_and_trains(four_bit, ids):
     """NF4 through bitsandbytes, on whatever device there is: gradients reach LoRA and router."""
-    model, _ = load_base(four_bit)
+    model, _ = load_base(**four_bit)
     before = model(ids).logits
-    model = add_lora(model, four_bit)
+    model = add_lora(model, rank=2)
     routing = dlr.attach(model, OPEN)
     assert torch.equal(model(input_ids=ids).logits, before)
     model.train()

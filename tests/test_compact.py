@@ -11,7 +11,6 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import dlr
 from dlr.compact import OVERHEAD
-from dlr.config import RunConfig
 from dlr.router_config import RouterConfig
 from dlr.models import add_lora
 from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
@@ -76,7 +75,7 @@ def test_unequal_lengths_give_the_masked_logits(family, side, ids):
 
 def with_lora(model):
     """LoRA that changes something: its second factors begin at zero."""
-    model = add_lora(model, RunConfig(lora_rank=2))
+    model = add_lora(model, rank=2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -14,11 +14,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import dlr
 from dlr import views
 from dlr.calibration import calibration_curve
+from dlr.discovery import find_checkpoint
 from dlr.router_config import RouterConfig
 from dlr.explorer import Explorer
 from dlr.explorer_tabs import STATIC, Comparison, Generator
 from dlr.models import NANO
-from dlr.session import Session, folder_of
+from dlr.session import Session
 from tiny_models import SMALL
 
 HOSTILE = ["<script>alert('x')</script>", "&lt;b&gt; &amp;", "\"double\" 'single'", "a\nb\tc\r", "   leading", "naïve 日本語",
@@ -131,9 +132,8 @@ def test_two_explorers_do_not_disturb_each_other_and_close_gives_the_base_back()
     assert first.session.model is not second.session.model
     first.budget.value = 70
     assert second.record.skip_ratio == pytest.approx(second.session.read("two").skip_ratio)
-    from dlr.config import RunConfig
     from dlr.models import load_base
-    expected = load_base(RunConfig())[0](ids).logits
+    expected = load_base()[0](ids).logits
     for explorer in (first, second):
         model = explorer.session.model
         base = explorer.session.close()
@@ -209,7 +209,7 @@ def test_generation_shows_each_tokens_depth_and_can_be_stopped(session):
 
 def test_an_unknown_checkpoint_names_those_there_are():
     with pytest.raises(FileNotFoundError, match="no checkpoint 'nowhere'.*embedded router"):
-        folder_of("nowhere")
+        find_checkpoint("nowhere")
 
 
 def test_a_router_without_a_curve_says_where_its_thresholds_come_from():
@@ -261,10 +261,10 @@ def test_a_checkpoint_is_read_by_its_own_tokenizer(tmp_path, monkeypatch):
 
 def test_paths_mean_what_they_mean_here_and_else_from_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert folder_of("dlr/nano/router") == NANO / "router" and folder_of("nano-router") == NANO / "router"
+    assert find_checkpoint("dlr/nano/router") == NANO / "router" and find_checkpoint("nano-router") == NANO / "router"
     (tmp_path / "dlr" / "nano").mkdir(parents=True)
     shutil.copytree(NANO / "router", tmp_path / "dlr" / "nano" / "router")
-    assert folder_of("dlr/nano/router").resolve() == tmp_path / "dlr" / "nano" / "router"
+    assert find_checkpoint("dlr/nano/router").resolve() == tmp_path / "dlr" / "nano" / "router"
 
 
 def test_dtype_and_device_reach_every_model_that_is_opened(monkeypatch):

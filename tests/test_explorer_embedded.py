@@ -10,11 +10,12 @@ import torch
 import dlr
 from dlr import views
 from dlr.__main__ import main
+from dlr.discovery import EMBEDDED, checkpoints, find_checkpoint
 from dlr.explorer import EXAMPLES, Explorer
 from dlr.explorer_tabs import STATIC, Comparison, Generator, Workbench
 from dlr.models import NANO_ROUTER
 from dlr.routed import NotRoutable, causal_lm
-from dlr.session import EMBEDDED, Session, checkpoints, folder_of
+from dlr.session import Session
 from dlr.stream import generate
 
 pytestmark = pytest.mark.skipif(not (NANO_ROUTER / "router_config.json").is_file(),
@@ -113,7 +114,7 @@ def test_two_explorers_do_not_disturb_each_other_and_closing_one_frees_its_model
     first.budget.value = 70
     assert second.view.value == before and second.record.skip_ratio < first.record.skip_ratio
     base = causal_lm(first.session.model)
-    fresh, _ = dlr.models.load_base(dlr.RunConfig(bf16=False))
+    fresh, _ = dlr.models.load_base()
     session = first.session
     first.close()
     assert session.model is None and digest(base) == digest(fresh)
@@ -192,7 +193,7 @@ def test_checkpoints_are_the_embedded_router_and_those_of_finished_runs(tmp_path
             (tmp_path / run / "metrics.json").write_text('{"rows": []}')
     found = checkpoints(tmp_path)
     assert list(found) == [EMBEDDED, "token_routing/done/DLR", "scratch/pareto/trial/DLR"]
-    assert folder_of(None) == NANO_ROUTER
+    assert find_checkpoint(None) == NANO_ROUTER
     with pytest.raises(FileNotFoundError, match="There are: embedded router"):
         Session("no/such/folder")
 

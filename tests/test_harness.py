@@ -10,7 +10,6 @@ from local_tasks import write_tasks
 
 import dlr.benchmark
 from dlr.benchmark import row_of, run_benchmark
-from dlr.config import RunConfig
 from dlr.router_config import RouterConfig
 from dlr.evaluate import router_logits
 from dlr.data import Documents, padded_batches
@@ -35,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nano():
-    return load_base(RunConfig(model="nano", bf16=False))
+    return load_base()
 
 
 @pytest.fixture
@@ -180,7 +179,7 @@ def test_a_router_that_does_not_run_is_an_error(nano, routed, data, task, how):
     elif how == "disabled":
         routed.routing.policy = None
     else:
-        lm._model = load_base(RunConfig(model="nano", bf16=False))[0]
+        lm._model = load_base()[0]
     with pytest.raises(RouterDidNotRun):
         responses(lm, data, [task])
 

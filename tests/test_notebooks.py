@@ -264,7 +264,7 @@ def test_the_embedded_model_fits_its_room():
 @pytest.mark.slow
 def test_the_shipped_router_meets_its_budget_and_the_dial_on_the_test_split():
     """Within a point where it was calibrated, within two anywhere on the dial; the plan is what the logits say."""
-    model, tokenizer = dlr.from_pretrained(NANO_ROUTER), load_base(RunConfig())[1]
+    model, tokenizer = dlr.from_pretrained(NANO_ROUTER), load_base()[1]
     routing, documents = dlr.routing_of(model), load_documents("embedded", "test")
     logits, forced = router_logits(model, routing, padded_batches(documents, tokenizer, 256, 16), bf16=False)
     measured = {}

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dlr
 from dlr.__main__ import main
 from dlr.checkpoint import WrongBase
-from dlr.config import RunConfig, SettingsError
+from dlr.config import SettingsError
 from dlr.router_config import RouterConfig
 from dlr.discovery import HalfWritten, find_checkpoint
 from dlr.flops import active_halves, flops_per_token, layer_flops, plan_flops_per_token, text_flops
@@ -195,8 +195,8 @@ def test_bad_arguments_get_one_sentence(arguments, message, capsys):
 def checkpoint(tmp_path):
     """A run folder with a routed checkpoint of the embedded model, and metrics with a static order."""
     run = tmp_path / "results" / "pareto" / "run"
-    model, _ = load_base(RunConfig(model="nano", bf16=False))
-    model = add_lora(model, RunConfig(lora_rank=2, bf16=False))
+    model, _ = load_base()
+    model = add_lora(model, rank=2)
     attach(model, RouterConfig(calibrated_skip=0.25))
     dlr.save_pretrained(model, run / "router" / "checkpoint")
     rows = [{"variant": "DLR", "skip": 0.3}, {"variant": "best static", "order": list(range(11, -1, -1))}]
@@ -211,6 +211,7 @@ def test_a_phase_means_the_newest_complete_run(checkpoint, tmp_path, monkeypatch
     assert find_checkpoint("pareto", said.append) == checkpoint and "newest complete run" in said[0]
     assert find_checkpoint(checkpoint.parents[1], said.append) == checkpoint
     assert find_checkpoint(checkpoint, said.append) == checkpoint
+    (tmp_path / "results" / "baselines").mkdir()
     with pytest.raises(FileNotFoundError, match="None of the 0 complete runs"):
         find_checkpoint("baselines")
 
@@ -268,8 +269,8 @@ def test_a_measured_skip_is_not_taken_from_another_checkpoints_row(checkpoint):
 @pytest.fixture
 def healed():
     """The embedded model with LoRA that was trained, and a router that stands for a plan."""
-    model, _ = load_base(RunConfig(model="nano", bf16=False))
-    model = add_lora(model, RunConfig(lora_rank=2, bf16=False))
+    model, _ = load_base()
+    model = add_lora(model, rank=2)
     routing = attach(model, RouterConfig())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -329,7 +330,7 @@ def test_ways_to_load_a_base_that_do_not_exist_are_refused():
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     """Another model with the same norms: one matrix is half as large again."""
-    model, tokenizer = load_base(RunConfig(model="nano", bf16=False))
+    model, tokenizer = load_base()
     before = open_variant("nano").digest
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1.5)

@@ -72,7 +72,7 @@ def trained(tmp_path, data, ready=None, **changes):
     """Trained LoRA and router; `ready(model, routing)` changes them before."""
     seed_everything(0)
     config = RunConfig(**{**SETTINGS, **changes})
-    model = add_lora(tiny(), config)
+    model = add_lora(tiny(), rank=config.lora_rank)
     routing = dlr.attach(model, config.router())
     if ready:
         ready(model, routing)
@@ -123,7 +123,7 @@ def test_frozen_base_is_the_base_whatever_lora_and_router_do(ids):
     base = tiny()
     before = base(ids).logits
     config = RunConfig(**SETTINGS)
-    model = add_lora(base, config)
+    model = add_lora(base, rank=config.lora_rank)
     routing = half_skipping(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -214,7 +214,7 @@ def test_training_learns_what_carries_over_and_a_cold_router_is_held_at_its_targ
     """At rising logits: nothing in the loss holds them, and a threshold moved by a fixed number of logits stays behind."""
     config = RunConfig(**{**SETTINGS, "steps": 60, "target_skip": 0.3, "batch_size": 8, "lora_rank": 8, "kd_weight": 0.0})
     seed_everything(0)
-    model = add_lora(tiny(), config)
+    model = add_lora(tiny(), rank=config.lora_rank)
     routing = dlr.attach(model, config.router())
     held = torch.stack([row["input_ids"] for row in Counting(range(1, 90, 3)).rows])
     batch = [{"input_ids": held, "attention_mask": torch.ones_like(held), "row": torch.arange(len(held))}]

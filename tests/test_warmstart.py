@@ -27,7 +27,7 @@ def routed(idle=None):
         with torch.no_grad():
             for part in (model.model.layers[idle].self_attn.o_proj, model.model.layers[idle].mlp.down_proj):
                 part.weight.zero_()
-    model = add_lora(model, CONFIG)
+    model = add_lora(model, rank=2)
     return model, dlr.attach(model, CONFIG.router())
 
 
