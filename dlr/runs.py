@@ -239,7 +239,7 @@ class Run:
     def figure(self, picture, name: str) -> None:
         """Keeps a figure as PNG and PDF beside the metrics, unless this run is only shown. None: nothing to draw."""
         if picture is not None and not self.reused:
-            from dlr.figures import save
+            from dlr.figures_style import save
             save(picture, self.folder, name)
 
 

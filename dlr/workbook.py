@@ -146,7 +146,7 @@ def seeds_table(table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty:
         return pd.DataFrame(columns=["variant", "target_skip", "runs", "skip", "perplexity"])
-    from dlr.figures import kind_of                     # not above: it takes a second, and few commands draw
+    from dlr.figures_style import kind_of                     # not above: it takes a second, and few commands draw
     untargeted = [kind_of(row) in ("base", "dense", "stochastic") for row in table.to_dict("records")]
     data = table.assign(target_skip=table["target_skip"].astype(object).mask(pd.Series(untargeted, table.index), "-"))
     by = ["variant", "target_skip", *(["settings"] if "settings" in data else [])]

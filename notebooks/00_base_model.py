@@ -52,7 +52,8 @@ config = notebook_settings("base_model", globals())
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import basemodel, figures
+from dlr import basemodel
+from dlr.figures_training import layer_harm, pretraining
 from dlr.workbook import open_run
 
 run = open_run("base_model", config)
@@ -77,7 +78,7 @@ if not run.done:
 # %% tags=["nbval-ignore-output"]
 history = pd.DataFrame(run.metrics["history"])
 if len(history):
-    run.figure(figures.pretraining(history), "pretraining")
+    run.figure(pretraining(history), "pretraining")
 
 # %% [markdown]
 # ## Bits per byte on text it was not trained on
@@ -91,7 +92,7 @@ pd.DataFrame(run.rows).round(3)
 # Loss added on the embedded corpus's test split when a single layer is skipped.
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures.layer_harm(run.metrics["layer_harm"]), "layer_harm")
+run.figure(layer_harm(run.metrics["layer_harm"]), "layer_harm")
 
 # %% [markdown]
 # ## A few continuations

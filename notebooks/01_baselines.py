@@ -48,9 +48,8 @@ from dlr.workbook import notebook_settings
 config = notebook_settings("baselines", globals())
 
 # %% tags=["nbval-ignore-output"]
-import pandas as pd
-
-from dlr import figures, study
+from dlr import study
+from dlr.figures_training import comparison
 from dlr.workbook import open_run, shown
 
 run = open_run("baselines", config)
@@ -71,7 +70,7 @@ if not run.done:
 run.table(shown(run.rows))
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures.comparison(pd.DataFrame(run.rows), "Baselines"), "comparison")
+run.figure(comparison(run.rows, "Baselines"), "comparison")
 
 # %% [markdown]
 # ## What it means

@@ -48,9 +48,8 @@ from dlr.workbook import notebook_settings
 config = notebook_settings("sequence_routing", globals())
 
 # %% tags=["nbval-ignore-output"]
-import pandas as pd
-
-from dlr import figures, study
+from dlr import study
+from dlr.figures_training import comparison, training
 from dlr.policy import RouterPolicy
 from dlr.workbook import open_run, shown
 
@@ -74,11 +73,11 @@ if not run.done:
 run.table(shown(run.rows))
 
 # %% tags=["nbval-ignore-output"]
-picture = figures.comparison(pd.DataFrame(run.rows), "Sequence-level routing under a global penalty")
-run.figure(picture, "comparison")
+run.figure(comparison(run.rows, "Sequence-level routing under a global penalty"), "comparison")
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures.training(run.logs(folders), "A price is no budget: where skip ends is a result"), "training")
+title = "A price is no budget: where skip ends is a result"
+run.figure(training(run.logs(folders), title), "training")
 
 # %% [markdown]
 # ## What it means

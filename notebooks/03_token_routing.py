@@ -72,9 +72,9 @@ if unknown:
     raise SettingsError(f"variants={sorted(unknown)} are none of {[*CHANGES, 'best static', 'dense LoRA']}")
 
 # %% tags=["nbval-ignore-output"]
-import pandas as pd
-
-from dlr import figures, study
+from dlr import study
+from dlr.figures_style import kind_of
+from dlr.figures_training import comparison, keep_rates, training
 from dlr.workbook import open_run, shown
 
 run = open_run("token_routing", config)
@@ -89,8 +89,9 @@ if not run.done:
         rows += study.routed_rows(bench, variant)
         variant.close()
     if "best static" in config.variants:
-        measured = next((row["skip"] for row in rows if row["variant"] == "DLR"), config.target_skip)
-        rows.append(study.static_row(bench, config, run.folder / "static", measured))
+        skips = [row["skip"] for row in rows if row["kind"] == "routed" and row["of"] == "DLR"]
+        skip = skips[0] if skips else config.target_skip
+        rows.append(study.static_row(bench, config, run.folder / "static", skip))
     if "dense LoRA" in config.variants:
         rows.append(study.dense_row(bench, config, run.folder / "dense"))
     run.finish(rows, against_static=study.against_static(bench, "DLR"))
@@ -99,17 +100,18 @@ if not run.done:
 # ## Result
 
 # %% tags=["nbval-ignore-output"]
-table = pd.DataFrame(run.rows)
 run.table(shown(run.rows))
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures.comparison(table, f"Token-level routing, target skip {config.target_skip:.0%}"), "comparison")
+title = f"Token-level routing, target skip {config.target_skip:.0%}"
+run.figure(comparison(run.rows, title), "comparison")
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures.training(run.logs(folders), "Skip during training"), "training")
+run.figure(training(run.logs(folders), "Skip during training"), "training")
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures.keep_rates(table[~table["variant"].isin(["base", "dense LoRA"])], config.always_keep), "keep_rates")
+skipping = [row for row in run.rows if kind_of(row) not in ("base", "dense")]
+run.figure(keep_rates(skipping, config.always_keep), "keep_rates")
 
 # %% [markdown]
 # ## What it means

@@ -51,8 +51,9 @@ from dlr.workbook import notebook_settings
 config = notebook_settings("pareto", globals())
 
 # %% tags=["nbval-ignore-output"]
-from dlr import figures, study
-from dlr.runs import finished_runs, project_root, results_folder
+from dlr import study
+from dlr.figures_training import frontier, verdicts
+from dlr.runs import Run, finished_runs, project_root, results_folder
 from dlr.workbook import comparable, open_run, results_table, seeds_table, shown
 
 run = None if config.point == "summary" else open_run("pareto", config)
@@ -83,13 +84,13 @@ root = results_folder()
 if not finished_runs("pareto", root):        # nothing swept into this folder: show what came with the repository
     root = project_root() / "results"
 table = comparable(results_table("pareto", root))
+runs = {name: Run(root / "pareto" / name) for name in table.get("run", [])}
 seeds_table(table)
 
 # %% tags=["nbval-ignore-output"]
-differences = figures.verdicts({name: found for name, found in finished_runs("pareto", root).items()
-                                if len(table) and name in set(table["run"])})
-if len(table):
-    figures.frontier(table, differences, "Perplexity against measured skip")
+differences = verdicts(runs)
+if runs:
+    frontier(table, differences, "Perplexity against measured skip")
 
 # %% [markdown]
 # ## DLR against the best static plan

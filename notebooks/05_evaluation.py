@@ -55,8 +55,9 @@ config = notebook_settings("evaluation", globals())
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import benchmark, figures_evaluation
+from dlr import benchmark
 from dlr.evalcommand import environment, scores_table
+from dlr.figures_evaluation import bars, group_tasks, groups, layer_skips, scatter
 from dlr.runs import Run, project_root
 from dlr.workbook import open_run
 
@@ -80,23 +81,23 @@ run.table(scores_table(rows))
 # table, and so is the number of a group's tasks that are not.
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_evaluation.bars(rows), "scores")
+run.figure(bars(rows), "scores")
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_evaluation.scatter(rows), "score_against_skip")
+run.figure(scatter(rows), "score_against_skip")
 
 # %% [markdown]
 # A group's mean hides where a model is right, at chance, or systematically wrong: every task of every group.
 
 # %% tags=["nbval-ignore-output"]
-for group in figures_evaluation.groups(rows):
-    run.figure(figures_evaluation.group_tasks(rows, harness, group), f"tasks_{group}")
+for group in groups(rows):
+    run.figure(group_tasks(rows, harness, group), f"tasks_{group}")
 
 # %% [markdown]
 # ## Which layers were skipped on the scored tokens
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_evaluation.layer_skips(rows), "layers")
+run.figure(layer_skips(rows), "layers")
 pd.DataFrame([{"variant": row["variant"], "scored tokens": row["skip"], "prompts": row["context_skip"]}
               for row in rows])
 
@@ -125,7 +126,7 @@ Markdown(findings.evaluation(rows, run.metrics["against_static"]))
 recorded = Run(project_root() / "results" / "evaluation" / "nano", reused=True)
 if recorded.done:
     display(scores_table(recorded.rows))
-    figures_evaluation.group_tasks(recorded.rows, recorded.metrics["harness"], "blimp")
+    group_tasks(recorded.rows, recorded.metrics["harness"], "blimp")
 
 # %% tags=["nbval-ignore-output"]
 Markdown(findings.evaluation(recorded.rows, recorded.metrics["against_static"])

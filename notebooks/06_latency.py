@@ -54,7 +54,8 @@ config = notebook_settings("latency", globals())
 import pandas as pd
 import torch
 
-from dlr import figures_latency, latency, shapes
+from dlr import latency, shapes
+from dlr.figures_latency import speedups
 from dlr.models import load_base
 from dlr.workbook import open_run
 
@@ -120,7 +121,7 @@ pd.DataFrame(metrics["profile"]).round(1)
 table[table["work"] != "prefill"][COLUMNS].round(3)
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_latency.speedups(table, title=f"{config.shape}, {first['dtype']}"), "speedups")
+run.figure(speedups(run.rows, f"{config.shape}, {first['dtype']}"), "speedups")
 
 # %% [markdown]
 # ## Operations and memory

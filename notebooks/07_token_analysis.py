@@ -54,7 +54,9 @@ config = notebook_settings("token_analysis", globals())
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import figures_analysis, token_study
+from dlr import token_study
+from dlr.figures_analysis import (category_depth, difficulty, headroom, position, predictability,
+                                  words)
 from dlr.record import Record
 from dlr.workbook import open_run
 
@@ -86,7 +88,7 @@ if not by_category["category"].str.startswith("POS").any():
 by_category.filter(regex="^(?!keep)").sort_values("active_layers").round(3)
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_analysis.category_depth(by_category, *shape), "category_depth")
+run.figure(category_depth(metrics["categories"], *shape), "category_depth")
 
 # %% [markdown]
 # ## Does the plan depend on the token?
@@ -113,17 +115,17 @@ pd.DataFrame([metrics["variance"]], index=["share of the plan's variance"]).roun
 benefit, loss = metrics["benefit"], metrics["benefit_loss"]
 print(f"correlation of active layers with the summed benefit: {benefit[0]['correlation']:+.3f} in KL, "
       f"{loss[0]['correlation']:+.3f} in loss")
-run.figure(figures_analysis.difficulty(metrics["difficulty"], benefit, *shape), "difficulty")
+run.figure(difficulty(metrics["difficulty"], benefit, *shape), "difficulty")
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_analysis.position(metrics["position"]), "position")
+run.figure(position(metrics["position"]), "position")
 
 # %% [markdown]
 # The same token in different contexts, and the shares of the variance of depth that lie between tokens (what a lookup
 # table would decide) and between documents.
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_analysis.words(tokens, metrics["least"]), "words")
+run.figure(words(tokens, metrics["least"]), "words")
 pd.DataFrame([metrics["between"]], index=["share of the variance of depth"]).round(3)
 
 # %% [markdown]
@@ -141,7 +143,7 @@ for kind, found in metrics["static"].items():
 pd.DataFrame(run.rows).round(3)
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_analysis.headroom(run.rows), "headroom")
+run.figure(headroom(run.rows), "headroom")
 
 # %% [markdown]
 # ## How much could any router know?
@@ -150,7 +152,7 @@ run.figure(figures_analysis.headroom(run.rows), "headroom")
 # (clipped at its 1st and 99th percentile), on documents held out. Depth 0 is the token's embedding alone.
 
 # %% tags=["nbval-ignore-output"]
-run.figure(figures_analysis.predictability(metrics["probes"], *shape), "predictability")
+run.figure(predictability(metrics["probes"], *shape), "predictability")
 
 # %% [markdown]
 # ## What it means

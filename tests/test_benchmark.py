@@ -4,10 +4,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from dlr import figures_evaluation
 from dlr.benchmark import _above, evaluate_variants, paired, specs_of
 from dlr.config import EvaluationConfig, SettingsError, VariantSpec
 from dlr.evalcommand import scores_table
+from dlr.figures_evaluation import bars, group_tasks, groups, layer_skips, scatter
 
 ROUTED = VariantSpec(name="routed", checkpoint="a/router")
 STATIC = VariantSpec(name="static", checkpoint="a/static", match="routed")
@@ -77,8 +77,8 @@ def test_the_table_says_where_a_score_is_not_above_chance(comparison):
 
 def test_a_group_is_drawn_task_by_task_best_on_top(comparison):
     rows, harness = comparison
-    assert figures_evaluation.groups(rows) == ["group"]
-    axes = figures_evaluation.group_tasks(rows, harness, "group").axes[0]
+    assert groups(rows) == ["group"]
+    axes = group_tasks(rows, harness, "group").axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "0"]
     dots = [container[0].get_xdata().tolist() for container in axes.containers]
     assert dots == [[0.5, 0.9], [0.4, 0.8]]
@@ -87,9 +87,8 @@ def test_a_group_is_drawn_task_by_task_best_on_top(comparison):
 
 def test_every_row_is_in_the_figures(comparison):
     rows, _ = comparison
-    bars = figures_evaluation.bars(rows).axes[0]
-    assert [bar.get_width() for bar in bars.patches] == [0.6, 0.7]
-    assert {text.get_text() for text in figures_evaluation.scatter(rows).axes[0].get_legend().get_texts()} == {"base", "DLR"}
-    heat = figures_evaluation.layer_skips(rows, always_keep=4).axes[0]
+    assert [bar.get_width() for bar in bars(rows).axes[0].patches] == [0.6, 0.7]
+    assert {text.get_text() for text in scatter(rows).axes[0].get_legend().get_texts()} == {"base", "DLR"}
+    heat = layer_skips(rows, always_keep=4).axes[0]
     assert [label.get_text() for label in heat.get_xticklabels()] == ["4", "5"]
     plt.close("all")

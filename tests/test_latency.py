@@ -7,10 +7,11 @@ from tiny_models import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlr
-from dlr import figures_latency, latency
-from dlr.router_config import RouterConfig
+from dlr import latency
+from dlr.figures_latency import speedups
 from dlr.flops import flops_per_token
 from dlr.policy import StaticPlan
+from dlr.router_config import RouterConfig
 from dlr.shapes import SHAPES, random_model, recorded_gates
 
 pytestmark = pytest.mark.usefixtures("by_rows")
@@ -102,7 +103,7 @@ def test_whiskers_of_the_figure_enclose_its_bars(paired):
                            "bound": 1.5, "median": 2.0, "q1": 1.8, "q3": 2.5, "speedup": 1.25, "speedup_q1": 1.1,
                            "speedup_q3": 1.3}])
     table = table if paired else table.drop(columns=["speedup_q1", "speedup_q3"])
-    axes = figures_latency.speedups(table).axes[0]
+    axes = speedups(table).axes[0]
     (whisker,) = axes.collections[0].get_segments()
     assert axes.patches[0].get_height() == 1.25
     assert whisker[:, 1].tolist() == pytest.approx([1.1, 1.3] if paired else [1.25 * 2.0 / 2.5, 1.25 * 2.0 / 1.8])

@@ -9,16 +9,19 @@ import subprocess
 import sys
 
 import jupytext
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
 from clone import contents, copy_project, environment
 
 import dlr
-from dlr import figures, findings, notebooks
+from dlr import findings, notebooks
 from dlr.config import PHASES, RunConfig, SettingsError
 from dlr.data import load_documents, padded_batches
 from dlr.evaluate import evaluate, router_logits, skip_ratio
+from dlr.figures_style import kind_of
+from dlr.figures_training import comparison, keep_rates, training, verdicts
 from dlr.models import NANO_ROUTER, load_base
 from dlr.policy import RouterPolicy
 from dlr.runs import Run, finished_runs, project_root
@@ -30,6 +33,10 @@ RESULTS = project_root() / "results"
 
 def committed(name: str):
     return nbformat.read(project_root() / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def pareto_runs() -> dict[str, Run]:
+    return {name: Run(RESULTS / "pareto" / name) for name in finished_runs("pareto", RESULTS)}
 
 
 def outputs(name: str) -> list:
@@ -83,7 +90,7 @@ def frames(phase: str, run: Run) -> list[pd.DataFrame]:
     if phase in ("baselines", "sequence_routing", "token_routing"):
         return [shown(run.rows)]
     if phase == "pareto":
-        return [seeds_table(results_table("pareto", RESULTS)), figures.verdicts(finished_runs("pareto", RESULTS)).round(4)]
+        return [seeds_table(results_table("pareto", RESULTS)), verdicts(pareto_runs()).round(4)]
     if phase == "latency":
         columns = ["skip", "bound", "product_bound", "row_cost"]
         return [pd.DataFrame(run.metrics["costs"]).round(3), pd.DataFrame(run.metrics["profile"]).round(1),
@@ -136,13 +143,12 @@ def test_any_subset_of_variants_is_drawn_and_told():
     for chosen in itertools.chain.from_iterable(itertools.combinations(("v1", "cold", "DLR", "best static", "dense LoRA"), n)
                                                 for n in range(3)):
         some = [row for row in rows if row["variant"].split(",")[0] in ("base", *chosen)]
-        table = pd.DataFrame(some)
-        figures.comparison(table)
-        figures.keep_rates(table[~table["variant"].isin(["base", "dense LoRA"])])
+        comparison(some)
+        keep_rates([row for row in some if kind_of(row) not in ("base", "dense")])
         told = findings.token_routing(some, 0.4, verdict if {"DLR", "best static"} <= set(chosen) else None)
         assert ("not distinguishable from the best static plan" in told) == ({"DLR", "best static"} <= set(chosen))
-        figures.plt.close("all")
-    assert figures.training({}) is None
+        plt.close("all")
+    assert training({}) is None
     told = findings.token_routing(rows, 0.4, None)
     assert "**cold**, whose router was trained end to end, at perplexity 63.5" in told
     assert "worse than its random plan (43.8)" in told and "99.6 % (v2)" in told
@@ -151,8 +157,8 @@ def test_any_subset_of_variants_is_drawn_and_told():
 def test_findings_follow_the_numbers():
     rows = Run(RESULTS / "baselines" / "default").rows
     assert "from 27.18 to 26.81" in findings.baselines(rows) and "random" not in findings.baselines(rows[:3])
-    assert "worse than it in 3 of 3" in findings.frontier(figures.verdicts(finished_runs("pareto", RESULTS)))
-    assert "No finished run" in findings.frontier(figures.verdicts({}))
+    assert "worse than it in 3 of 3" in findings.frontier(verdicts(pareto_runs()))
+    assert "No finished run" in findings.frontier(verdicts({}))
     assert "layers 1; a static plan" in findings.base_model([], [1.0, 0.0, 0.5])
     assert "did not always" in findings.sequence([{"variant": f"lambda = {i}", "skip": s, "perplexity": 1.0}
                                                   for i, s in enumerate((0.5, 0.2))])

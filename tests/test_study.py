@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dlr import figures, study
+from dlr import study
+from dlr.figures_style import kind_of
+from dlr.figures_training import comparison, keep_rates, training
 from dlr.config import RunConfig
 from dlr.corpus import split_of
 from dlr.data import load_documents
@@ -105,8 +107,8 @@ def test_rows_say_what_they_are_apart_from_their_names(rows):
     with pytest.raises(ValueError, match="kind='router' is not one of"):
         study.row_of(None, study.Variant("x", None, None, None), "x", pd.DataFrame(), "router")
     old = pd.DataFrame([{"variant": name} for name in ("v1, mean plan", "cold", "stochastic depth, full", "best static")])
-    assert [figures.kind_of(row) for row in old.to_dict("records")] == ["mean", "routed", "stochastic", "static"]
-    assert figures.kind_of({"variant": "a router against the base", "kind": "routed"}) == "routed"
+    assert [kind_of(row) for row in old.to_dict("records")] == ["mean", "routed", "stochastic", "static"]
+    assert kind_of({"variant": "a router against the base", "kind": "routed"}) == "routed"
 
 
 def test_differences_have_the_signs_their_docstrings_give(bench, rows):
@@ -213,14 +215,14 @@ def test_stochastic_depth_without_any_is_refused(bench, tmp_path):
 
 def test_layer_numbers_in_figures_are_the_models(rows):
     """Of any subset of variants, also of none that was routed; with sublayer units a layer has two columns."""
-    table = pd.DataFrame(rows.values())
-    labels = [t.get_text() for t in figures.keep_rates(table, 2).axes[0].get_xticklabels()]
+    table = list(rows.values())
+    labels = [t.get_text() for t in keep_rates(table, 2).axes[0].get_xticklabels()]
     assert labels == ["2", "3", "4", "5"]
-    halves = table.assign(unit="sublayer", keep_rate=[[0.5] * 8] * len(table))
-    labels = [t.get_text() for t in figures.keep_rates(halves, 2).axes[0].get_xticklabels()]
+    halves = [row | {"unit": "sublayer", "keep_rate": [0.5] * 8} for row in table]
+    labels = [t.get_text() for t in keep_rates(halves, 2).axes[0].get_xticklabels()]
     assert labels == ["2 attention", "2 MLP", "3 attention", "3 MLP", "4 attention", "4 MLP", "5 attention", "5 MLP"]
-    assert figures.comparison(table[table["kind"] == "dense"])
-    assert figures.keep_rates(table[:0], 2) is None and figures.training({}) is None
+    assert comparison([row for row in table if row["kind"] == "dense"])
+    assert keep_rates(table[:0], 2) is None and training({}) is None
 
 
 def test_routed_rows_measure_the_router_that_was_saved(bench, rows, tmp_path):

@@ -4,9 +4,9 @@ import pytest
 
 from dlr import models, token_study
 from dlr.config import PHASES, read_params, validated
+from dlr.figures_register import redraw
 from dlr.record import record
 from dlr.runs import finished_runs, project_root
-from dlr.figures_analysis import draw
 
 
 def metrics(low, captured):
@@ -56,7 +56,7 @@ def test_figures_of_committed_runs_are_drawn_from_their_records_alone(tmp_path, 
     runs = finished_runs("token_analysis", project_root() / "results")
     monkeypatch.setattr(token_study, "open_study", None)
     for name in runs:
-        made = draw(project_root() / "results" / "token_analysis" / name, tmp_path)
+        made = redraw(project_root() / "results" / "token_analysis" / name, tmp_path)
         assert {p.stem for p in made} == {"category_depth", "headroom", "predictability", "difficulty", "position", "words"}
         for row in runs[name]["metrics"]["rows"]:
             room = row["static"] - row["oracle"]
