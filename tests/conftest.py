@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:      # one of several, as are the kernels that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
