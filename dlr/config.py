@@ -4,11 +4,12 @@ Flat on purpose: every field is a parameter of a notebook, of a params file and 
 is the value in the notebook's parameters cell. `dlr.settings` says how they are read and refused.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dlr.device import fast_bf16
+from dlr.objectives import OBJECTIVES, Original
 from dlr.router_config import RouterConfig
 from dlr.settings import (Local, LocalPath, MachineDecides, RunName, Seed, Settings, SettingsError, distinct, read_params,
                           validated)
@@ -23,7 +24,7 @@ Dropped = Annotated[list[Ratio], distinct("{:.0%}")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class RunConfig(Settings):
+class RunConfig(Original.Weights):
     """Everything one training run depends on. Units are in the comments; ratios lie between 0 and 1."""
     toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32, "calibration_docs": 4, "eval_docs": 4,
                      "warm_tokens": 64, "warm_epochs": 1, "warm_rounds": 1, "save_steps": 2, "bf16": False}
@@ -55,13 +56,11 @@ class RunConfig(Settings):
     skip_adapter_rank: int = Field(0, ge=0, le=2**16)
 
     # objective
-    objective: Literal["controlled", "original", "global_penalty"] = "controlled"
+    objective: str = "controlled"                      # the name of a class of dlr.objectives
+    weights: dict[str, Any] = {}                       # of an objective of one's own, by name
     target_skip: float = Field(0.4, ge=0.0, le=1.0)    # the budget asked for
     ramp: float = Field(0.2, ge=0.0, le=1.0)           # share of the steps over which the budget grows from 0
     dual_rate: float = Field(1.0, gt=0.0)              # share of the missed skip that one step makes good
-    penalty: float = Field(1.0, ge=0.0)                # lambda of 'global_penalty' and of 'original'
-    l1_weight: float = Field(5.0, ge=0.0)              # 'original': per-layer L1, summed over layers
-    target_weight: float = Field(8.0, ge=0.0)          # 'original': squared distance to the target
     kd_weight: float = Field(0.5, ge=0.0, le=1.0)      # loss = (1 - kd_weight) CE + kd_weight KD
     kd_temperature: float = Field(1.0, gt=0.0)
     gumbel_start: float = Field(1.0, gt=0.0)           # temperature of the straight-through gates, first step
@@ -91,8 +90,17 @@ class RunConfig(Settings):
     save_steps: int = Field(50, ge=1)
     seed: Seed = 0
 
+    @field_validator("objective")
+    @classmethod
+    def _a_known_objective(cls, name: str) -> str:
+        if name not in OBJECTIVES:
+            raise ValueError(f"the objectives are {', '.join(OBJECTIVES)}; one of your own is known once the file of its "
+                             "class is imported")
+        return name
+
     @model_validator(mode="after")
     def _consistent(self):
+        OBJECTIVES[self.objective].weights_of(self)
         if self.level == "sequence" and self.warm_start:
             raise ValueError("warm_start labels single tokens and level='sequence' has none; set warm_start=false.")
         return self
@@ -129,7 +137,7 @@ class SequenceConfig(NotebookConfig):
     toy: ClassVar = RunConfig.toy | {"penalties": [1.0]}
 
     level: Literal["token", "sequence"] = "sequence"
-    objective: Literal["controlled", "original", "global_penalty"] = "global_penalty"
+    objective: str = "global_penalty"
     warm_start: bool = False
     router_lr: float = Field(1e-2, gt=0.0)
     penalties: Annotated[list[Annotated[float, Field(ge=0.0)]], distinct("{:g}")] = [0.3, 1.0, 3.0]

@@ -10,7 +10,7 @@ import torch
 from dlr.calibration import calibrate, calibration_curve
 from dlr.device import autocast, device_of
 from dlr.logits import last_only
-from dlr.objective import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
 from dlr.routed import Routing

@@ -24,7 +24,7 @@ from dlr.adapters import without_adapters
 from dlr.baselines import drop, static_pair
 from dlr.device import autocast, device_of
 from dlr.evaluate import bootstrap
-from dlr.objective import ROWS, frozen_base, predicted
+from dlr.likelihood import ROWS, frozen_base, predicted
 from dlr.policy import GivenPlan, RouterPolicy
 from dlr.progress import tqdm
 from dlr.routed import Routing

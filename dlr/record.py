@@ -158,7 +158,7 @@ def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor,
 @torch.no_grad()
 def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top: int, bf16: bool) -> dict:
     """Tensors of one text, ids `[s]`. Of both models' logits only a few rows are held at a time."""
-    from dlr.objective import frozen_base
+    from dlr.likelihood import frozen_base
     batch = ids.unsqueeze(0)
     with autocast(ids.device, bf16), frozen_base(model, routing):
         dense_rows = logits_of(model, routing, batch)

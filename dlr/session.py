@@ -29,7 +29,7 @@ from dlr.device import device_of
 from dlr.evaluate import router_logits
 from dlr.flops import active_halves, adapter_flops, router_flops, text_flops
 from dlr.logits import last_only
-from dlr.objective import frozen_base
+from dlr.likelihood import frozen_base
 from dlr.policy import GivenPlan, Policy, RecordedPlan, StaticPlan
 from dlr.record import Record, record
 from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from dlr.device import device_of
-from dlr.objective import frozen_base
+from dlr.likelihood import frozen_base
 from dlr.logits import last_only
 from dlr.record import document_ids, pieces
 from dlr.routed import causal_lm

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from transformers import set_seed
 
 from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
 from dlr.checkpoint import save_pretrained
@@ -22,7 +23,7 @@ from dlr.models import add_lora, load_base
 from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.routed import Routing, attach
 from dlr.runs import write_atomically
-from dlr.trainer import DLRTrainer, seed_everything
+from dlr.trainer import DLRTrainer
 from dlr.variants import save_control
 from dlr.warmstart import warm_start
 
@@ -93,7 +94,7 @@ def _clear(bench: Bench) -> None:
 def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     """Fresh LoRA and router on the bench's base."""
     _clear(bench)
-    seed_everything(config.seed)
+    set_seed(config.seed)
     model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,
                      seed=config.seed)
     try:
@@ -133,10 +134,11 @@ def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None, or
     learns, blocks = policy is None, bench.blocks(config)
     if learns and config.warm_start:
         variant.notes |= warm_start(model, routing, blocks, config, folder, order)
-    seed_everything(config.seed)
-    DLRTrainer(model, config, blocks, folder, policy).fit()
+    set_seed(config.seed)
+    trainer = DLRTrainer(model, config, blocks, folder, policy)
+    trainer.fit()
     if learns:
-        if config.objective == "controlled":
+        if trainer.objective.calibrates:
             calibrate_router(model, routing, bench.calibration, config.target_skip, bf16=config.autocast)
         variant.notes["threshold"] = routing.config.threshold
         save_pretrained(model, folder / "checkpoint")

@@ -1,22 +1,20 @@
-"""Training on transformers.Trainer: the objectives, the budget controller, logs and exact resumption."""
+"""Training on transformers.Trainer: one step's loss, log and objective, and exact resumption."""
 
-import csv
 import json
 import os
-import random
 import time
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from dlr.calibration import Controller
 from dlr.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
 from dlr.config import RunConfig
-from dlr.objective import (cross_entropy, frozen_base, global_penalty, kl_to_teacher, original_budget, predicted)
+from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.objectives import OBJECTIVES, SLOPE, Objective
 from dlr.plan import gate_entropy
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
@@ -25,9 +23,8 @@ from dlr.router import ROUTER_NAME
 from dlr.runs import write_atomically
 
 STATE = "trainer_state.json"          # the last file Trainer writes of a checkpoint, on the first process
-LOG_FIELDS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy", "temperature", "lr",
-              "tokens_per_second")
-SLOPE = "slope"          # of the skip ratio over the threshold, from the logistic noise that gates are drawn with
+LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy", "temperature", "lr",
+               "tokens_per_second")          # of log.csv; the keep rate of each unit follows
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -61,11 +58,7 @@ class DLRTrainer(Trainer):
         refuse_unsaveable(model, self.routing)         # before a training whose result could not be kept
         self.learns_routing = policy is None
         self.policy = policy or RouterPolicy(training=True, noise=noise)
-        self.router_steps = config.steps
-        if self.learns_routing and config.warm_start and config.objective == "controlled":
-            self.router_steps = round(config.router_share * config.steps)
-        ramp = 0 if config.warm_start else round(config.ramp * config.steps)
-        self.controller = Controller(config.target_skip, config.dual_rate, ramp)
+        self.objective = (OBJECTIVES[config.objective] if self.learns_routing else Objective)(config)
         self._sums: dict[str, float] = {}
         self._clock = time.perf_counter()
         arguments = TrainingArguments(
@@ -99,7 +92,7 @@ class DLRTrainer(Trainer):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         ce = cross_entropy(logits, ids, real).mean()
         kd = kl_to_teacher(logits, teacher, real, config.kd_temperature).mean() if teacher is not None else ce * 0
-        budget = self._budget_term()
+        budget = self.objective.term(routing.plan)
         loss = (1 - config.kd_weight) * ce + config.kd_weight * kd + budget
         self._record(ce=ce, kd=kd, budget=budget, tokens=real.sum(), count=count)
         return (loss * share, logits) if return_outputs else loss * share
@@ -109,16 +102,8 @@ class DLRTrainer(Trainer):
         if self.learns_routing:
             start, end = self.config.gumbel_start, self.config.gumbel_end
             self.policy.temperature = start + (end - start) * min(1.0, step / steps)
-            self.policy.training = step < self.router_steps
+            self.policy.training = step < self.objective.router_steps
         return self.policy
-
-    def _budget_term(self) -> torch.Tensor:
-        plan, config = self.routing.plan, self.config
-        if not self.learns_routing or config.objective == "controlled":
-            return torch.zeros((), device=plan.gates.device)
-        if config.objective == "original":
-            return config.penalty * original_budget(plan, config.target_skip, config.l1_weight, config.target_weight)
-        return global_penalty(plan, config.penalty)
 
     def _record(self, tokens, count, **terms) -> None:
         """Sums over the accumulated batch. Losses are weighted by predicted tokens, what the plan did by real ones."""
@@ -146,21 +131,24 @@ class DLRTrainer(Trainer):
         return {name: totals[name] / totals[f"{name} weight"] for name in sums if f"{name} weight" in sums}, totals["tokens"]
 
     def step_done(self, step: int) -> dict:
-        """Moves the threshold by the skip missed and writes the log row of `step` (1 = first).
+        """Tells the objective that `step` (1 = first) is done, and logs it; returns its row.
 
         The row holds means over the tokens of the whole step: accumulated batches and all processes.
+
+        log.csv is Trainer's own history of logs, which comes back with the checkpoint that a run goes on from.
         """
         row, tokens = self._means()
-        now, threshold = time.perf_counter(), self.routing.config.threshold
-        sampled = getattr(self.policy, "training", False)                    # else no gate was drawn at a temperature
-        row |= {"step": step, "threshold": threshold, "temperature": self.policy.temperature if sampled else "",
-                "goal": self.controller.goal(step - 1), "lr": self.lr_scheduler.get_last_lr()[0],
-                "tokens_per_second": tokens / (now - self._clock)}
+        now, sampled = time.perf_counter(), getattr(self.policy, "training", False)
+        row |= {"step": step, "threshold": self.routing.config.threshold, "goal": self.objective.controller.goal(step - 1),
+                "temperature": self.policy.temperature if sampled else None,       # else no gate was drawn at one
+                "lr": self.lr_scheduler.get_last_lr()[0], "tokens_per_second": tokens / (now - self._clock)}
         self._clock = now
-        if self.learns_routing and self.config.objective == "controlled" and step <= self.router_steps:
-            self.routing.config.threshold = self.controller.update(threshold, row["skip"], step - 1, row[SLOPE])
+        self.objective.after_step(self.routing, step, row)
+        self.log(row)
         if self.args.should_save:
-            append_log(self.folder / "log.csv", row)
+            columns = [*LOG_COLUMNS, *(name for name in row if name.startswith("keep_"))]
+            log = pd.DataFrame(self.state.log_history).reindex(columns=columns)
+            write_atomically(self.folder / "log.csv", log.to_csv(index=False, float_format="%.6g"))
         return row
 
     # -- optimizer, checkpoints -------------------------------------------------------------------------------------
@@ -203,9 +191,6 @@ class DLRTrainer(Trainer):
             while last and not whole(Path(last), processes):                     # killed while it was written
                 os.rename(last, output / f"broken-{Path(last).name}")
                 last = get_last_checkpoint(str(output))
-            if self.args.should_save:
-                state = json.loads((Path(last) / STATE).read_text(encoding="utf-8")) if last else {"global_step": 0}
-                trim_log(self.folder / "log.csv", state["global_step"])
         self.train(resume_from_checkpoint=last)
         self.routing.policy = RouterPolicy()
         self.model.eval()
@@ -229,7 +214,7 @@ def whole(checkpoint: Path, processes: int) -> bool:
 
 
 class _StepEnd(TrainerCallback):
-    """Log row, controller and progress bar at the end of each optimizer step."""
+    """The trainer's own end of each optimizer step, and the progress bar."""
 
     def __init__(self, trainer: DLRTrainer):
         self.trainer, self.bar = trainer, None
@@ -247,31 +232,3 @@ class _StepEnd(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-def append_log(path: Path, row: dict) -> None:
-    """One more row of log.csv; the columns are fixed by the first row."""
-    columns = [*LOG_FIELDS, *(name for name in row if name.startswith("keep_"))]
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Drops the rows after `step`, which a resumed run will write again."""
-    if not path.exists():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = file.read().splitlines(keepends=True)
-    kept = lines[:1] + [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
-    write_atomically(path, "".join(kept))
-
-
-def seed_everything(seed: int) -> None:
-    """Python, NumPy and torch generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -17,7 +17,7 @@ from dlr.baselines import static_pair
 from dlr.calibration import calibrate
 from dlr.config import RunConfig
 from dlr.device import autocast, device_of
-from dlr.objective import cross_entropy, frozen_base, kl_to_teacher
+from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher
 from dlr.policy import GivenPlan, RouterPolicy
 from dlr.progress import tqdm
 from dlr.router import hard_gates

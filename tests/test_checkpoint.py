@@ -21,7 +21,7 @@ from dlr.router_config import RouterConfig
 from dlr.folder import atomic_folder
 from dlr.weights import fingerprint, identity
 from dlr.models import NANO, NANO_ROUTER, add_lora, load_base, projections_of
-from dlr.objective import cross_entropy, frozen_base
+from dlr.likelihood import cross_entropy, frozen_base
 from dlr.policy import RouterPolicy
 
 

@@ -9,7 +9,7 @@ from tiny_models import tiny
 
 from dlr import oracle, predictability
 from dlr.router_config import RouterConfig
-from dlr.objective import frozen_base, kl_to_teacher, predicted
+from dlr.likelihood import frozen_base, kl_to_teacher, predicted
 from dlr.policy import GivenPlan
 
 CONFIG = RouterConfig(always_keep=2, keep_first_tokens=1)

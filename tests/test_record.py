@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dlr.router_config import RouterConfig
 from dlr.models import NANO
-from dlr.objective import cross_entropy
+from dlr.likelihood import cross_entropy
 from dlr.record import TENSORS, Record, record
 
 TEXTS = ["A short text, for once.", "Another one: 12 words <b>with</b> \N{GRINNING FACE} odd pieces."]

@@ -10,19 +10,22 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tiny_models import tiny
 from safetensors.torch import load_file
 from test_routed import half_skipping
+from tiny_models import tiny
+from transformers import set_seed
 
 import dlr
 from dlr.config import RunConfig
 from dlr.router_config import RouterConfig
 from dlr.models import add_lora
 from dlr.evaluate import calibrate_router, evaluate, perplexity, skip_ratio
-from dlr.objective import cross_entropy, frozen_base, global_penalty, kl_to_teacher, original_budget, predicted
+from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.objectives import OBJECTIVES, GlobalPenalty, Objective, Original
 from dlr.plan import Plan, gate_entropy
 from dlr.policy import RouterPolicy
-from dlr.trainer import DLRTrainer, collate, seed_everything, trim_log
+from dlr.settings import Settings, SettingsError, validated
+from dlr.trainer import DLRTrainer, collate
 
 SETTINGS = {"always_keep": 2, "steps": 2, "bf16": False, "warm_start": False, "target_skip": 0.5, "lr": 1e-2,
             "router_lr": 1e-2, "lora_rank": 2}
@@ -70,7 +73,7 @@ def test_two_passes_and_checkpointing_give_the_same_loss_and_gradients(other):
 
 def trained(tmp_path, data, ready=None, **changes):
     """Trained LoRA and router; `ready(model, routing)` changes them before."""
-    seed_everything(0)
+    set_seed(0)
     config = RunConfig(**{**SETTINGS, **changes})
     model = add_lora(tiny(), rank=config.lora_rank)
     routing = dlr.attach(model, config.router())
@@ -141,7 +144,7 @@ def test_kl_in_chunks_equals_kl_at_once(monkeypatch):
     student, teacher = (torch.randn(3, 8, 50, generator=generator, requires_grad=True) for _ in range(2))
     real = torch.ones(3, 8).bool()
     whole = kl_to_teacher(student, teacher.detach(), real, 2.0)
-    monkeypatch.setattr("dlr.objective.ROWS", 4)
+    monkeypatch.setattr("dlr.likelihood.ROWS", 4)
     parts = kl_to_teacher(student, teacher.detach(), real, 2.0)
     assert torch.allclose(whole, parts)
     assert torch.allclose(*(torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (whole, parts)))
@@ -151,7 +154,8 @@ def test_the_original_budget_falls_until_nothing_runs_and_its_target_term_alone_
     """Why it was given up: the L1 terms, summed over layers, outweigh the target at every skip ratio."""
     def budget(skip, **weights):
         gates = torch.full((1, 1000, 4), 1 - skip)
-        return original_budget(Plan(gates, None, torch.ones(1, 1000).bool(), 2), 0.4, **weights).item()
+        plan = Plan(gates, None, torch.ones(1, 1000).bool(), 2)
+        return Original(RunConfig(objective="original", target_skip=0.4, **weights)).term(plan).item()
     skips = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     whole = [budget(skip, l1_weight=5.0, target_weight=8.0) for skip in skips]
     assert whole == sorted(whole, reverse=True)
@@ -161,8 +165,40 @@ def test_the_original_budget_falls_until_nothing_runs_and_its_target_term_alone_
 
 def test_one_global_penalty_is_the_same_price_for_every_gate_of_a_real_token():
     gates, real = torch.ones(2, 3, 4, requires_grad=True), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    global_penalty(Plan(gates, None, real, 2), 0.8).backward()
+    GlobalPenalty(RunConfig(objective="global_penalty", penalty=0.8)).term(Plan(gates, None, real, 2)).backward()
     assert torch.allclose(gates.grad[real], torch.tensor(0.8 / 16)) and (gates.grad[~real] == 0).all()
+
+
+@pytest.fixture
+def squared():
+    """An objective of one's own, as a notebook or a user's file defines it."""
+    class Squared(Objective, name="squared"):
+        class Weights(Settings):
+            weight: float = 8.0
+
+        def term(self, plan):
+            return self.weights.weight * (1 - plan.budget - self.config.target_skip) ** 2
+
+        def after_step(self, routing, step, row):
+            told.append((step, row["skip"]))
+    told = []
+    yield told
+    del OBJECTIVES["squared"]
+
+
+def test_an_objective_is_one_class_with_its_term_its_weights_and_its_end_of_a_step(tmp_path, squared):
+    trained(tmp_path / "mild", Rows(equal=True), objective="squared", weights={"weight": 0.5})
+    trained(tmp_path / "plain", Rows(equal=True), objective="squared")
+    mild, plain = (pd.read_csv(tmp_path / name / "log.csv") for name in ("mild", "plain"))
+    assert plain["budget"][0] == pytest.approx(8 * (plain["skip"][0] - 0.5) ** 2, rel=1e-4)
+    assert plain["budget"][0] == pytest.approx(16 * mild["budget"][0], rel=1e-4)
+    assert [step for step, _ in squared] == [1, 2, 1, 2] and squared[0][1] == pytest.approx(mild["skip"][0], abs=1e-6)
+    for given, words in (({"objective": "squred"}, "the objectives are controlled, global_penalty, original, squared"),
+                         ({"objective": "squared", "weights": {"wieght": 1.0}}, "did you mean 'weight'"),
+                         ({"weights": {"weight": 1.0}}, "unknown setting 'weight'"),
+                         ({"objective": "original", "weights": {"penalty": 1.0}}, "penalty is a setting of its own")):
+        with pytest.raises(SettingsError, match=words):
+            validated(given, RunConfig)
 
 
 def test_the_log_tells_what_happened(tmp_path):
@@ -185,8 +221,6 @@ def test_the_log_tells_what_happened(tmp_path):
         assert log[[f"keep_{i}" for i in range(4)]].loc[step].to_numpy() == pytest.approx(kept.mean(0).numpy(), abs=1e-5)
         shares = torch.cat([plan.logits[plan.real] for plan in seen[2 * step:2 * step + 2]]) - log["threshold"][step]
         assert log["gate_entropy"][step] == pytest.approx(gate_entropy(shares.sigmoid()), abs=1e-4)
-    trim_log(tmp_path / "log.csv", 1)
-    assert len(pd.read_csv(tmp_path / "log.csv")) == 1
 
 
 def test_a_log_shows_no_temperature_where_no_gate_is_drawn(tmp_path):
@@ -213,7 +247,7 @@ class Counting(torch.utils.data.Dataset):
 def test_training_learns_what_carries_over_and_a_cold_router_is_held_at_its_target(tmp_path):
     """At rising logits: nothing in the loss holds them, and a threshold moved by a fixed number of logits stays behind."""
     config = RunConfig(**{**SETTINGS, "steps": 60, "target_skip": 0.3, "batch_size": 8, "lora_rank": 8, "kd_weight": 0.0})
-    seed_everything(0)
+    set_seed(0)
     model = add_lora(tiny(), rank=config.lora_rank)
     routing = dlr.attach(model, config.router())
     held = torch.stack([row["input_ids"] for row in Counting(range(1, 90, 3)).rows])

@@ -8,7 +8,7 @@ from test_training import Rows
 import dlr
 from dlr.config import RunConfig
 from dlr.models import add_lora
-from dlr.objective import frozen_base, kl_to_teacher
+from dlr.likelihood import frozen_base, kl_to_teacher
 from dlr.policy import StaticPlan
 from dlr.warmstart import SHARES, SHRINK_BATCHES, Background, HarmLabels, label, label_batch, regress, shrink, warm_start
 

@@ -1,6 +1,6 @@
-"""The training objective: cross-entropy, distillation from the frozen base, and a budget on the layers run.
+"""Likelihood: next-token cross-entropy, the divergence from a teacher, and the frozen base that is the teacher.
 
-Notation: b batch, s sequence, V vocabulary, n predicted positions, U routable units. Padding never counts.
+Notation: b batch, s sequence, V vocabulary, n predicted positions. Padding never counts.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dlr.adapters import without_adapters
-from dlr.plan import Plan
 
 ROWS = 1024          # positions whose logits are held in float32 at a time: 152k x 1024 x 4 bytes = 0.6 GB
 
@@ -62,18 +61,3 @@ def frozen_base(model, routing):
             yield model
     finally:
         model.train(training)
-
-
-def original_budget(plan: Plan, target_skip: float, l1_weight: float, target_weight: float) -> torch.Tensor:
-    """The first studies' budget: per-layer L1 on the keep rate, summed over layers, plus a squared target term.
-
-    Kept so that its failure can be shown: the sum of L1 terms swamps the target and nearly every layer is dropped.
-    """
-    keep = plan.gates[plan.real].mean(0)
-    skip = 1 - keep.mean()
-    return l1_weight * keep.sum() + target_weight * (skip - target_skip) ** 2
-
-
-def global_penalty(plan: Plan, penalty: float) -> torch.Tensor:
-    """lambda times the mean gate: one price for every layer and token, no target."""
-    return penalty * plan.budget

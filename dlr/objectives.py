@@ -1,0 +1,109 @@
+"""Budgets on the layers run: a class each, looked up by the name that `objective` gives in a run's settings.
+
+A new objective is one class: a subclass of `Objective` with a `name`, here or in a file that is imported before the
+settings are made.
+
+    class Squared(Objective, name="squared"):
+        class Weights(Settings):
+            weight: float = Field(8.0, ge=0.0)          # given as weights={"weight": 4.0}
+
+        def term(self, plan):
+            return self.weights.weight * (1 - plan.budget - self.config.target_skip) ** 2
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from dlr.calibration import Controller
+from dlr.plan import Plan
+from dlr.settings import Settings, SettingsError, validated
+
+SLOPE = "slope"          # of the skip ratio over the threshold, from the logistic noise that gates are drawn with
+
+
+class Objective:
+    """What a budget adds to the loss of a router's training and does after each step. This one adds and does nothing.
+
+    Args:
+        config: the run's settings. Weights of the class that are no settings of their own come from `config.weights`.
+    """
+    Weights: ClassVar[type[Settings]] = Settings        # what the budget can be told, with its defaults
+    calibrates: ClassVar[bool] = False                  # whether a threshold is chosen on held-out text afterwards
+
+    def __init_subclass__(cls, name: str, **options):
+        super().__init_subclass__(**options)
+        OBJECTIVES[name] = cls
+
+    def __init__(self, config):
+        self.config, self.weights = config, self.weights_of(config)
+        ramp = 0 if config.warm_start else round(config.ramp * config.steps)
+        self.controller = Controller(config.target_skip, config.dual_rate, ramp)
+
+    @classmethod
+    def weights_of(cls, config) -> Settings:
+        """The class's weights under a run's settings.
+
+        Raises:
+            SettingsError: `config.weights` holds one that the class does not have, one that is a setting of its own,
+                or a wrong value.
+        """
+        settings = {name: getattr(config, name) for name in cls.Weights.model_fields if name in type(config).model_fields}
+        for name in settings.keys() & config.weights.keys():
+            raise SettingsError(f"{name} is a setting of its own; give {name}, not weights")
+        return validated(settings | config.weights, cls.Weights)
+
+    @property
+    def router_steps(self) -> int:
+        """Steps in which the router learns by gradients, counted from the first."""
+        return self.config.steps
+
+    def term(self, plan: Plan) -> torch.Tensor:
+        """What is added to the loss of one pass, a scalar in nats. `plan.gates` `[b, s, U]` carry the gradient."""
+        return torch.zeros((), device=plan.gates.device)
+
+    def after_step(self, routing, step: int, row: dict) -> None:
+        """Called after optimizer step `step` (1 = first) with its log row: means over the step's tokens."""
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+class Controlled(Objective, name="controlled"):
+    """No term in the loss: the threshold is the price of a unit, moved by the skip missed and calibrated at the end."""
+    calibrates = True
+
+    @property
+    def router_steps(self) -> int:
+        return round(self.config.router_share * self.config.steps) if self.config.warm_start else self.config.steps
+
+    def after_step(self, routing, step, row):
+        if step <= self.router_steps:
+            routing.config.threshold = self.controller.update(routing.config.threshold, row["skip"], step - 1, row[SLOPE])
+
+
+class GlobalPenalty(Objective, name="global_penalty"):
+    """`penalty` times the mean gate: one price for every layer and token, no target."""
+
+    class Weights(Settings):
+        penalty: float = Field(1.0, ge=0.0)                # lambda of 'global_penalty' and of 'original'
+
+    def term(self, plan):
+        return self.weights.penalty * plan.budget
+
+
+class Original(Objective, name="original"):
+    """The first studies' budget: per-layer L1 on the keep rate, summed over layers, plus a squared target term.
+
+    Kept so that its failure can be shown: the sum of L1 terms swamps the target and nearly every layer is dropped.
+    """
+
+    class Weights(GlobalPenalty.Weights):
+        l1_weight: float = Field(5.0, ge=0.0)              # 'original': per-layer L1, summed over layers
+        target_weight: float = Field(8.0, ge=0.0)          # 'original': squared distance to the target
+
+    def term(self, plan):
+        weights, keep = self.weights, plan.gates[plan.real].mean(0)
+        missed = 1 - keep.mean() - self.config.target_skip
+        return weights.penalty * (weights.l1_weight * keep.sum() + weights.target_weight * missed ** 2)
