@@ -194,7 +194,7 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
     routing = lm.loaded.routing
     config, layers = lm.model.config, lm.model.config.get_text_config().num_hidden_layers
     dense = flops_per_token(config, layers, meter.mean_reach)
-    row = {"variant": lm.loaded.name, "kind": lm.loaded.variant, "checkpoint": lm.loaded.checkpoint, "skip": meter.skip,
+    row = {"variant": lm.loaded.name, "kind": lm.loaded.kind, "checkpoint": lm.loaded.checkpoint, "skip": meter.skip,
            "context_skip": meter.context_skip, "active_layers": float(layers), "flops": dense, "flops_dense": dense,
            "keep_rate": [], "requests": meter.requests, "truncated": meter.truncated, "scored_tokens": meter.scored}
     if routing is not None and lm.loaded.policy is not None:
@@ -202,7 +202,7 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
         row |= {"keep_rate": [round(rate, 4) for rate in meter.keep_rate], "unit": settings.unit,
                 "always_keep": settings.always_keep}
         row["active_layers"] = settings.always_keep + settings.keep_last + sum(meter.keep_rate) / routing.units_per_layer
-        router = settings.router_hidden if lm.loaded.variant == "routed" else 0
+        router = settings.router_hidden if lm.loaded.kind == "routed" else 0
         row["flops"] = plan_flops_per_token(config, meter.mean_reach, meter.keep_rate, settings.always_keep,
                                             settings.keep_last, router, settings.skip_adapter_rank)
     found = benchmark["harness"]["results"]
@@ -247,7 +247,7 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
     """
     from dlr.config import SettingsError
     from dlr.harness import DLRLM
-    from dlr.variants import open_variant
+    from dlr.opened import load
     specs, rows, whole, by_name = specs_of(config, say), [], {}, {}
     names = [spec.name for spec in specs]
     for spec in specs:
@@ -256,8 +256,8 @@ def evaluate_variants(config, folder: Path, say=print) -> tuple[list[dict], dict
         if spec.match is not None and spec.match not in names[:names.index(spec.name)]:
             raise SettingsError(f"{spec.name!r} is to match {spec.match!r}, which is no earlier row ({', '.join(names)}).")
     for spec in specs:
-        loaded = open_variant(spec.checkpoint, spec.variant, spec.skip, spec.order, say=say, dtype=config.dtype,
-                              attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
+        loaded = load(spec.checkpoint, variant=spec.variant, skip=spec.skip, order=spec.order, say=say, dtype=config.dtype,
+                      attn_implementation=config.attn_implementation, load_in_4bit=config.load_in_4bit)
         loaded.name = spec.name
         lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
         data_dir = str(from_project(config.data_dir)) if config.data_dir else None

@@ -101,7 +101,10 @@ def save_pretrained(model, folder: str | Path) -> Path:
 
     Raises:
         NotSaveable: the model holds something trained that the files would not hold.
+        ValueError: `folder` is empty.
     """
+    if not str(folder).strip():
+        raise ValueError("save_pretrained needs a folder's name; '' would be the working directory itself.")
     folder, routing = Path(folder), routing_of(model)
     refuse_unsaveable(model, routing)
     with atomic_folder(folder) as temporary:
@@ -109,9 +112,29 @@ def save_pretrained(model, folder: str | Path) -> Path:
     return folder
 
 
+def save_control(model, routing: Routing, folder: str | Path, variant: str, order: list[int] | None = None,
+                 skip: float | None = None, forced: float = 0.0) -> Path:
+    """Saves a control's adapter and plan: `variant` is static (with its greedy `order`, `skip` and forced share),
+    stochastic (with the share `skip` it drops) or dense. `dlr.load` opens it. Whole or not at all.
+
+    Raises:
+        NotSaveable: the model holds something trained that the files would not hold.
+    """
+    name = refuse_unsaveable(model, routing)
+    record = {"variant": variant, "base": base_record(model), "router": routing.config.model_dump(), "order": order,
+              "skip": skip, "forced": forced, "adapter": name}
+    with atomic_folder(Path(folder)) as temporary:
+        if name is not None:
+            write_adapter(adapted(model, routing), name, temporary, record["base"]["name"])
+        write_atomically(temporary / CONTROL, as_json(record | {"files": digests(temporary)}))
+    return Path(folder)
+
+
 # -- loading ------------------------------------------------------------------------------------------------------------
 def read_config(record: dict) -> RouterConfig:
     """The router's settings in a checkpoint's record."""
+    if "variant" in record:                                  # a control's
+        record = record["router"] | {"base": record["base"]}
     return validated({name: value for name, value in record.items() if name not in ("files", "adapter")}, RouterConfig)
 
 
@@ -126,8 +149,6 @@ def named_base(stored: dict, where: str, model: str | None = None, **loading) ->
         WrongBase: the record names no base.
     """
     name = model or stored.get("name", "")
-    if name and from_project(name).is_dir():
-        name = str(from_project(name))                   # a relative path, wherever this process runs
     if not name:
         raise WrongBase(f"{where} names no base model (it was built in memory); give the model: "
                         "from_pretrained(folder, model).")
@@ -165,11 +186,11 @@ def refuse_other_base(stored: dict, model, folder: Path, biases: bool = False) -
             return f"{base.get('dtype')}, {said_of(base.get('quantisation'))}"
         warnings.warn(f"The checkpoint {str(folder)!r} was made on a base in {precise(stored)}; this one is "
                       f"{precise(own)}. Its router, threshold and adapter were fitted to the other: gates and scores "
-                      "will differ. Give no dtype and no load_in_4bit to load the base as it was.", stacklevel=3)
+                      "will differ. Give no dtype and no load_in_4bit to load the base as it was.", stacklevel=4)
     if "fingerprint" in precision:
         warnings.warn(f"The weights under the checkpoint {str(folder)!r} could not be compared with those it was made "
                       "for, only their shapes: its record is of an earlier form, or one of the two is in float16. "
-                      "Save it again to have them compared.", stacklevel=3)
+                      "Save it again to have them compared.", stacklevel=4)
 
 
 def trains_biases(folder: Path, record: dict) -> bool:
@@ -184,7 +205,8 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
     """A routed model from `folder`, onto `model` or onto the base model the checkpoint names, in evaluation mode.
 
     Args:
-        model: the base model; a load that fails leaves it as it was.
+        folder: the checkpoint's own folder; `dlr.load` also takes names, runs and phases, and gives the tokenizer too.
+        model: the base model, or its name; a load that fails leaves it as it was.
         is_trainable: adapter and router can go on training; otherwise neither takes gradients.
         dtype, load_in_4bit, attn_implementation, device: how the base is loaded where no `model` is given; by default
             with the dtype and quantisation the checkpoint was trained at.
@@ -193,17 +215,26 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
         FileNotFoundError: no checkpoint in `folder`, or half of one. WrongBase: `model` is not what it was made for.
         ValueError: weights that do not fit, pickles, or a model that carries adapters already.
     """
-    folder = Path(folder)
+    folder = from_project(folder)
     record = refuse_incomplete(folder)
-    if (folder / CONTROL).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is a {record.get('variant')} control and has no router; open it with "
-                                "dlr.variants.open_variant.")
-    config, weights = read_config(record), load_file(folder / WEIGHTS)
-    Router.refuse_unfit(weights, config)
-    loading = {"dtype": dtype, "load_in_4bit": load_in_4bit, "attn_implementation": attn_implementation,
-               "device": device}
-    if model is None:
-        model = open_model(**named_base(config.base, str(folder / CONFIG), **loading))
+    if "variant" in record:
+        raise FileNotFoundError(f"{str(folder)!r} is a {record['variant']} control and has no router; open it with dlr.load.")
+    return restore(folder, record, model, is_trainable, dtype=dtype, load_in_4bit=load_in_4bit,
+                   attn_implementation=attn_implementation, device=device)
+
+
+def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, **loading):
+    """The model that a checkpoint's `record` describes, in evaluation mode; that of a control has a fresh router.
+
+    Arguments and errors as in `from_pretrained`.
+    """
+    config, weights = read_config(record), None
+    if "variant" not in record:
+        weights = load_file(folder / WEIGHTS)
+        Router.refuse_unfit(weights, config)
+    if model is None or isinstance(model, str):
+        where = str(folder / (CONFIG if weights is not None else CONTROL))
+        model = open_model(**named_base(config.base, where, model, **loading))
     elif given := [name for name, value in loading.items() if value is not None]:
         raise ValueError(f"{', '.join(given)} says how to load a base model, but a model was given; load it so "
                          "yourself, or leave the model out.")
@@ -212,7 +243,8 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
         routed = load_onto(model, folder, record, config, is_trainable)
         routing = routing_of(routed)
         try:
-            routing.router.load_weights(weights)
+            if weights is not None:
+                routing.router.load_weights(weights)
         except BaseException:
             routing.detach()
             raise

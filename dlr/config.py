@@ -237,7 +237,7 @@ class TokenAnalysisConfig(Settings):
 
 
 class VariantSpec(Settings):
-    """One row of an evaluation: a checkpoint and what decides which layers run (dlr.variants.open_variant)."""
+    """One row of an evaluation: a checkpoint and what decides which layers run (dlr.load)."""
     name: str
     checkpoint: Named = "nano"                         # checkpoint, run or phase; 'nano-router'; or a base model
     variant: Literal["routed", "static", "stochastic", "dense", "base"] | None = None

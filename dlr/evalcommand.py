@@ -74,7 +74,7 @@ def evaluate_command(arguments) -> int:
     from dlr.harness import DLRLM
     from dlr.runs import Run, results_folder, slug
     from dlr.tasks import PERPLEXITIES, manager_for
-    from dlr.variants import open_variant
+    from dlr.opened import load
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
         raise ValueError("--tasks needs at least one name, for example --tasks arc_challenge,gsm8k")
@@ -86,14 +86,14 @@ def evaluate_command(arguments) -> int:
     if arguments.name is not None and not arguments.name.strip("."):
         raise ValueError(f"--name {arguments.name!r} must be a folder's name, not a way up")
     name = validated({} if arguments.name is None else {"run_name": arguments.name}, EvaluationConfig).run_name
-    loaded = open_variant(arguments.checkpoint, arguments.variant, arguments.skip, arguments.order, arguments.model,
-                          dtype=arguments.dtype, load_in_4bit=arguments.load_in_4bit)
+    loaded = load(arguments.checkpoint, variant=arguments.variant, skip=arguments.skip, order=arguments.order,
+                  model=arguments.model, dtype=arguments.dtype, load_in_4bit=arguments.load_in_4bit)
     label = name if arguments.name is not None else slug(f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
                                      + (f"-skip={arguments.skip}" if arguments.skip is not None else ""))
     run = Run(results_folder() / "evaluation" / label)
     lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size)
     print(f"results in {run.folder}", flush=True)
-    settings = {"checkpoint": loaded.checkpoint, "variant": loaded.variant, "skip": arguments.skip, "digest": loaded.digest,
+    settings = {"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip, "digest": loaded.digest,
                 "base": precision_of(loaded.base)}
     run.start(settings, loaded.digest)
     found = run_benchmark(lm, names, run.folder / loaded.name, data_dir=arguments.data_dir, limit=arguments.limit,

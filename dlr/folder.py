@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
-CONTROL = "control.json"            # a static, stochastic or dense checkpoint: see dlr.variants
+CONTROL = "control.json"            # a static, stochastic or dense checkpoint: see dlr.opened
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECORDS, PARTS = (CONFIG, CONTROL), (WEIGHTS, ADAPTER, ADAPTER_CONFIG)
 
@@ -24,6 +24,15 @@ def digests(folder: Path) -> dict[str, str]:
     """Name to sixteen hex digits of each of a checkpoint's own files in `folder`, the record left out."""
     return {name: hashlib.sha256(_content(folder / name)).hexdigest()[:16]
             for name in PARTS if (folder / name).is_file()}
+
+
+def digest_of(folder: Path, *how) -> str:
+    """Sixteen hex digits of a checkpoint's files as they are, and of `how` it is run."""
+    digest = hashlib.sha256(repr(how).encode())
+    for path in sorted(folder.glob("*")):
+        if path.name in (*PARTS, *RECORDS):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _content(path: Path) -> bytes:

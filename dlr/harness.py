@@ -23,7 +23,7 @@ from dlr.metering import Meter, Watch, end_watch
 from dlr.progress import tqdm
 from dlr.routed import causal_lm
 from dlr.router import ROUTER_NAME
-from dlr.variants import Loaded, open_variant
+from dlr.opened import Opened, load
 
 logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)     # a warning for each truncated request
 
@@ -108,7 +108,7 @@ def _refuse_absent(device: str) -> None:
 @register_model("dlr")
 class DLRLM(HFLM):
     """Args: checkpoint (folder, run, phase or base model), variant, skip, order, model, dtype, load_in_4bit,
-    attn_implementation (see `dlr.variants.open_variant`); or `loaded`, what that returned. batch_size, device, max_length
+    attn_implementation (see `dlr.load`); or `loaded`, what that returned. batch_size, device, max_length
     and the names in `PASSED_ON` as in the harness. `meter` holds what was measured since `restart_meter`.
 
     Raises:
@@ -117,7 +117,7 @@ class DLRLM(HFLM):
 
     def __init__(self, checkpoint: str | None = None, variant: str | None = None, skip: float | None = None,
                  order: str | None = None, model: str | None = None, dtype: str | None = None,
-                 load_in_4bit: bool | None = None, attn_implementation: str | None = None, loaded: Loaded | None = None,
+                 load_in_4bit: bool | None = None, attn_implementation: str | None = None, loaded: Opened | None = None,
                  batch_size: int | str = 16, device: str | None = None, max_length: int | None = None, **options):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         _refuse_absent(device)
@@ -129,8 +129,8 @@ class DLRLM(HFLM):
         given = [name for name, value in (opened | {"checkpoint": checkpoint}).items() if value is not None]
         if loaded is not None and given:
             raise SettingsError(f"{', '.join(given)} would have no effect on a model that is loaded already; give either.")
-        self.loaded = loaded or open_variant("nano" if checkpoint is None else checkpoint, **opened,
-                                             device=None if device == "cpu" else device)
+        self.loaded = loaded or load("nano" if checkpoint is None else checkpoint, **opened,
+                                     device=None if device == "cpu" else device)
         net = self.loaded.model
         if next(net.parameters()).device.type not in ("meta", torch.device(device).type):          # meta: offloaded
             net = net.to(device)
@@ -166,7 +166,7 @@ class DLRLM(HFLM):
         """The harness's record of the model, with what its tokens ran; it goes into the harness's own result files."""
         meter = self.meter
         return super().get_model_info() | {
-            "dlr_variant": self.loaded.variant, "dlr_checkpoint": self.loaded.checkpoint, "dlr_digest": self.loaded.digest,
+            "dlr_variant": self.loaded.kind, "dlr_checkpoint": self.loaded.checkpoint, "dlr_digest": self.loaded.digest,
             "dlr_skip": meter.skip, "dlr_context_skip": meter.context_skip, "dlr_scored_tokens": meter.scored,
             "dlr_truncated": meter.truncated, "logits_cache": False}
 

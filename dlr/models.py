@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlr.decoder import projections_of
 from dlr.packed import keep_differentiable
+from dlr.runs import from_project
 from dlr.weights import NANO, NANO_NAME
 
 # PEFT 0.21 still asks transformers 5.23 for the old name of this property.
@@ -27,8 +28,10 @@ def load_base(name: str = "nano", *, dtype: str | None = None, attn_implementati
 
 
 def source_of(name: str) -> str:
-    """The folder or Hub id of a base model, whose embedded one goes by name."""
-    return str(NANO) if name in ("nano", NANO_NAME) else name
+    """The folder or Hub id of a base model. The embedded one goes by name, a relative folder is found from anywhere."""
+    if name in ("nano", NANO_NAME):
+        return str(NANO)
+    return str(from_project(name)) if from_project(name).is_dir() else name
 
 
 def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,

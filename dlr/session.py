@@ -20,16 +20,16 @@ import torch
 from transformers.utils import logging as bars
 
 from dlr.calibration import DIAL, calibration_curve, threshold_at
-from dlr.checkpoint import from_pretrained
 from dlr.router_config import RouterConfig
 from dlr.data import load_documents, padded_batches
-from dlr.discovery import find_checkpoint, label_of
-from dlr.encoding import encode, tokenizer_of
+from dlr.discovery import label_of
+from dlr.encoding import encode
 from dlr.device import device_of
 from dlr.evaluate import router_logits
 from dlr.flops import active_halves, adapter_flops, router_flops, text_flops
 from dlr.logits import last_only
 from dlr.likelihood import frozen_base
+from dlr.opened import load
 from dlr.policy import GivenPlan, Policy, RecordedPlan, StaticPlan
 from dlr.record import Record, record
 from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of
@@ -76,14 +76,13 @@ class Session:
         self.owned, self.note = model is None, ""
         self.name, self.folder = "given model", None
         if self.owned:
-            self.folder = find_checkpoint(checkpoint, say=lambda words: None)
             if torch.cuda.is_available():
                 loading.setdefault("device", "cuda")
-            self.name = label_of(self.folder)
             with _no_bars(), _warnings_of_this_project() as said:
-                model = from_pretrained(self.folder, **loading)
+                opened = load(checkpoint, variant="routed", say=lambda words: None, **loading)
+            self.folder, self.name = opened.folder, label_of(opened.folder)
             self.note = " ".join(said).replace(str(self.folder), self.name)
-            tokenizer = tokenizer_of(model, self.folder)
+            model, tokenizer, _ = opened
         elif tokenizer is None or checkpoint is not None or loading:
             given = [*loading, *(["checkpoint"] if checkpoint is not None else [])]
             raise ValueError("Session(model=...) takes a routed model that is loaded, and its tokenizer=...; "

@@ -7,12 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from dlr.calibration import calibrate
-from dlr.checkpoint import from_pretrained
 from dlr.data import load_documents, padded_batches
-from dlr.discovery import find_checkpoint
-from dlr.encoding import tokenizer_of
 from dlr.evaluate import router_logits
-from dlr.routed import routing_of
+from dlr.opened import load
 
 SHAPES = {
     "tinyllama-1.1b": LlamaConfig(
@@ -51,11 +48,9 @@ def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
-    folder = find_checkpoint(checkpoint or "nano-router")
-    model = from_pretrained(folder)
-    tokenizer = tokenizer_of(model, folder)
+    model, tokenizer, routing = load(checkpoint or "nano-router", variant="routed")
     batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 8, limit=documents)
-    return router_logits(model, routing_of(model), batches, bf16=False)[0]
+    return router_logits(model, routing, batches, bf16=False)[0]
 
 
 def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from transformers import set_seed
 
 from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
-from dlr.checkpoint import save_pretrained
+from dlr.checkpoint import save_control, save_pretrained
 from dlr.config import RunConfig
 from dlr.corpus import cache_folder
 from dlr.data import load_documents, packed, padded_batches
@@ -24,7 +24,6 @@ from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPol
 from dlr.routed import Routing, attach
 from dlr.runs import write_atomically
 from dlr.trainer import DLRTrainer
-from dlr.variants import save_control
 from dlr.warmstart import warm_start
 
 # What a row is a case of. Controls of a router (shuffled, mean, random) run on its weights.

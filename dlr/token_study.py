@@ -5,21 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-import dlr.models as models
 from dlr import analysis, oracle
 from dlr.calibration import threshold_at
 from dlr.categories import categories, frequencies, load_spacy, part_of_speech, partition
-from dlr.checkpoint import from_pretrained
 from dlr.config import TokenAnalysisConfig
 from dlr.data import Documents, load_documents, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, perplexity
+from dlr.models import load_base
+from dlr.opened import Opened, load
 from dlr.policy import RouterPolicy, ShuffledPlan
 from dlr.predictability import predictability
 from dlr.record import Record, record
-from dlr.routed import NANO_NAME, Routing, attach, routing_of
-from dlr.runs import project_root, save_tensors
+from dlr.routed import Routing, attach
+from dlr.runs import save_tensors
 
 ROWS = 8                  # texts a forward pass of the oracle's instruments
 DEPTHS = (0, 1, 2, 4, 8, 12)          # layers after which probes read the state, as far as the model has them
@@ -39,16 +38,16 @@ class Study:
         return padded_batches(documents, self.tokenizer, max_len=length, batch_size=rows, limit=limit)
 
 
-def untrained(seed: int):
+def untrained(seed: int, device: str | None = None) -> Opened:
     """The embedded base under a router of spread random logits: what token-dependence that means nothing looks like."""
-    model, _ = models.load_base()
+    model, tokenizer = load_base(device=device)
     routing = attach(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         last = routing.router.net[-1]
         last.weight.copy_(torch.randn(last.weight.shape, generator=generator) * 2.0)
         last.bias.zero_()
-    return model
+    return Opened(model, tokenizer, routing, "routed")
 
 
 def open_study(config: TokenAnalysisConfig) -> Study:
@@ -57,19 +56,9 @@ def open_study(config: TokenAnalysisConfig) -> Study:
     Raises:
         FileNotFoundError: no checkpoint there.
     """
-    folder = Path(config.checkpoint) if config.checkpoint else models.NANO_ROUTER
-    if not folder.exists() and (project_root() / folder).exists():       # notebooks run in notebooks/
-        folder = project_root() / folder
-    if not config.untrained and not config.checkpoint and not folder.is_dir():
-        raise FileNotFoundError("The embedded router (dlr/nano/router) is missing from this copy; name a checkpoint, "
-                                "for example --set checkpoint=results/token_routing/quick/DLR/checkpoint, or train "
-                                "one: python -m dlr run")
-    model = untrained(config.seed) if config.untrained else from_pretrained(folder)
-    routing = routing_of(model)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    base = routing.config.base.get("name", "")
-    tokenizer = AutoTokenizer.from_pretrained(str(models.NANO) if base in ("", NANO_NAME) else base)
+    device = "cuda" if torch.cuda.is_available() else None
+    model, tokenizer, routing = untrained(config.seed, device) if config.untrained else \
+        load(config.checkpoint or "nano-router", variant="routed", device=device)
     study = Study(config, model, routing, tokenizer, load_documents(config.dataset, "test"),
                   load_documents(config.dataset, "calibration"))
     if not routing.config.curve or routing.config.calibrated_skip is None:

@@ -271,13 +271,14 @@ def test_dtype_and_device_reach_every_model_that_is_opened(monkeypatch):
     from dlr import session as module
     seen = []
 
-    def opened(folder, **loading):
+    def opened(name, variant, say, **loading):
         seen.append(loading)
+        model = dlr.load(name, say=say)
         if loading:
-            warnings.warn_explicit(f"{folder} was made in <float32>", UserWarning, module.__file__, 1)
-        return dlr.from_pretrained(folder)
+            warnings.warn_explicit(f"{model.folder} was made in <float32>", UserWarning, module.__file__, 1)
+        return model
 
-    monkeypatch.setattr(module, "from_pretrained", opened)
+    monkeypatch.setattr(module, "load", opened)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Session(dtype=None, device=None).close()
     both = Comparison(text="Some text.", dtype="bfloat16", device="cpu")

@@ -16,10 +16,10 @@ from dlr.data import Documents, padded_batches
 from dlr.harness import DLRLM, generated_length
 from dlr.metering import Meter, RouterDidNotRun
 from dlr.models import load_base
+from dlr.opened import Opened
 from dlr.policy import RandomByDocument, RouterPolicy, StaticByDocument, StaticPlan, uniform_from
 from dlr.routed import attach
 from dlr.tasks import load_tasks, manager_for
-from dlr.variants import Loaded
 from dlr.wikitext import strided_perplexity, windows
 
 pytestmark = pytest.mark.usefixtures("by_rows")
@@ -49,16 +49,16 @@ def routed(nano):
     batches = padded_batches(Documents("", "test", ["The array holds items of the list, and returns a number."], ""),
                              tokenizer, 64, 1)
     routing.config.threshold = float(router_logits(model, routing, batches, bf16=False)[0].median())
-    yield Loaded("routed", "routed", model, tokenizer, routing, RouterPolicy(), digest="r")
+    yield Opened(model, tokenizer, routing, "routed", RouterPolicy(), digest="r")
     routing.detach()
 
 
-def base_of(nano) -> Loaded:
-    return Loaded("base", "base", *nano, None, None, digest="b")
+def base_of(nano) -> Opened:
+    return Opened(*nano, digest="b")
 
 
-def dense_of(routed) -> Loaded:
-    return Loaded("dense", "dense", routed.model, routed.tokenizer, routed.routing, None, digest="d")
+def dense_of(routed) -> Opened:
+    return Opened(*routed, "dense", digest="d")
 
 
 def responses(lm, data, tasks=TASKS, limit=4, shots=1, gen_tokens=6, reverse=False):
@@ -338,8 +338,7 @@ def test_a_static_plan_meets_the_router_s_skip_on_each_task(routed, data, tmp_pa
     wanted = Meter(**match["blimp_causative"]["meter"]).skip
     lm.close()
     units = routed.routing.units
-    static = Loaded("static", "static", routed.model, routed.tokenizer, routed.routing,
-                    StaticByDocument(torch.ones(units), torch.ones(units), 0.0), order=list(range(units)), digest="s")
+    static = Opened(*routed, "static", StaticByDocument(torch.ones(units), torch.ones(units), 0.0), order=list(range(units)), digest="s")
     lm = DLRLM(loaded=static, batch_size=4)
     run_benchmark(lm, names, tmp_path / "s", data_dir=data, match=match)
     assert lm.meter.skip == pytest.approx(wanted, abs=1 / units)              # a whole unit a document, 7 documents

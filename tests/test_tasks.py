@@ -14,15 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dlr
 from dlr.__main__ import main
-from dlr.checkpoint import WrongBase
+from dlr.checkpoint import WrongBase, save_control
 from dlr.config import SettingsError
 from dlr.router_config import RouterConfig
 from dlr.discovery import HalfWritten, find_checkpoint
 from dlr.flops import active_halves, flops_per_token, layer_flops, plan_flops_per_token, text_flops
 from dlr.models import add_lora, load_base
+from dlr.opened import load
 from dlr.routed import attach
 from dlr.tasks import BadRow, UnknownTask, load_tasks, local_rows
-from dlr.variants import open_variant, save_control
 from dlr.wikitext import articles, load_articles, read_text
 
 SHARED = Path(os.environ.get("DLR_BENCHMARK_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -238,32 +238,32 @@ def test_half_written_checkpoints_are_skipped_aloud(checkpoint, tmp_path):
 
 
 def test_variants_of_one_checkpoint(checkpoint):
-    routed = open_variant(str(checkpoint))
-    assert routed.variant == "routed" and routed.routing.config.calibrated_skip == 0.25
-    static = open_variant(str(checkpoint), "static")                             # the row of its own folder: DLR's
+    routed = load(str(checkpoint))
+    assert routed.kind == "routed" and routed.routing.config.calibrated_skip == 0.25
+    static = load(str(checkpoint), variant="static")                             # the row of its own folder: DLR's
     dropped = (static.policy.plans == 0).sum(1).tolist()
     assert dropped == [3, 4] and static.policy.share_more == pytest.approx(0.3 * 12 - 3)     # the router's measured skip
     assert not static.policy.plans[0, 9:].any()                                              # along the stored order
-    assert open_variant(str(checkpoint), "dense").policy is None
-    assert open_variant(str(checkpoint), "stochastic", skip=0.5).policy.skip == 0.5
-    assert len({open_variant(str(checkpoint), v).digest for v in ("routed", "static", "dense")}) == 3
+    assert load(str(checkpoint), variant="dense").policy is None
+    assert load(str(checkpoint), variant="stochastic", skip=0.5).policy.skip == 0.5
+    assert len({load(str(checkpoint), variant=v).digest for v in ("routed", "static", "dense")}) == 3
     with pytest.raises(ValueError, match="no calibration curve"):
-        open_variant(str(checkpoint), skip=0.3)
+        load(str(checkpoint), skip=0.3)
     (checkpoint.parents[1] / "metrics.json").unlink()
     with pytest.raises(SettingsError, match="--order"):
-        open_variant(str(checkpoint), "static")
+        load(str(checkpoint), variant="static")
 
 
 def test_a_measured_skip_is_not_taken_from_another_checkpoints_row(checkpoint):
     other = checkpoint.parents[1] / "cold" / "checkpoint"
     shutil.copytree(checkpoint, other)
-    assert open_variant(str(other), "static").policy.share_more == 0                # its own calibrated 0.25: 3 of 12
+    assert load(str(other), variant="static").policy.share_more == 0                # its own calibrated 0.25: 3 of 12
     path = checkpoint.parents[1] / "metrics.json"
     rows = json.loads(path.read_text())["rows"]
     path.write_text(json.dumps({"rows": [*rows, {"variant": "cold", "skip": 0.5}, {"variant": "cold, mean plan", "skip": 0.9}]}))
-    assert (open_variant(str(other), "static").policy.plans == 0).sum(1).tolist() == [6, 7]
+    assert (load(str(other), variant="static").policy.plans == 0).sum(1).tolist() == [6, 7]
     run = str(checkpoint.parents[1])
-    assert open_variant(str(checkpoint), "static", order=run).policy.share_more == 0   # an order that was named: calibrated
+    assert load(str(checkpoint), variant="static", order=run).policy.share_more == 0   # an order that was named: calibrated
 
 
 @pytest.fixture
@@ -283,15 +283,15 @@ def test_a_healed_control_is_saved_and_loaded_with_its_plan(healed, tmp_path, id
     model, routing = healed
     order = [3, 1, 0, 2, 11, 10, 9, 8, 7, 6, 5, 4]
     save_control(model, routing, tmp_path / "static" / "checkpoint", "static", order, 0.25)
-    loaded = open_variant(str(tmp_path / "static"))
-    assert loaded.variant == "static" and loaded.policy.share_more == 0
+    loaded = load(str(tmp_path / "static"))
+    assert loaded.kind == "static" and loaded.policy.share_more == 0
     assert (loaded.policy.plans[0] == 0).nonzero().flatten().tolist() == [0, 1, 3]
     with routing.using(None), loaded.routing.using(None):
         assert torch.equal(model(ids).logits, loaded.model(ids).logits)
     with pytest.raises(SettingsError, match="no router"):
-        open_variant(str(tmp_path / "static"), "routed")
+        load(str(tmp_path / "static"), variant="routed")
     with pytest.raises(SettingsError, match="no use for order .a static control holds its own"):
-        open_variant(str(tmp_path / "static"), order="pareto")
+        load(str(tmp_path / "static"), order="pareto")
     with pytest.raises(FileNotFoundError, match="static control and has no router"):
         dlr.from_pretrained(tmp_path / "static" / "checkpoint")
 
@@ -299,14 +299,14 @@ def test_a_healed_control_is_saved_and_loaded_with_its_plan(healed, tmp_path, id
 def test_a_stochastic_control_runs_as_it_was_trained_or_not_at_all(healed, tmp_path):
     folder = tmp_path / "stochastic" / "checkpoint"
     save_control(*healed, folder, "stochastic", skip=0.5)
-    assert open_variant(str(folder)).policy.skip == 0.5
-    assert open_variant(str(folder), skip=0.2).policy.skip == 0.2
-    assert open_variant(str(folder), "dense").policy is None
+    assert load(str(folder)).policy.skip == 0.5
+    assert load(str(folder), skip=0.2).policy.skip == 0.2
+    assert load(str(folder), variant="dense").policy is None
     save_control(*healed, folder, "stochastic")
     with pytest.raises(SettingsError, match="--skip"):
-        open_variant(str(folder))
+        load(str(folder))
     save_control(*healed, folder, "dense")
-    assert open_variant(str(folder)).policy is None
+    assert load(str(folder)).policy is None
     assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "control.json"]
 
 
@@ -316,29 +316,27 @@ def test_a_stochastic_control_runs_as_it_was_trained_or_not_at_all(healed, tmp_p
     ("nano-router", {"variant": "stochastic", "skip": 0.3, "order": "pareto"}, "order")])
 def test_what_a_variant_has_no_use_for_is_refused(name, options, idle):
     with pytest.raises(SettingsError, match=f"has no use for {idle}"):
-        open_variant(name, **options)
+        load(name, **options)
 
 
 def test_ways_to_load_a_base_that_do_not_exist_are_refused():
-    with pytest.raises(SettingsError, match="'load_in_8bit' is no way to load"):
-        open_variant("nano", load_in_8bit=True)
     with pytest.raises(ValueError, match="dtype='half' is not one of float32"):
-        open_variant("nano", dtype="half")
+        load("nano", dtype="half")
     with pytest.raises(SettingsError, match="is a checkpoint"):
-        open_variant("nano-router", "base")
+        load("nano-router", variant="base")
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     """Another model with the same norms: one matrix is half as large again."""
     model, tokenizer = load_base()
-    before = open_variant("nano").digest
+    before = load("nano").digest
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
     model.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(WrongBase, match="cannot be loaded"):
-        open_variant("nano-router", model=str(tmp_path / "other"))
-    assert len({before, open_variant(str(tmp_path / "other")).digest, open_variant("nano", dtype="bfloat16").digest}) == 3
+        load("nano-router", model=str(tmp_path / "other"))
+    assert len({before, load(str(tmp_path / "other")).digest, load("nano", dtype="bfloat16").digest}) == 3
 
 
 # -- FLOPs --------------------------------------------------------------------------------------------------------------

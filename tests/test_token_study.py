@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlr import models, token_study
+from dlr import discovery, token_study
 from dlr.config import PHASES, read_params, validated
 from dlr.figures_register import redraw
 from dlr.record import record
@@ -27,7 +27,7 @@ def test_the_verdict_follows_the_numbers():
 
 
 def test_a_missing_embedded_router_is_named_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "NANO_ROUTER", tmp_path / "router")
+    monkeypatch.setattr(discovery, "NANO_ROUTER", tmp_path / "router")
     with pytest.raises(FileNotFoundError, match="dlr/nano/router.*--set checkpoint="):
         token_study.open_study(validated({}, PHASES["token_analysis"][1]))
 
