@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
@@ -40,23 +41,25 @@ def expand(sweep: dict) -> list[tuple[str, dict]]:
     points = []
     for axes in grid:
         lists = {name: value if isinstance(value, list) else [value] for name, value in axes.items()}
-        for values in itertools.product(*lists.values()):
-            chosen = dict(zip(lists, values))
-            parameters = {**common, **chosen}
-            effective(parameters, schema)
-            if (chosen, parameters) not in points:
-                points.append((chosen, parameters))
-    names = [_point_name(chosen).casefold() for chosen, _ in points]         # model: [a/b, a-b] would share a folder
-    return [(name, parameters | {"run_name": name}) for chosen, parameters in points
-            for name in [_point_name(chosen, told_apart=names.count(_point_name(chosen).casefold()) > 1)]]
+        points += [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+    points = [point for place, point in enumerate(points) if point not in points[:place]]
+    for point in points:
+        effective(common | point, schema)
+    names = [_point_name(point) for point in points]
+    lower = [name.casefold() for name in names]              # model: [a/b, a-b] would share a folder, and so would a, A
+    names = [_hashed(name, point) if lower.count(name.casefold()) > 1 or len(name.encode()) > 120 else name
+             for name, point in zip(names, points)]
+    return [(name, common | point | {"run_name": name}) for name, point in zip(names, points)]
 
 
-def _point_name(chosen: dict, told_apart: bool = False) -> str:
-    """A point's settings as a folder's name: 'router-target_skip=0.2-seed=0', with a hash where that is not unique."""
-    name = slug("-".join(f"{k}={v}" if not isinstance(v, str) else v for k, v in chosen.items()))
-    if told_apart or len(name.encode()) > 120:
-        name = f"{name[:60]}-{hashlib.sha256(repr(sorted(chosen.items())).encode()).hexdigest()[:6]}"
-    return name
+def _point_name(point: dict) -> str:
+    """A point's settings as a folder's name: 'router-target_skip=0.2-seed=0'."""
+    return slug("-".join(value if isinstance(value, str) else f"{name}={value}" for name, value in point.items()))
+
+
+def _hashed(name: str, point: dict) -> str:
+    """`name`, cut, with a hash of the point's settings."""
+    return f"{name[:60]}-{hashlib.sha256(repr(sorted(point.items())).encode()).hexdigest()[:6]}"
 
 
 def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
@@ -65,13 +68,15 @@ def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
     Raises:
         SettingsError: some are there under other settings or data, and `force` does not replace them.
     """
-    waiting, other = [], {}
+    waiting = []
+    other = {}
     for name, parameters in points:
-        run, wanted = Run(results_folder() / phase / name), Wanted(phase, effective_of(phase, parameters))
-        found = wanted.differences(run) if run.exists and not force else {}
-        if found:
-            other[name] = found
-        if force or not run.done or found:
+        run = Run(results_folder() / phase / name)
+        wanted = Wanted(phase, effective_of(phase, parameters))
+        differences = wanted.differences(run) if run.exists and not force else {}
+        if differences:
+            other[name] = differences
+        if force or not run.done:
             waiting.append((name, parameters))
     if other:
         raise SettingsError(
@@ -90,37 +95,42 @@ def run_sweep(path: str | Path, jobs: int = 1, prefix: str = "", force: bool = F
     """
     sweep = read_params(path)
     phase, points = str(sweep.get("phase")), expand(sweep)
-    if prefix:
-        points = [(f"{checked_name(prefix)}-{name}", parameters) for name, parameters in points]
-    points = [(name, resolved(parameters, schema_of(phase)) | {"run_name": name}) for name, parameters in points]
-    waiting, root = _standing(phase, points, force), results_folder() / phase
+    beginning = f"{checked_name(prefix)}-" if prefix else ""
+    points = [(beginning + name, resolved(parameters, schema_of(phase)) | {"run_name": beginning + name})
+              for name, parameters in points]
+    waiting = _standing(phase, points, force)
     print(f"{len(points)} runs, {len(points) - len(waiting)} finished already, {jobs} at a time", flush=True)
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), desc="sweep", unit="run") as bar:
+        try:
+            runs = {}
+            for place, (name, parameters) in enumerate(waiting):
+                if 0 < place < jobs:
+                    time.sleep(3)                          # kernels that start together race for ports
+                runs[pool.submit(_run_point, phase, name, parameters, jobs, force)] = name
+            for run in as_completed(runs):
+                bar.update()
+                if run.result():
+                    failed.append(runs[run])
+                    bar.write(f"{runs[run]} failed; see {results_folder() / phase / runs[run] / 'output.txt'}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results_table(phase, names=[name for name, _ in points]), failed
+
+
+def _run_point(phase: str, name: str, parameters: dict, jobs: int, force: bool) -> int:
+    """Runs one point in a process of its own, which writes output.txt; returns its exit status."""
+    folder = results_folder() / phase / name
+    folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DLR_TERMINAL": "1"}
-    running: dict = {}
-    failed: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=len(waiting), desc="sweep", unit="run") as bar:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name, parameters = waiting.pop(0)
-                (root / name).mkdir(parents=True, exist_ok=True)
-                file = Path(scratch) / f"{name}.yaml"
-                file.write_text(json.dumps(parameters), encoding="utf-8")
-                output = (root / name / "output.txt").open("w", encoding="utf-8")
-                command = [sys.executable, "-m", "dlr", "run", phase, "--params", str(file), "--name", name]
-                running[subprocess.Popen(command + ["--force"] * force, stdout=output, stderr=subprocess.STDOUT,
-                                         env=environment, cwd=project_root())] = (name, output)
-                if waiting and len(running) < jobs:
-                    time.sleep(3)              # kernels that start together race for ports
-            for process in [p for p in running if p.poll() is not None]:
-                name, output = running.pop(process)
-                output.close()
-                bar.update()
-                if process.returncode:
-                    failed.append(name)
-                    bar.write(f"{name} failed; see {root / name / 'output.txt'}")
-            time.sleep(0.2)
-    return results_table(phase, names=[name for name, _ in points]), failed
+    with tempfile.TemporaryDirectory() as scratch, (folder / "output.txt").open("w", encoding="utf-8") as output:
+        file = Path(scratch) / f"{name}.yaml"
+        file.write_text(json.dumps(parameters), encoding="utf-8")
+        command = [sys.executable, "-m", "dlr", "run", phase, "--params", str(file), "--name", name]
+        return subprocess.run(command + ["--force"] * force, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                              cwd=project_root()).returncode
 
 
 def write_table(path: str | Path, table: pd.DataFrame, prefix: str = "") -> tuple[str, Path]:
