@@ -10,14 +10,15 @@ Notation: n tokens, U routable units. Information is in bits.
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
+from scipy.stats import entropy, rankdata
+from sklearn.metrics import mutual_info_score
 
-from dlr.baselines import static_pair
 from dlr.evaluate import bootstrap
-from dlr.plan import gate_entropy
+from dlr.plan import gate_entropy, static_pair
 from dlr.record import Record
 
 PERMUTATIONS = 200
+NATS_A_BIT = np.log(2)
 ALWAYS, NEVER = 0.99, 0.01          # keep rates beyond which a unit no longer routes
 ONE_PLAN = 0.95                     # share of tokens with the same plan from which on a router has collapsed
 
@@ -45,37 +46,18 @@ def by_category(record: Record, table: pd.DataFrame) -> pd.DataFrame:
     depth, gates = record.active_layers.double().numpy(), record.gates.double().numpy()
     rows = []
     for name, member in [*table.items(), ("all", np.ones(len(record), bool))]:
-        mine = np.asarray(member, bool) & decided
-        found = ratio_interval(depth[mine], document[mine])
-        row = {"category": name, "tokens": int(mine.sum()), "share": float(mine.sum() / decided.sum()),
-               "active_layers": found["mean"], "low": found["low"], "high": found["high"]}
-        for which in ("dense", "routed"):
-            loss = getattr(record, f"loss_{which}")[torch.from_numpy(mine)].double()
-            row[f"loss_{which}"] = float(loss.nanmean()) if len(loss) else float("nan")
-        keep = gates[mine].mean(0) if mine.any() else np.full(gates.shape[1], np.nan)
+        chosen = np.asarray(member, bool) & decided
+        interval = ratio_interval(depth[chosen], document[chosen])
+        row = {"category": name, "tokens": int(chosen.sum()), "share": float(chosen.sum() / decided.sum()),
+               "active_layers": interval.pop("mean"), **interval}
+        for which in ("loss_dense", "loss_routed"):
+            row[which] = float(getattr(record, which)[torch.from_numpy(chosen)].double().nanmean())
+        keep = gates[chosen].mean(0) if chosen.any() else np.full(gates.shape[1], np.nan)
         rows.append(row | {f"keep_{unit}": float(rate) for unit, rate in enumerate(keep)})
     return pd.DataFrame(rows)
 
 
 # -- is the plan a matter of the token? -------------------------------------------------------------------------------
-def entropy(labels: np.ndarray) -> float:
-    """Entropy in bits of the labels' distribution."""
-    share = np.unique(labels, return_counts=True)[1] / len(labels)
-    return float(-(share * np.log2(share)).sum()) + 0.0
-
-
-def _coded(labels: np.ndarray) -> tuple[np.ndarray, int]:
-    values, codes = np.unique(labels, return_inverse=True)
-    return codes, len(values)
-
-
-def _information(a: np.ndarray, b: np.ndarray, size_a: int, size_b: int) -> float:
-    joint = np.bincount(a * size_b + b, minlength=size_a * size_b).reshape(size_a, size_b) / len(a)
-    outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    there = joint > 0
-    return float((joint[there] * np.log2(joint[there] / outer[there])).sum())
-
-
 def mutual_information(labels: np.ndarray, depth: np.ndarray, document: np.ndarray | None = None,
                        seed: int = 0) -> dict:
     """Mutual information in bits between a label and the depth, beside what chance alone would show.
@@ -87,18 +69,20 @@ def mutual_information(labels: np.ndarray, depth: np.ndarray, document: np.ndarr
         information, chance (mean of the permutations), chance_high (their 95th percentile), excess (information less
         chance) and explained (the excess as a share of the depth's entropy; 0 for a constant depth).
     """
-    (a, size_a), (b, size_b) = _coded(labels), _coded(depth)
     generator = np.random.default_rng(seed)
-    group = np.zeros(len(b), np.int64) if document is None else document
+    group = np.zeros(len(depth), np.int64) if document is None else document
     by_group = np.argsort(group, kind="stable")
-    draws = []
+    labels, depth = (pd.factorize(values)[0] for values in (labels, depth))        # numbers are counted faster
+    by_chance = []
     for _ in range(PERMUTATIONS):
-        shuffled = np.empty_like(b)
-        shuffled[by_group] = b[np.lexsort((generator.random(len(b)), group))]
-        draws.append(_information(a, shuffled, size_a, size_b))
-    found, chance, total = _information(a, b, size_a, size_b), float(np.mean(draws)), entropy(b)
-    return {"information": found, "chance": chance, "chance_high": float(np.percentile(draws, 95)),
-            "excess": found - chance, "explained": (found - chance) / total if total > 0 else 0.0}
+        shuffled = np.empty_like(depth)
+        shuffled[by_group] = depth[np.lexsort((generator.random(len(depth)), group))]
+        by_chance.append(mutual_info_score(labels, shuffled) / NATS_A_BIT)
+    information = mutual_info_score(labels, depth) / NATS_A_BIT
+    chance = float(np.mean(by_chance))
+    total = entropy(np.unique(depth, return_counts=True)[1], base=2)
+    return {"information": float(information), "chance": chance, "chance_high": float(np.percentile(by_chance, 95)),
+            "excess": information - chance, "explained": (information - chance) / total if total > 0 else 0.0}
 
 
 def variance_shares(gates: np.ndarray) -> dict:
@@ -124,9 +108,9 @@ def explained_variance(value: np.ndarray, labels: np.ndarray) -> float:
 
     0 on average where labels say nothing, 1 where they say all; NaN where the value never varies.
     """
-    codes, size = _coded(labels)
-    count = np.bincount(codes, minlength=size)
-    mean = np.bincount(codes, value, minlength=size) / count
+    codes, values = pd.factorize(labels)
+    size = len(values)
+    mean = np.bincount(codes, value) / np.bincount(codes)
     total = ((value - value.mean()) ** 2).sum()
     if total == 0 or len(value) <= size:
         return float("nan")
@@ -149,19 +133,17 @@ def collapse(record: Record) -> dict:
         ("no unit is routed by token", (always | never).all())) if true]
     logits = record.logits[torch.from_numpy(decided)]
     certain = float("nan") if logits.isnan().all() else gate_entropy(torch.sigmoid(logits - record.meta["threshold"]))
-    share = counts / counts.sum()
     return {"always": np.flatnonzero(always).tolist(), "never": np.flatnonzero(never).tolist(),
             "plans": len(plans), "commonest_plan": float(counts.max() / counts.sum()),
-            "plan_entropy_bits": float(-(share * np.log2(share)).sum()) + 0.0,
+            "plan_entropy_bits": float(entropy(counts, base=2)),
             "gate_entropy_nats": certain, "flags": flags}
 
 
 def agreement_with_static(record: Record, order: list[int]) -> float:
     """Share of gates equal to those of the static plan along `order` at its own skip (expected, where two mix)."""
     gates = record.gates.numpy()[free(record)].astype(np.float64)
-    fewer, more, share = static_pair(order, gates.shape[1], float(1 - gates.mean()))
-    low, high = ((gates == plan.numpy()).mean() for plan in (fewer, more))
-    return float((1 - share) * low + share * high)
+    pair = static_pair(order, gates.shape[1], float(1 - gates.mean()))
+    return float(pair.mean(*((gates == plan.numpy()).mean() for plan in pair[:2])))
 
 
 # -- difficulty, position, context ------------------------------------------------------------------------------------

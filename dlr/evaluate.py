@@ -51,11 +51,6 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
     return pd.concat(rows).sort_values("doc").reset_index(drop=True)
 
 
-def mix(first: pd.DataFrame, second: pd.DataFrame, share_second: float) -> pd.DataFrame:
-    """The expected table when each document runs the second plan with probability `share_second`."""
-    return first * (1 - share_second) + second * share_second
-
-
 def skip_ratio(table: pd.DataFrame) -> float:
     """1 - mean gate over real tokens and routable units."""
     keep = table.filter(like="keep_")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dlr.baselines import static_pair
+from dlr.plan import static_pair
 from dlr.calibration import threshold_at
 from dlr.checkpoint import restore
 from dlr.discovery import find_checkpoint

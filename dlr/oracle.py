@@ -21,10 +21,11 @@ import pandas as pd
 import torch
 
 from dlr.adapters import without_adapters
-from dlr.baselines import drop, static_pair
+from dlr.baselines import greedy_order
 from dlr.device import autocast, device_of
 from dlr.evaluate import bootstrap
 from dlr.likelihood import ROWS, frozen_base, predicted
+from dlr.plan import static_gates, static_pair
 from dlr.policy import GivenPlan, RouterPolicy
 from dlr.progress import tqdm
 from dlr.routed import Routing
@@ -171,20 +172,17 @@ def single_skips(instrument: Instrument, background: torch.Tensor | None = None)
 
 
 def static_order(instruments: list[Instrument]) -> list[int]:
-    """The units a static plan drops, first to last: each time the one that leaves least KL. U (U + 3) / 2 passes."""
-    units, dropped = instruments[0].routing.units, []
-    with tqdm(total=units * (units + 1) // 2, desc="best static plan", unit="plan") as bar:
-        while len(dropped) < units:
-            total = torch.zeros(units)
-            for instrument in instruments:
-                gates = instrument.sample.spread(drop(units, dropped))
-                instrument.base(gates)
-                for unit in set(range(units)) - set(dropped):
-                    total[unit] += instrument.without(gates, unit)[0].sum()
-            total[dropped] = float("inf")
-            bar.update(units - len(dropped))
-            dropped.append(int(total.argmin()))
-    return dropped
+    """The greedy order by KL: each time the unit is dropped that leaves least of it. U (U + 3) / 2 passes a sample."""
+    units = instruments[0].routing.units
+
+    def harms(dropped, left):
+        plans = [instrument.sample.spread(static_gates(units, dropped)) for instrument in instruments]
+        for instrument, gates in zip(instruments, plans):
+            instrument.base(gates)
+        for unit in left:
+            yield sum(instrument.without(gates, unit)[0].sum() for instrument, gates in zip(instruments, plans))
+
+    return greedy_order(units, harms)
 
 
 def greedy_oracle(instruments: list[Instrument], skips: list[float]) -> dict[float, list[torch.Tensor]]:
@@ -252,12 +250,12 @@ def headroom(instruments: list[Instrument], order: list[int], thresholds: dict[f
     oracle = greedy_oracle(instruments, sorted(set(skips.values())))
     parts = []
     for budget, skip in skips.items():
-        fewer, more, share = static_pair(order, len(order), skip)
+        pair = static_pair(order, len(order), skip)
         for index, i in enumerate(instruments):
-            low, high = (i.base(i.sample.spread(plan))[0] for plan in (fewer, more))
+            static = pair.mean(*(i.base(i.sample.spread(plan))[0] for plan in pair[:2]))
             parts.append(pd.DataFrame({
                 "budget": budget, "skip": skip, "document": i.sample.document.numpy(), "tokens": 1,
-                "static": ((1 - share) * low + share * high).double().numpy(),
+                "static": static.double().numpy(),
                 "routed": i.base(i.sample.spread(routed[budget][index]))[0].double().numpy(),
                 "oracle": i.base(i.sample.spread(oracle[skip][index]))[0].double().numpy()}))
     table = pd.concat(parts).groupby(["budget", "skip", "document"], as_index=False).sum()

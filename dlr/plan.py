@@ -4,6 +4,7 @@ Notation: b batch, s sequence, R routable layers (U = R units, or 2R where atten
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -58,3 +59,38 @@ def gate_entropy(probabilities: torch.Tensor) -> float:
     """Mean binary entropy of keep probabilities (any shape), in nats; 0 when every decision is certain."""
     p = probabilities.detach().float().clamp(1e-6, 1 - 1e-6)
     return float(-(p * p.log() + (1 - p) * (1 - p).log()).mean())
+
+
+def static_gates(units: int, dropped: list[int]) -> torch.Tensor:
+    """The static gate vector `[U]` that drops the given units."""
+    gates = torch.ones(units)
+    gates[dropped] = 0.0
+    return gates
+
+
+class StaticPair(NamedTuple):
+    """Two neighbouring static plans `[U]`, and the share of the second whose mixture skips what was asked for."""
+    fewer: torch.Tensor
+    more: torch.Tensor
+    share_more: float
+
+    def mean(self, under_fewer, under_more):
+        """What is expected where each document runs the second plan with probability `share_more`."""
+        return under_fewer * (1 - self.share_more) + under_more * self.share_more
+
+
+def static_pair(order: list[int], units: int, skip: float, forced: float = 0.0) -> StaticPair:
+    """Two neighbouring static plans along `order`, whose mean skip ratio is `skip`.
+
+    `forced` is the share of tokens that run everything whatever the plan (kept first tokens).
+
+    Raises:
+        ValueError: no static plan skips as much.
+    """
+    exact = skip * units / (1 - forced)
+    if units < exact < units * (1 + 1e-6):                # a router that closes every gate, but for rounding
+        exact = float(units)
+    if not 0 <= exact <= units:
+        raise ValueError(f"A skip ratio of {skip} needs {exact:.2f} units dropped; this model has {units}.")
+    whole = min(int(exact), units - 1)
+    return StaticPair(static_gates(units, order[:whole]), static_gates(units, order[:whole + 1]), exact - whole)

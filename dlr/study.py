@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan, static_pair
+from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan
 from dlr.checkpoint import save_control, save_pretrained
 from dlr.config import RunConfig
 from dlr.corpus import cache_folder
@@ -20,6 +20,7 @@ from dlr.data import load_documents, packed, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, summary
 from dlr.weights import identity
 from dlr.models import add_lora, load_base
+from dlr.plan import static_pair
 from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.routed import Routing, attach
 from dlr.runs import write_atomically
@@ -252,8 +253,8 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order
     """The static plan along `order` (the greedy one by default) at `skip`, healed by the same LoRA budget."""
     order = order or best_static_order(bench, config)
     forced = forced_share(bench, config.keep_first_tokens)
-    fewer, more, share = static_pair(order, len(order), skip, forced)
-    with _trained(bench, name, config, folder, MixedStaticPlan(fewer, more, share)) as variant:
+    plan = MixedStaticPlan(*static_pair(order, len(order), skip, forced))
+    with _trained(bench, name, config, folder, plan) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
         table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.autocast)
         return row_of(bench, variant, name, table, "static", order=order)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dlr.baselines import static_pair
+from dlr.plan import static_pair
 from dlr.calibration import calibrate
 from dlr.config import RunConfig
 from dlr.device import autocast, device_of

@@ -6,10 +6,11 @@ from tiny_models import tiny
 from test_routed import half_skipping
 
 import dlr
-from dlr.baselines import drop, evaluate_static, greedy_static_order, static_pair
+from dlr.baselines import evaluate_static, greedy_static_order
 from dlr.calibration import Controller, calibrate
+from dlr.evaluate import bootstrap, calibrate_router, evaluate, paired_difference, perplexity, skip_ratio, summary
+from dlr.plan import static_gates, static_pair
 from dlr.router_config import RouterConfig
-from dlr.evaluate import bootstrap, calibrate_router, evaluate, mix, paired_difference, perplexity, skip_ratio, summary
 from dlr.policy import LayerDrop, RandomPlan, RouterPolicy, StaticPlan
 
 
@@ -108,8 +109,9 @@ def test_static_plans_mix_to_an_exact_ratio(skip):
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=0))
     table = evaluate_static(model, routing, batches(), [2, 0, 3, 1], skip, 0.0, bf16=False)
     assert skip_ratio(table) == pytest.approx(skip, abs=1e-6)
-    fewer, more, share = static_pair([2, 0, 3, 1], 4, skip)
-    assert (fewer - more).sum() == 1 and 0 <= share <= 1
+    pair = static_pair([2, 0, 3, 1], 4, skip)
+    assert (pair.fewer - pair.more).sum() == 1 and 0 <= pair.share_more <= 1
+    assert (1 - pair.mean(pair.fewer, pair.more).mean()).item() == pytest.approx(skip)
 
 
 def test_greedy_search_finds_the_layer_that_does_nothing():
@@ -119,12 +121,12 @@ def test_greedy_search_finds_the_layer_that_does_nothing():
             part.weight.zero_()
     routing = half_skipping(model, RouterConfig(always_keep=2))
     order = greedy_static_order(model, routing, batches(), bf16=False)
-    with routing.using(StaticPlan(drop(4, [2]))):
-        idle = evaluate(model, routing, batches(), StaticPlan(drop(4, [2])), bf16=False)
+    with routing.using(StaticPlan(static_gates(4, [2]))):
+        idle = evaluate(model, routing, batches(), StaticPlan(static_gates(4, [2])), bf16=False)
     assert sorted(order) == [0, 1, 2, 3]
     dense = evaluate(model, routing, batches(), None, bf16=False)
     assert idle["nll"].sum() == pytest.approx(dense["nll"].sum(), rel=1e-6)
-    losses = [evaluate(model, routing, batches(), StaticPlan(drop(4, [u])), bf16=False)["nll"].sum() for u in range(4)]
+    losses = [evaluate(model, routing, batches(), StaticPlan(static_gates(4, [u])), bf16=False)["nll"].sum() for u in range(4)]
     assert order[0] == losses.index(min(losses))
 
 
@@ -147,7 +149,6 @@ def test_tables_are_a_row_a_document_and_intervals_hold_the_value():
     assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]
     assert row["active_layers"] == pytest.approx(2 + 4 * (1 - row["skip"]))
     assert row["kl"] > 0
-    assert mix(table, table, 0.3)["nll"].tolist() == pytest.approx(table["nll"].tolist())
     same = paired_difference(table, table)
     assert same == {"nll_difference": 0.0, "low": 0.0, "high": 0.0}
     assert bootstrap(table, perplexity) == bootstrap(table, perplexity)
