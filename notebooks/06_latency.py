@@ -54,7 +54,7 @@ config = notebook_settings("latency", globals())
 import pandas as pd
 import torch
 
-from dlr import latency, shapes
+from dlr import costs, latency, shapes
 from dlr.figures_latency import speedups
 from dlr.models import load_base
 from dlr.workbook import open_run
@@ -74,8 +74,9 @@ if not run.done:
     rows += [latency.measure(latency.Decode(subject, batch, config.context, config.decode_steps), config.skips,
                              repeats=config.repeats) for batch in config.decode_batches]
     short = latency.Prefill(subject, 1, min(config.lengths))
-    extra = {"costs": latency.counts(short, config.skips), "products": latency.row_costs(works[0], config.skips),
-             "profile": latency.where(works[0], config.skips)}
+    extra = {"costs": costs.flops_and_memory(short, config.skips),
+             "products": costs.row_costs(works[0], config.skips),
+             "profile": costs.profile_prefill(works[0], config.skips)}
     run.finish(pd.concat(rows).to_dict("records"), **{name: frame.to_dict("records") for name, frame in extra.items()})
 
 # %% tags=["nbval-ignore-output"]

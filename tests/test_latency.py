@@ -7,7 +7,7 @@ from tiny_models import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlr
-from dlr import latency
+from dlr import costs, latency
 from dlr.figures_latency import speedups
 from dlr.flops import flops_per_token
 from dlr.policy import StaticPlan
@@ -57,8 +57,8 @@ def test_row_costs_are_of_the_plans_rows(subject):
             return product(layer, x)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.Linear, "forward", forward)
-            patch.setattr(latency, "timer", lambda: now[0])
-            table = latency.row_costs(work, [0.25, 0.5], repeats=3)
+            patch.setattr(costs, "timer", lambda: now[0])
+            table = costs.row_costs(work, [0.25, 0.5], repeats=3)
         for row, skip in zip(table.itertuples(), (0.25, 0.5)):
             kept = [int(n) for n in subject.plan(skip, 30)[torch.arange(30) % 60].sum(0)]
             assert row.bound == subject.bound(skip) and set(kept) - {0} <= set(rows_seen)
@@ -110,7 +110,7 @@ def test_whiskers_of_the_figure_enclose_its_bars(paired):
 
 
 def test_the_profile_tells_products_attention_and_the_rest_apart(subject):
-    table = latency.where(latency.Prefill(subject, 2, 60), [0.25, 0.5], repeats=2).set_index("skip")
+    table = costs.profile_prefill(latency.Prefill(subject, 2, 60), [0.25, 0.5], repeats=2).set_index("skip")
     assert list(table["system"]) == ["dense", "compact", "compact"]
     assert (table[["products", "attention", "other"]] > 0).all(axis=None)
     for kind in ("products", "attention", "other"):
@@ -126,14 +126,14 @@ def test_decoding_leaves_the_context_as_it_was(subject):
 
 
 def test_compact_execution_counts_fewer_operations_and_the_same_keys(subject):
-    costs = latency.counts(latency.Prefill(subject, 1, 60), [0.0, 0.5]).set_index(["system", "skip"])
+    table = costs.flops_and_memory(latency.Prefill(subject, 1, 60), [0.0, 0.5]).set_index(["system", "skip"])
     def saved(system, column):
-        return costs.loc[(system, 0.0), column] - costs.loc[(system, 0.5), column]
+        return table.loc[(system, 0.0), column] - table.loc[(system, 0.5), column]
 
     assert saved("masked", "counted_gflop") == 0
     assert saved("compact", "counted_gflop") == pytest.approx(saved("compact", "closed_form_gflop"), rel=0.25)
-    assert (costs["counted_gflop"] > costs["closed_form_gflop"] * 0.99).all(), "the counter also sees masked attention"
-    assert costs["kv_mb"].nunique() == 1
+    assert (table["counted_gflop"] > table["closed_form_gflop"] * 0.99).all(), "the counter also sees masked attention"
+    assert table["kv_mb"].nunique() == 1
 
 
 def test_closed_form_equals_the_counter(llama):
