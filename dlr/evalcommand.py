@@ -1,7 +1,13 @@
-"""`python -m dlr eval CHECKPOINT`: benchmarks of one checkpoint, resumable task by task."""
+"""`python -m dlr eval CHECKPOINT`: benchmarks of one checkpoint, resumable task by task.
+
+The command line builds its parser from here, so what takes seconds to import is imported by the command itself.
+"""
 
 import argparse
 import json
+
+from dlr.config import EvaluationConfig, validated
+from dlr.runs import Run, results_folder, slug
 
 EXAMPLES = """examples:
   python -m dlr eval nano-router --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5
@@ -35,76 +41,47 @@ def add_parser(commands) -> None:
     command.add_argument("--name", help="name of the results folder below results/evaluation/")
 
 
-def scores_table(rows: list[dict]):
-    """Rows of `dlr.benchmark.row_of` as people read them: a DataFrame, one line a variant."""
-    import pandas as pd
-    lines = []
-    for row in rows:
-        line = {"variant": row["variant"], "skip": f"{row['skip']:.1%}", "active layers": f"{row['active_layers']:.2f}",
-                "MFLOPs/token": f"{row['flops'] / 1e6:.2f}"}
-        for score in row["scores"]:
-            text = f"{score['score']:.4f}"
-            text += f" ± {score['stderr']:.4f}" if score["stderr"] is not None else ""
-            text += "".join(f"; {name.removesuffix(',none')} {value:.4f}" for name, value in score.get("others", {}).items())
-            below = score.get("tasks_not_above_chance")
-            if below:
-                text += f" ({len(below)} of {score['tasks']} tasks not above chance)"
-            if score.get("above_chance") is False:
-                text += " (not above chance)"
-            line[f"{score['task']} ({score['metric'].split(',')[0]})"] = text
-        for task, found in row["perplexity"].items():
-            for unit in ("token", "word"):
-                value, low, high = (found[f"{unit}_perplexity{end}"] for end in ("", "_low", "_high"))
-                line[f"{task} ppl/{unit} (95 %)"] = f"{value:.2f} ({low:.2f}–{high:.2f})"
-            line[f"{task} bits/byte"] = f"{found['bits_per_byte']:.3f}"
-        line["cut on the left"] = f"{row['truncated']} of {row['requests']}"
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def environment() -> dict:
-    """Versions of what produced the scores."""
-    import importlib.metadata as metadata
-    return {name: metadata.version(name) for name in ("lm_eval", "torch", "transformers", "peft", "datasets")}
-
-
-def evaluate_command(arguments) -> int:
-    from dlr.benchmark import precision_of, row_of, run_benchmark
-    from dlr.config import EvaluationConfig, validated
-    from dlr.harness import DLRLM
-    from dlr.runs import Run, results_folder, slug
-    from dlr.tasks import PERPLEXITIES, manager_for
-    from dlr.opened import load
-    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
-    if not names:
+def _refuse(arguments, tasks: list[str]) -> None:
+    if not tasks:
         raise ValueError("--tasks needs at least one name, for example --tasks arc_challenge,gsm8k")
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
         raise ValueError(f"--num-fewshot {arguments.num_fewshot} must be 0 or more")
     if arguments.limit is not None and arguments.limit <= 0:
         raise ValueError(f"--limit {arguments.limit} must be above 0")
-    manager_for([name for name in names if name not in PERPLEXITIES])              # a mistyped name costs no model loading
-    if arguments.name is not None and not arguments.name.strip("."):
-        raise ValueError(f"--name {arguments.name!r} must be a folder's name, not a way up")
-    name = validated({} if arguments.name is None else {"run_name": arguments.name}, EvaluationConfig).run_name
+    if arguments.name is not None:
+        if not arguments.name.strip("."):
+            raise ValueError(f"--name {arguments.name!r} must be a folder's name, not a way up")
+        validated({"run_name": arguments.name}, EvaluationConfig)
+
+
+def evaluate_command(arguments) -> int:
+    """Runs the tasks, keeps their results and prints the table; 0 where all went well."""
+    from dlr.benchmark import precision_of, run_benchmark
+    from dlr.harness import DLRLM
+    from dlr.opened import load
+    from dlr.table import environment, row_of, scores_table
+    from dlr.tasks import PERPLEXITIES, manager_for
+    tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    _refuse(arguments, tasks)
+    manager_for([name for name in tasks if name not in PERPLEXITIES])          # a mistyped name costs no model loading
     loaded = load(arguments.checkpoint, variant=arguments.variant, skip=arguments.skip, order=arguments.order,
                   model=arguments.model, dtype=arguments.dtype, load_in_4bit=arguments.load_in_4bit)
-    label = name if arguments.name is not None else slug(f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}"
-                                     + (f"-skip={arguments.skip}" if arguments.skip is not None else ""))
+    dialled = "" if arguments.skip is None else f"-skip={arguments.skip}"
+    label = arguments.name or slug(f"{loaded.checkpoint.removesuffix('/checkpoint')}-{loaded.name}{dialled}")
     run = Run(results_folder() / "evaluation" / label)
     lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size)
     print(f"results in {run.folder}", flush=True)
-    settings = {"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip, "digest": loaded.digest,
-                "base": precision_of(loaded.base)}
-    run.start(settings, loaded.digest)
-    found = run_benchmark(lm, names, run.folder / loaded.name, data_dir=arguments.data_dir, limit=arguments.limit,
-                          num_fewshot=arguments.num_fewshot)
-    row = row_of(lm, found, names)
-    run.finish([row], environment=environment(), tasks=names, limit=arguments.limit, num_fewshot=arguments.num_fewshot,
-               harness={loaded.name: found["harness"]})
+    run.start({"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip,
+               "digest": loaded.digest, "base": precision_of(loaded.base)}, loaded.digest)
+    result = run_benchmark(lm, tasks, run.folder / loaded.name, data_dir=arguments.data_dir, limit=arguments.limit,
+                           num_fewshot=arguments.num_fewshot)
+    row = row_of(lm, result, tasks)
+    run.finish([row], environment=environment(), tasks=tasks, limit=arguments.limit, num_fewshot=arguments.num_fewshot,
+               harness={loaded.name: result["harness"]})
     print(scores_table([row]).T.to_markdown(headers=["", ""]))
     for note in sorted({note for score in row["scores"] for note in score.get("notes", [])}):
         print(f"note: {note}")
     if row["context_skip"] is not None:
-        print(json.dumps({"skip on scored tokens": round(row["skip"], 4), "on prompt and examples":
-                          round(row["context_skip"], 4)}))
+        print(json.dumps({"skip on scored tokens": round(row["skip"], 4),
+                          "on prompt and examples": round(row["context_skip"], 4)}))
     return 0

@@ -55,10 +55,10 @@ config = notebook_settings("evaluation", globals())
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import benchmark
-from dlr.evalcommand import environment, scores_table
+from dlr import evaluation
 from dlr.figures_evaluation import bars, group_tasks, groups, layer_skips, scatter
 from dlr.runs import Run, project_root
+from dlr.table import environment, scores_table
 from dlr.workbook import open_run
 
 run = open_run("evaluation", config)
@@ -68,7 +68,7 @@ run = open_run("evaluation", config)
 
 # %% tags=["nbval-ignore-output"]
 if not run.done:
-    rows, harness, differences = benchmark.evaluate_variants(config, run.folder)
+    rows, harness, differences = evaluation.evaluate_variants(config, run.folder)
     run.finish(rows, against_static=differences, environment=environment(), tasks=config.tasks, limit=config.limit,
                num_fewshot=config.num_fewshot, harness=harness)
 rows, harness = run.rows, run.metrics["harness"]

@@ -4,10 +4,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from dlr.benchmark import _above, evaluate_variants, paired, specs_of
 from dlr.config import EvaluationConfig, SettingsError, VariantSpec
-from dlr.evalcommand import scores_table
+from dlr.evaluation import evaluate_variants, paired, specs_of
 from dlr.figures_evaluation import bars, group_tasks, groups, layer_skips, scatter
+from dlr.table import _above, scores_table
 
 ROUTED = VariantSpec(name="routed", checkpoint="a/router")
 STATIC = VariantSpec(name="static", checkpoint="a/static", match="routed")

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from local_tasks import write_tasks
 
 import dlr.benchmark
-from dlr.benchmark import row_of, run_benchmark
+from dlr.benchmark import run_benchmark
 from dlr.router_config import RouterConfig
 from dlr.evaluate import router_logits
 from dlr.data import Documents, padded_batches
@@ -19,6 +19,7 @@ from dlr.models import load_base
 from dlr.opened import Opened
 from dlr.policy import RandomByDocument, RouterPolicy, StaticByDocument, StaticPlan, uniform_from
 from dlr.routed import attach
+from dlr.table import row_of
 from dlr.tasks import load_tasks, manager_for
 from dlr.wikitext import strided_perplexity, windows
 
