@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.config import BaseModelConfig, SettingsError
 from dlr.router_config import RouterConfig
-from dlr.data import Documents, folder_texts, load_documents, padded_batches
+from dlr.data import Documents, folder_texts, load_documents, padded_batches, read_wikitext
 from dlr.encoding import encode, opening_token, padding_token
 from dlr.evaluate import bootstrap, evaluate
 from dlr.models import NANO, load_base
@@ -21,7 +21,6 @@ from dlr.pretrain import STAGE, new_model, pretrain, pretraining_stream, pretrai
 from dlr.progress import tqdm
 from dlr.routed import attach
 from dlr.runs import from_project, write_atomically
-from dlr.wikitext import read_text
 
 HISTORY = "training.json"          # loss by tokens seen, beside the exported weights
 PROMPTS = ("Once upon a time, there was a little", "Return the sum of the array elements over", "The village is located in")
@@ -134,7 +133,7 @@ def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
     """
     sources = {"embedded corpus, test": load_documents("embedded", "test").texts}
     if config.wikitext_test:
-        sources["WikiText-103, test"] = [read_text(from_project(config.wikitext_test))]
+        sources["WikiText-103, test"] = [read_wikitext(from_project(config.wikitext_test))]
     if config.tinystories_validation:
         sources["TinyStories, validation part"] = folder_texts(config.tinystories_validation)
     rows = []

@@ -5,6 +5,7 @@ blocks of s); evaluation data keeps one document a row, right-padded, so that in
 Text becomes ids in `dlr.encoding` alone: a special token that a text spells out stays text.
 """
 
+import csv
 import hashlib
 import json
 import re
@@ -21,6 +22,7 @@ from dlr.runs import from_project
 
 HUB_ALIASES = {"wikitext-103-raw-v1": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
                "wikitext-2-raw-v1": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+_WIKITEXT_TITLE = re.compile(r"(?m)^(?= = [^=\n]+ = *$)")
 _WIKI_DOC = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
 # A marker between documents stands alone on its line, or is glued to the document it opens. Anywhere else, as in a
 # manual that speaks of it, it is text.
@@ -105,29 +107,45 @@ def folder_texts(path: str | Path) -> list[str]:
     return texts
 
 
-def _hub_texts(dataset: str, split: str) -> list[str]:
-    from datasets import load_dataset
+def hub_lines(dataset: str, split: str, remedy: str) -> list[str]:
+    """The texts of the rows of a Hub dataset, or of one of HUB_ALIASES.
+
+    Raises:
+        ConnectionError: it could not be loaded; the message ends with `remedy`, what to do without a network.
+    """
+    from datasets import load_dataset                     # takes seconds to import, and only the Hub needs it
     name, config = HUB_ALIASES.get(dataset, (dataset, None))
-    hub_split = {"train": "train", "test": "test"}.get(split, "validation")
     try:
-        rows = load_dataset(name, config, split=hub_split)
+        return load_dataset(name, config, split=split)["text"]
     except Exception as error:          # the Hub raises a different class for each kind of failure
         raise ConnectionError(f"The dataset {name!r} could not be loaded from the Hugging Face Hub "
-                              f"({type(error).__name__}). Without a network use dataset='embedded', or a folder of "
-                              "text files.") from error
-    texts = _join_lines(rows["text"])
+                              f"({type(error).__name__}). Without a network {remedy}.") from error
+
+
+def _hub_texts(dataset: str, split: str) -> list[str]:
+    hub_split = split if split in ("train", "test") else "validation"
+    lines = hub_lines(dataset, hub_split, "use dataset='embedded', or a folder of text files")
+    texts = [text for text in map(str.strip, wikitext_articles("".join(lines))) if len(text) >= 200]
     half = len(texts) // 2              # Hub datasets have no calibration split: half the validation split
     return {"calibration": texts[:half], "validation": texts[half:]}.get(split, texts)
 
 
-def _join_lines(lines: list[str]) -> list[str]:
-    """WikiText comes a line a row: join the rows of one article (its title reads ` = Title = `)."""
-    articles: list[list[str]] = [[]]
-    for line in lines:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", line):
-            articles.append([])
-        articles[-1].append(line)
-    return [text for text in ("".join(a).strip() for a in articles) if len(text) >= 200]
+def wikitext_articles(text: str) -> list[str]:
+    """The articles of a WikiText file, split at first-level titles (` = Title = ` on a line)."""
+    return [part for part in _WIKITEXT_TITLE.split(text) if part.strip()]
+
+
+def read_wikitext(path: Path) -> str:
+    """A WikiText file: plain text, or one-column CSV whose rows are joined. Raises ValueError naming file and line."""
+    raw = path.read_text(encoding="utf-8")
+    if not raw.startswith('"'):
+        return raw
+    parts, reader = [], csv.reader(raw.splitlines(keepends=True))
+    for row in reader:
+        if len(row) > 1:
+            raise ValueError(f"{path}, line {reader.line_num}: one column was expected, {len(row)} found.")
+        parts.extend(row)
+    return "".join(parts)
 
 
 def load_documents(dataset: str, split: str) -> Documents:

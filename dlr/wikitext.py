@@ -6,61 +6,32 @@ as context, so every token is scored once, with at least `window - stride` token
 are split at white space and bytes counted in the text as distributed (no detokenising); the interval is over articles.
 """
 
-import csv
-import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from dlr.data import hub_lines, load_documents, read_wikitext, wikitext_articles
 from dlr.encoding import encode, opening_token
 from dlr.evaluate import bootstrap
 
-_TITLE = re.compile(r"(?m)^(?= = [^=\n]+ = *$)")
 WINDOW, STRIDE = 512, 256
-
-
-def articles(text: str) -> list[str]:
-    """The articles of a WikiText file, split at first-level titles."""
-    return [part for part in _TITLE.split(text) if part.strip()]
-
-
-def read_text(path: Path) -> str:
-    """A WikiText file: plain text, or one-column CSV whose rows are joined. Raises ValueError naming file and line."""
-    raw = path.read_text(encoding="utf-8")
-    if not raw.startswith('"'):
-        return raw
-    parts, reader = [], csv.reader(raw.splitlines(keepends=True))
-    for row in reader:
-        if len(row) > 1:
-            raise ValueError(f"{path}, line {reader.line_num}: one column was expected, {len(row)} found.")
-        parts.extend(row)
-    return "".join(parts)
 
 
 def texts_of(name: str, data_dir: str | None) -> list[str]:
     """Documents of a perplexity task: 'wikitext103', or 'embedded', which needs neither network nor files."""
-    if name == "embedded":
-        from dlr.data import load_documents
-        return load_documents("embedded", "test").texts
-    return load_articles(data_dir)
+    return load_documents("embedded", "test").texts if name == "embedded" else load_articles(data_dir)
 
 
 def load_articles(data_dir: str | None = None, split: str = "test") -> list[str]:
     """Articles of WikiText-103 (raw) from `<data_dir>/wikitext-103/<split>.txt`, or from the hub."""
     if data_dir is None:
-        from dlr.data import HUB_ALIASES
-        import datasets
-        try:
-            rows = datasets.load_dataset(*HUB_ALIASES["wikitext-103-raw-v1"], split=split)["text"]
-        except Exception as error:          # see dlr.tasks.load_tasks
-            raise ConnectionError(f"WikiText-103 could not be downloaded from the Hugging Face Hub ({type(error).__name__}). "
-                                  "Without a network give --data-dir DIR with wikitext-103/test.txt.") from error
-        return articles("".join(rows))
+        remedy = f"give --data-dir DIR with wikitext-103/{split}.txt"
+        return wikitext_articles("".join(hub_lines("wikitext-103-raw-v1", split, remedy)))
     path = Path(data_dir).expanduser() / "wikitext-103" / f"{split}.txt"
     if not path.is_file():
         raise FileNotFoundError(f"--data-dir holds no {str(path)!r} (plain text or one-column CSV).")
-    return articles(read_text(path))
+    return wikitext_articles(read_wikitext(path))
 
 
 def windows(ids: list[int], window: int, stride: int) -> list[tuple[list[int], list[int]]]:
@@ -79,17 +50,17 @@ def strided_perplexity(lm, texts: list[str], window: int = WINDOW, stride: int =
     """Perplexities of `lm` (a dlr.harness.DLRLM, or any HFLM) over `texts`; windows never exceed its context."""
     window = min(window, lm.max_length)
     stride = min(stride, window)
-    opening, requests, owner = opening_token(lm.tokenizer), [], []
+    opening = opening_token(lm.tokenizer)
+    requests, owner = [], []
     for place, text in enumerate(texts):
-        ids = [opening, *encode(lm.tokenizer, text)]
-        found = windows(ids, window, stride)
-        requests += [(None, context, scored) for context, scored in found]
-        owner += [place] * len(found)
+        steps = windows([opening, *encode(lm.tokenizer, text)], window, stride)
+        requests += [(None, context, scored) for context, scored in steps]
+        owner += [place] * len(steps)
     scores = lm._loglikelihood_tokens(requests)
-    table = pd.DataFrame({"words": [len(text.split()) for text in texts],
-                          "bytes": [len(text.encode()) for text in texts], "nll": 0.0, "tokens": 0})
-    table["nll"] = np.bincount(owner, [-score for score, _ in scores], len(texts))
-    table["tokens"] = np.bincount(owner, [len(scored) for _, _, scored in requests], len(texts)).astype(int)
+    table = pd.DataFrame({
+        "words": [len(text.split()) for text in texts], "bytes": [len(text.encode()) for text in texts],
+        "nll": np.bincount(owner, [-score for score, _ in scores], len(texts)),
+        "tokens": np.bincount(owner, [len(scored) for _, _, scored in requests], len(texts)).astype(int)})
 
     def per(unit: str):
         return lambda rows: float(np.exp(rows["nll"].sum() / rows[unit].sum()))

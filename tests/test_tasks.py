@@ -16,6 +16,7 @@ import dlr
 from dlr.__main__ import main
 from dlr.checkpoint import WrongBase, save_control
 from dlr.config import SettingsError
+from dlr.data import read_wikitext, wikitext_articles
 from dlr.router_config import RouterConfig
 from dlr.discovery import HalfWritten, find_checkpoint
 from dlr.flops import active_halves, flops_per_token, layer_flops, plan_flops_per_token, text_flops
@@ -23,7 +24,7 @@ from dlr.models import add_lora, load_base
 from dlr.opened import load
 from dlr.routed import attach
 from dlr.tasks import BadRow, UnknownTask, load_tasks, local_rows
-from dlr.wikitext import articles, load_articles, read_text
+from dlr.wikitext import load_articles
 
 SHARED = Path(os.environ.get("DLR_BENCHMARK_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(not (SHARED / "mmlu").is_dir(), reason="the real benchmark files are not here: set "
@@ -155,10 +156,10 @@ def test_every_real_task_runs_end_to_end(tmp_path, monkeypatch, capsys):
 def test_one_column_csv_is_joined_and_faults_are_placed(tmp_path):
     path = tmp_path / "test.txt"
     path.write_text('""\n" = One = \n"\n" a ""b"" c\n"\n" = = Part = = \n"\n" = Two = \n"\n')
-    assert articles(read_text(path)) == [' = One = \n a "b" c\n = = Part = = \n', " = Two = \n"]
+    assert wikitext_articles(read_wikitext(path)) == [' = One = \n a "b" c\n = = Part = = \n', " = Two = \n"]
     path.write_text('" = One = \n"\n"a","b"\n')
     with pytest.raises(ValueError, match="line 3"):
-        read_text(path)
+        read_wikitext(path)
 
 
 # -- the command --------------------------------------------------------------------------------------------------------
