@@ -7,19 +7,16 @@ Scoring is the harness's own code (HFLM). This class feeds it batches whose rows
 be told from scored tokens, and fails closed: a routed request on which the router did not run is an error.
 """
 
-import difflib
 import hashlib
 import logging
-from typing import Any, Literal
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from dlr.config import SettingsError
-from dlr.models import DTYPES
 from dlr.metering import Meter, Watch, end_watch
+from dlr.options import checked, refuse_absent, typed
 from dlr.progress import tqdm
 from dlr.routed import causal_lm
 from dlr.router import ROUTER_NAME
@@ -50,66 +47,11 @@ def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: li
     return len(tokens)
 
 
-PASSED_ON = ("truncation", "softmax_dtype", "mixed_precision_dtype", "add_bos_token", "prefix_token_id", "think_end_token",
-             "enable_thinking", "chat_template_args")
-_BY_CHECKPOINT = "the base model and its tokenizer are those the checkpoint names; give model=NAME for another place of the same"
-_ONE_DEVICE = "the model runs whole on one device; give device"
-REFUSED = {
-    "logits_cache": "it reuses logits between requests, which hides them from the router's watch",
-    "max_batch_size": "it bounds batch_size='auto', which is not supported; give batch_size",
-    "trust_remote_code": "code from the Hub is never run",
-    "peft": "adapters come with the checkpoint", "delta": "adapters come with the checkpoint",
-    "load_in_8bit": "4 bit is what there is; give load_in_4bit=True",
-    **dict.fromkeys(("pretrained", "backend", "tokenizer", "revision", "subfolder", "use_fast_tokenizer", "gguf_file",
-                     "autogptq", "gptqmodel"), _BY_CHECKPOINT),
-    **dict.fromkeys(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"),
-                    _ONE_DEVICE)}
-
-
-def _checked(options: dict, own: list[str]) -> dict:
-    """The harness's options that act on a model that is loaded already; what is unknown or idle is refused."""
-    for name, value in options.items():
-        if name in REFUSED and value not in (None, False):
-            raise SettingsError(f"{name}={value!r} cannot be used with DLR checkpoints: {REFUSED[name]}.")
-        if name not in (*PASSED_ON, *REFUSED):
-            near = difflib.get_close_matches(name, [*own, *PASSED_ON], n=1)
-            raise SettingsError(f"There is no model argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else
-                             f"; there are {', '.join([*own, *PASSED_ON])}."))
-    return {name: value for name, value in options.items() if name in PASSED_ON}
-
-
-_TEXT, _YES, _SIZE = (str, "text"), (bool, "true or false"), (PositiveInt, "a whole number of at least 1")
-_PRECISION = (Literal["auto", *DTYPES], f"auto, {', '.join(DTYPES)}")
-_TYPES = {"batch_size": (PositiveInt, f"{_SIZE[1]}; 'auto' is not supported"), "skip": (float, "a number"),
-          "max_length": _SIZE, "prefix_token_id": (NonNegativeInt, "a token's number"),
-          "load_in_4bit": _YES, "add_bos_token": _YES, "truncation": _YES, "softmax_dtype": _PRECISION,
-          "mixed_precision_dtype": _PRECISION, "model": _TEXT, "order": _TEXT, "attn_implementation": _TEXT}
-
-
-def _typed(options: dict) -> dict:
-    """`options` as the types they must have: a command line gives '64' and 'no'."""
-    typed = {}
-    for name, value in options.items():
-        kind, said = _TYPES.get(name, (Any, ""))
-        try:
-            typed[name] = None if value is None else TypeAdapter(kind).validate_python(value)
-        except ValidationError:
-            raise SettingsError(f"{name}={value!r} must be {said}.") from None
-    return typed
-
-
-def _refuse_absent(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise SettingsError(f"device={device!r} is not to be had here: {str(error).splitlines()[0]}") from None
-
-
 @register_model("dlr")
 class DLRLM(HFLM):
     """Args: checkpoint (folder, run, phase or base model), variant, skip, order, model, dtype, load_in_4bit,
     attn_implementation (see `dlr.load`); or `loaded`, what that returned. batch_size, device, max_length
-    and the names in `PASSED_ON` as in the harness. `meter` holds what was measured since `restart_meter`.
+    and the names in `options.PASSED_ON` as in the harness. `meter` holds what was measured since `restart_meter`.
 
     Raises:
         SettingsError: an option that is unknown, or that would have no effect here; the message says which and why.
@@ -120,12 +62,12 @@ class DLRLM(HFLM):
                  load_in_4bit: bool | None = None, attn_implementation: str | None = None, loaded: Opened | None = None,
                  batch_size: int | str = 16, device: str | None = None, max_length: int | None = None, **options):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _refuse_absent(device)
-        opened = _typed({"variant": variant, "skip": skip, "order": order, "model": model,
+        refuse_absent(device)
+        opened = typed({"variant": variant, "skip": skip, "order": order, "model": model,
                          "dtype": None if dtype == "auto" else dtype, "load_in_4bit": load_in_4bit,
                          "attn_implementation": attn_implementation})
-        sizes = _typed({"batch_size": batch_size, "max_length": max_length})
-        options = _checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length", *opened])
+        sizes = typed({"batch_size": batch_size, "max_length": max_length})
+        options = checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length", *opened])
         given = [name for name, value in (opened | {"checkpoint": checkpoint}).items() if value is not None]
         if loaded is not None and given:
             raise SettingsError(f"{', '.join(given)} would have no effect on a model that is loaded already; give either.")
@@ -139,7 +81,7 @@ class DLRLM(HFLM):
         net.__dict__["tie_weights"] = lambda: None      # it would tie a head again that an adapter trained apart
         try:
             super().__init__(pretrained=net, backend="causal", tokenizer=self.loaded.tokenizer,
-                             logits_cache=False, **sizes, **_typed(options))
+                             logits_cache=False, **sizes, **typed(options))
         finally:
             logger.disabled = False
             del net.__dict__["tie_weights"]
