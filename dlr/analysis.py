@@ -20,7 +20,7 @@ from dlr.record import Record
 PERMUTATIONS = 200
 NATS_A_BIT = np.log(2)
 ALWAYS, NEVER = 0.99, 0.01          # keep rates beyond which a unit no longer routes
-ONE_PLAN = 0.95                     # share of tokens with the same plan from which on a router has collapsed
+ONE_PLAN = 0.95                     # a router has collapsed where so many tokens share one plan
 
 
 def free(record: Record) -> np.ndarray:
@@ -42,8 +42,10 @@ def by_category(record: Record, table: pd.DataFrame) -> pd.DataFrame:
 
     The last row, "all", is every token the router decides for. Losses are means in nats over predicted tokens.
     """
-    decided, document = free(record), record.document.numpy()
-    depth, gates = record.active_layers.double().numpy(), record.gates.double().numpy()
+    decided = free(record)
+    document = record.document.numpy()
+    depth = record.active_layers.double().numpy()
+    gates = record.gates.double().numpy()
     rows = []
     for name, member in [*table.items(), ("all", np.ones(len(record), bool))]:
         chosen = np.asarray(member, bool) & decided
@@ -132,11 +134,11 @@ def collapse(record: Record) -> dict:
         ("every layer always runs", always.all()), ("no routable layer ever runs", never.all()),
         ("no unit is routed by token", (always | never).all())) if true]
     logits = record.logits[torch.from_numpy(decided)]
-    certain = float("nan") if logits.isnan().all() else gate_entropy(torch.sigmoid(logits - record.meta["threshold"]))
+    shares = torch.sigmoid(logits - record.meta["threshold"])
     return {"always": np.flatnonzero(always).tolist(), "never": np.flatnonzero(never).tolist(),
             "plans": len(plans), "commonest_plan": float(counts.max() / counts.sum()),
             "plan_entropy_bits": float(entropy(counts, base=2)),
-            "gate_entropy_nats": certain, "flags": flags}
+            "gate_entropy_nats": gate_entropy(shares), "flags": flags}
 
 
 def agreement_with_static(record: Record, order: list[int]) -> float:
@@ -168,34 +170,33 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, document: np.ndarray) -> dict
 
 def difficulty(record: Record) -> pd.DataFrame:
     """How active layers go with how hard the prediction is for the dense model: its loss and its entropy."""
-    mine = free(record)
-    depth, document = record.active_layers.double().numpy()[mine], record.document.numpy()[mine]
-    return pd.DataFrame([
-        {"measure": name, **rank_correlation(depth, getattr(record, field).double().numpy()[mine], document)}
-        for name, field in (("dense loss", "loss_dense"), ("dense entropy", "entropy_dense"))])
+    decided = free(record)
+    depth, document = record.active_layers.double().numpy()[decided], record.document.numpy()[decided]
+    hardness = {"dense loss": record.loss_dense, "dense entropy": record.entropy_dense}
+    return pd.DataFrame([{"measure": name, **rank_correlation(depth, value.double().numpy()[decided], document)}
+                         for name, value in hardness.items()])
 
 
 def benefit_correlations(gates: np.ndarray, benefit: np.ndarray, document: np.ndarray) -> pd.DataFrame:
     """Whether layers run where they help: rank correlation of active units with the summed benefit, and of each gate
     with its own unit's benefit. gates and benefit `[n, U]`; benefit = what skipping that unit alone adds."""
-    rows = [{"measure": "all units", **rank_correlation(gates.sum(1).astype(float), benefit.sum(1), document)}]
-    for unit in range(gates.shape[1]):
-        rows.append({"measure": f"unit {unit}",
-                     **rank_correlation(gates[:, unit].astype(float), benefit[:, unit], document)})
-    return pd.DataFrame(rows)
+    pairs = {"all units": (gates.sum(1), benefit.sum(1))}
+    pairs |= {f"unit {unit}": (gates[:, unit], benefit[:, unit]) for unit in range(gates.shape[1])}
+    return pd.DataFrame([{"measure": name, **rank_correlation(ran.astype(float), gained, document)}
+                         for name, (ran, gained) in pairs.items()])
 
 
 def by_position(record: Record) -> pd.DataFrame:
     """Active layers by place in the text, in buckets that double in width; one row a bucket (first, last, mean ...)."""
-    mine = free(record)
-    position, document = record.position.numpy()[mine], record.document.numpy()[mine]
-    depth = record.active_layers.double().numpy()[mine]
+    decided = free(record)
+    position, document = record.position.numpy()[decided], record.document.numpy()[decided]
+    depth = record.active_layers.double().numpy()[decided]
     bucket = np.floor(np.log2(position)).astype(int)
     rows = []
     for k in np.unique(bucket):
-        here = bucket == k
-        rows.append({"first": 2**k, "last": min(2**(k + 1) - 1, int(position.max())), "tokens": int(here.sum()),
-                     **ratio_interval(depth[here], document[here])})
+        inside = bucket == k
+        rows.append({"first": 2**k, "last": min(2**(k + 1) - 1, int(position.max())), "tokens": int(inside.sum()),
+                     **ratio_interval(depth[inside], document[inside])})
     return pd.DataFrame(rows)
 
 

@@ -13,6 +13,10 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from lm_eval.evaluator import evaluate
+from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
+from lm_eval.utils import handle_non_serializable
+
 from dlr import wikitext
 from dlr.metering import Meter
 from dlr.progress import tqdm
@@ -36,27 +40,26 @@ def _chance(samples: list[dict]) -> float | None:
 
 
 def _run_task(lm, name: str, task, limit: float | None) -> dict:
-    from lm_eval.evaluator import evaluate
-    from lm_eval.utils import handle_non_serializable
     meter = lm.restart_meter()
     with contextlib.redirect_stderr(io.StringIO()) if os.environ.get("DLR_TERMINAL") else contextlib.nullcontext():
         try:
-            whole = evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit)
+            result = evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit)
         except AssertionError as error:                  # how the harness refuses, for example more examples than there are
             raise ValueError(f"lm-evaluation-harness refuses {name}: {error or 'an assertion failed'} "
                              f"(num_fewshot={task.get_config('num_fewshot')}).") from error
-    samples = whole.pop("samples")[name]
-    metric = headline(whole["results"][name])
+    samples = result.pop("samples")[name]
+    metric = headline(result["results"][name])
     outcomes = [sample.get(metric[0]) for sample in samples if sample["filter"] == metric[1]] if metric else []
-    for config in whole["configs"].values():
+    for config in result["configs"].values():
         if config.pop("custom_dataset", None) is not None:
             config["dataset_path"] = f"local files of {config.get('dataset_path')}"
         source = str(config.get("metadata", {}).get("config_source", ""))
         if "lm_eval" in source:                         # an installation's own path is no part of a result
             config["metadata"]["config_source"] = source[source.rindex("lm_eval"):]
-    whole = json.loads(json.dumps(whole, default=handle_non_serializable))
+    result = json.loads(json.dumps(result, default=handle_non_serializable))
     binary = outcomes and all(value in (0, 1) for value in outcomes)
-    return {"harness": whole, "chance": _chance(samples) if samples and task.OUTPUT_TYPE == "multiple_choice" else None,
+    chance = _chance(samples) if samples and task.OUTPUT_TYPE == "multiple_choice" else None
+    return {"harness": result, "chance": chance,
             "outcomes": "".join(str(int(v)) for v in outcomes) if binary else None, "meter": asdict(meter)}
 
 
@@ -103,13 +106,14 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
                 met = Meter(**match[name]["meter"])
                 lm.loaded.at_skip(met.skip, met.forced_share)
                 settings["skip"] = round(met.skip, 6)
-            found = _stored(path, settings)
-            kept += found is not None
-            if found is None:
-                found = _run_perplexity(lm, texts, limit) if task is None else _run_task(lm, name, task, limit)
-                found = plain({"settings": settings, "notes": notes_of(task, data_dir) if task is not None else []} | found)
-                write_atomically(path, json.dumps(found, indent=1) + "\n")
-            records[name] = found
+            record = _stored(path, settings)
+            kept += record is not None
+            if record is None:
+                notes = [] if task is None else notes_of(task, data_dir)
+                measured = _run_perplexity(lm, texts, limit) if task is None else _run_task(lm, name, task, limit)
+                record = plain({"settings": settings, "notes": notes} | measured)
+                write_atomically(path, json.dumps(record, indent=1) + "\n")
+            records[name] = record
             bar.update()
     if kept:
         say(f"{lm.loaded.name}: {kept} of {len(leaves)} tasks were finished before and are kept")
@@ -118,7 +122,6 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
 
 def together(records: dict, groups: dict) -> dict:
     """The harness's result of all tasks at once: theirs joined, groups aggregated by the harness's own rules."""
-    from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
     joined = EvalAcc(groups=groups)
     for record in records.values():
         part = record.get("harness")

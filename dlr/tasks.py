@@ -18,6 +18,12 @@ import os
 import re
 from pathlib import Path
 
+import lm_eval.tasks
+from datasets import Dataset, DatasetDict
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+
 FORMS = {"cais/mmlu": "mmlu", "allenai/ai2_arc": "arc", "openai/gsm8k": "gsm8k", "nyu-mll/blimp": "blimp"}
 SERVED = "mmlu, arc_challenge, gsm8k, blimp"
 WIKITEXT = "wikitext103"
@@ -50,9 +56,9 @@ def _json_rows(path: Path, fields: dict[str, type]) -> list[tuple[str, dict]]:
             except json.JSONDecodeError as error:
                 raise BadRow(f"{place}: not JSON ({error.msg} at character {error.pos}); mend or remove it.") from None
             for name, kind in fields.items():
-                found = row.get(name) if isinstance(row, dict) else None
-                if not isinstance(found, kind) or isinstance(found, bool):
-                    raise BadRow(f"{place}: {name!r} must be {kind.__name__}, found {found!r}; mend or remove it.")
+                value = row.get(name) if isinstance(row, dict) else None
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise BadRow(f"{place}: {name!r} must be {kind.__name__}, found {value!r}; mend or remove it.")
             rows.append((place, row))
     return _some(rows, path)
 
@@ -121,17 +127,18 @@ def _arc(folder: Path, name: str) -> dict[str, list[dict]]:
 def _gsm8k(folder: Path, name: str) -> dict[str, list[dict]]:
     splits = {}
     for split in ("train", "test"):
-        found = _json_rows(folder / "gsm8k" / f"{split}.jsonl", {"question": str, "answer": str})
-        for place, row in found:
+        splits[split] = []
+        for place, row in _json_rows(folder / "gsm8k" / f"{split}.jsonl", {"question": str, "answer": str}):
             if "####" not in row["answer"]:
                 raise BadRow(f"{place}: the answer must end in '#### <number>', found {row['answer'][-40:]!r}.")
-        splits[split] = [{key: row[key] for key in ("question", "answer")} for _, row in found]
+            splits[split].append({"question": row["question"], "answer": row["answer"]})
     return splits
 
 
 def _blimp(folder: Path, name: str) -> dict[str, list[dict]]:
-    found = _json_rows(folder / "blimp" / "data" / f"{name}.jsonl", {"sentence_good": str, "sentence_bad": str})
-    return {"train": [{key: row[key] for key in ("sentence_good", "sentence_bad")} for _, row in found]}
+    fields = {"sentence_good": str, "sentence_bad": str}
+    rows = _json_rows(folder / "blimp" / "data" / f"{name}.jsonl", fields)
+    return {"train": [{field: row[field] for field in fields} for _, row in rows]}
 
 
 _READERS = {"mmlu": _mmlu, "arc": _arc, "gsm8k": _gsm8k, "blimp": _blimp}
@@ -150,43 +157,38 @@ def local_rows(form: str, name: str, folder: str | Path) -> dict[str, list[dict]
 
 
 # -- the harness's own definitions --------------------------------------------------------------------------------------
-def _dataset(form: str, name: str, folder: str, **_):
-    from datasets import Dataset, DatasetDict
+def _dataset(form: str, name: str, folder: str, **_) -> DatasetDict:
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in local_rows(form, name, folder).items()})
 
 
-def _local_factory(folder: str):
+class _LocalFactory(TaskFactory):
     """The harness's task factory, except that rows of the served data sets come from `folder`."""
-    from lm_eval.tasks._factory import TaskFactory
 
-    class LocalFactory(TaskFactory):
-        def _load_full_config(self, entry, overrides=None):
-            config = super()._load_full_config(entry, overrides)
-            form = FORMS.get(config.get("dataset_path"))
-            if form is None or (form == "arc" and config.get("dataset_name") != "ARC-Challenge"):
-                return config
-            name = config.get("dataset_name") or ""
-            config["custom_dataset"] = functools.partial(_dataset, form=form, name=name, folder=folder)
-            config["dataset_kwargs"] = None
-            if form == "arc":
-                # The data set's validation split is not served; without a training file the few-shot examples are
-                # other rows of the test split (`fewshot_split` makes the harness leave out the row in question).
-                config["validation_split"] = None
-                if not (Path(folder) / "arc" / "arc_challenge_train.jsonl").is_file():
-                    config |= {"training_split": None, "fewshot_split": config["test_split"]}
+    def __init__(self, folder: str):
+        super().__init__()
+        self.folder = folder
+
+    def _load_full_config(self, entry, overrides=None):
+        config = super()._load_full_config(entry, overrides)
+        form, name = FORMS.get(config.get("dataset_path")), config.get("dataset_name") or ""
+        if form is None or (form == "arc" and name != "ARC-Challenge"):
             return config
-
-    return LocalFactory
+        config["custom_dataset"] = functools.partial(_dataset, form=form, name=name, folder=self.folder)
+        config["dataset_kwargs"] = None
+        if form == "arc":
+            # The data set's validation split is not served; without a training file the few-shot examples are
+            # other rows of the test split (`fewshot_split` makes the harness leave out the row in question).
+            config["validation_split"] = None
+            if not (Path(self.folder) / "arc" / "arc_challenge_train.jsonl").is_file():
+                config |= {"training_split": None, "fewshot_split": config["test_split"]}
+        return config
 
 
 @functools.lru_cache(maxsize=4)
 def _manager(usual: bool):
-    import lm_eval.tasks
-    root = Path(lm_eval.tasks.__file__).parent
     logging.getLogger("lm_eval").setLevel(logging.ERROR)        # its index warns of duplicates among its own files
-    folders = [str(root / name) for name in _USUAL]
-    return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False) if usual else \
-        lm_eval.tasks.TaskManager()
+    folders = [str(Path(lm_eval.tasks.__file__).parent / name) for name in _USUAL]
+    return TaskManager(include_path=folders, include_defaults=False) if usual else TaskManager()
 
 
 def manager_for(names: list[str]):
@@ -218,10 +220,9 @@ def load_tasks(names: list[str], data_dir: str | None = None, num_fewshot: int |
     if not names:
         return {"tasks": {}, "groups": {}}
     manager = manager_for(names)
-    factory = type(manager._factory)
     try:
         if data_dir is not None:
-            manager._factory = _local_factory(str(Path(data_dir).expanduser()))(meta=None)
+            manager._factory = _LocalFactory(str(Path(data_dir).expanduser()))
         loaded = manager.load(list(names))
     except (BadRow, FileNotFoundError) as error:
         if isinstance(error, FileNotFoundError) and "--data-dir" not in str(error):
@@ -232,7 +233,7 @@ def load_tasks(names: list[str], data_dir: str | None = None, num_fewshot: int |
             raise _unreachable(names, error) from error
         raise
     finally:
-        manager._factory = factory(meta=None)
+        manager._factory = TaskFactory()
     for task in loaded["tasks"].values():
         _set_shots(task, num_fewshot)
     return {"tasks": loaded["tasks"], "groups": loaded.get("groups", {})}
@@ -240,7 +241,6 @@ def load_tasks(names: list[str], data_dir: str | None = None, num_fewshot: int |
 
 def _set_shots(task, num_fewshot: int | None) -> None:
     """The harness's own rule (lm_eval.evaluator.simple_evaluate), and its seed for drawing the examples."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
     default = task.get_config("num_fewshot")
     if num_fewshot is not None and default != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
