@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"[+-]?\d[\d.,]*%?")
 @lru_cache(maxsize=1)
 def stop_words() -> frozenset[str]:
     """scikit-learn's English stop words."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS     # takes a second to import, and views start here
     return frozenset(ENGLISH_STOP_WORDS)
 
 
@@ -52,7 +52,7 @@ def _document_flags(tokens: list[str]) -> list[dict[str, bool]]:
     flags = []
     for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""]):
         core = token.strip()
-        letters = bool(core) and (core[0].isalnum())
+        letters = bool(core) and core[0].isalnum()
         joined = letters and token[:1].isalnum() and before[-1:].isalnum()
         whole = letters and not joined and not (token[-1:].isalnum() and after[:1].isalnum())
         flags.append({
@@ -82,10 +82,10 @@ def _code_like(tokens: list[str]) -> list[bool]:
 def _quartiles(loss: torch.Tensor) -> np.ndarray:
     """`[n]` 1 (least loss) to 4 (most), 0 where there is no prediction."""
     known = ~loss.isnan()
-    out = np.zeros(len(loss), np.int64)
-    edges = np.quantile(loss[known].double().numpy(), [0.25, 0.5, 0.75])
-    out[known.numpy()] = 1 + np.searchsorted(edges, loss[known].double().numpy(), side="left")
-    return out
+    quartile = np.zeros(len(loss), np.int64)
+    losses = loss[known].double().numpy()
+    quartile[known.numpy()] = 1 + np.searchsorted(np.quantile(losses, [0.25, 0.5, 0.75]), losses, side="left")
+    return quartile
 
 
 def categories(record: Record, frequency: torch.Tensor | None = None) -> pd.DataFrame:
@@ -125,7 +125,7 @@ def partition(table: pd.DataFrame) -> np.ndarray:
 def load_spacy():
     """A spaCy pipeline with a tagger, or None where spaCy or its small English model is not installed."""
     try:
-        import spacy
+        import spacy                                                   # optional, and takes seconds
         return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
     except (ImportError, OSError):
         return None
