@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dlr.encoding import encode, opening_token
 from dlr.device import autocast, device_of
+from dlr.encoding import encode, opening_token
+from dlr.likelihood import frozen_base
 from dlr.logits import chunks, logits_of
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
@@ -96,8 +97,7 @@ class Record:
         if meta.get("threshold") == -math.inf:
             meta["threshold"] = None
         tensors = {name: getattr(self, name) for name in TENSORS}
-        tensors["gates"] = tensors["gates"].to(torch.uint8)
-        save_tensors(tensors, path.with_suffix(".safetensors"))
+        save_tensors(tensors | {"gates": self.gates.to(torch.uint8)}, path.with_suffix(".safetensors"))
         return write_atomically(path.with_suffix(".json"),
                                 json.dumps({"meta": meta, "tokens": self.tokens}, ensure_ascii=False, allow_nan=False)
                                 + "\n")
@@ -144,39 +144,40 @@ def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor,
 
     `following` `[rows]` are the tokens after them.
     """
-    out = {}
+    kept = {}
     for name, log in (("dense", log_p), ("routed", log_q)):
         best = log.topk(min(top, log.shape[-1]), -1)
-        out[f"loss_{name}"] = -log.gather(1, following.to(log.device)[:, None]).squeeze(1)
-        out[f"top_{name}"], out[f"top_{name}_probability"] = best.indices, best.values.exp()
+        kept[f"loss_{name}"] = -log.gather(1, following.to(log.device)[:, None]).squeeze(1)
+        kept[f"top_{name}"] = best.indices
+        kept[f"top_{name}_probability"] = best.values.exp()
     p = log_p.exp()
-    out["entropy_dense"] = -torch.linalg.vecdot(p, log_p)
-    out["kl"] = -log_q.sub_(log_p).mul_(p).sum(-1)
-    return {name: value.cpu() for name, value in out.items()}
+    kept["entropy_dense"] = -torch.linalg.vecdot(p, log_p)
+    kept["kl"] = -log_q.sub_(log_p).mul_(p).sum(-1)
+    return {name: value.cpu() for name, value in kept.items()}
 
 
 @torch.no_grad()
 def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top: int, bf16: bool) -> dict:
     """Tensors of one text, ids `[s]`. Of both models' logits only a few rows are held at a time."""
-    from dlr.likelihood import frozen_base
     batch = ids.unsqueeze(0)
     with autocast(ids.device, bf16), frozen_base(model, routing):
         dense_rows = logits_of(model, routing, batch)
     with autocast(ids.device, bf16), routing.using(policy):
         routed_rows = logits_of(model, routing, batch)
-    plan, parts, following = routing.plan, [], ids.roll(-1)
+    plan, following = routing.plan, ids.roll(-1)
+    parts = []
     for rows in chunks(model, len(ids)):
         with autocast(ids.device, bf16), frozen_base(model, routing):
             dense = _log_p(dense_rows(rows))
         with autocast(ids.device, bf16):
             routed = _log_p(routed_rows(rows))
         parts.append(_compared(dense, routed, following[rows], top))
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for name in ("loss_dense", "loss_routed", "entropy_dense", "kl"):
-        found[name][-1] = NAN                                                # nothing follows the last token
+        measured[name][-1] = NAN                                             # nothing follows the last token
     logits = torch.full(plan.gates.shape[1:], NAN) if plan.logits is None else plan.logits[0].float().cpu()
-    return {"ids": ids.cpu(), "position": torch.arange(len(ids)), "gates": (plan.gates[0] > 0.5).cpu(), "logits": logits,
-            **found}
+    return measured | {"ids": ids.cpu(), "position": torch.arange(len(ids)), "gates": (plan.gates[0] > 0.5).cpu(),
+                       "logits": logits}
 
 
 def document_ids(tokenizer, text: str, model) -> list[int]:
@@ -208,7 +209,8 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
     """
     if not texts:
         raise ValueError("There is no text to record; give at least one string.")
-    policy, device, parts = policy or RouterPolicy(), device_of(model), []
+    policy, device = policy or RouterPolicy(), device_of(model)
+    parts = []
     for index, text in enumerate(tqdm(texts, desc="recording", unit="text", disable=not bar or len(texts) < 8)):
         ids = document_ids(tokenizer, text, model)[:max_len]
         part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top, bf16)
