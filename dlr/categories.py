@@ -1,9 +1,11 @@
-"""Token categories, read off decoded text: pure functions of a record (and of how often each token occurs).
+"""Token categories, read off decoded text: pure functions of a record (and of how often each token
+occurs).
 
-A position's category is that of the token read there, which is what the router sees; only the loss quartiles speak of
-the token predicted there. One token may belong to several categories ("(" is punctuation and code-like; "The" is a
-stop word, a word start and capitalised), so the columns do not add up to the number of tokens. Where a statistic needs
-exactly one label a token, `partition` gives it.
+A position's category is that of the token read there, which is what the router sees; only the loss
+quartiles speak of the token predicted there. One token may belong to several categories ("(" is
+punctuation and code-like; "The" is a stop word, a word start and capitalised), so the columns do
+not add up to the number of tokens. Where a statistic needs exactly one label a token, `partition`
+gives it.
 """
 
 import re
@@ -17,9 +19,10 @@ import torch
 from dlr.encoding import encode
 from dlr.record import Record
 
-RARE_MASS = 0.05          # rare: the least frequent tokens that together make up this share of running text
-PARTITION = ("whitespace", "number", "stop word", "code-like", "punctuation", "word continuation", "capitalised",
-             "word start")                       # first match wins
+# rare: the least frequent tokens that together make up this share of running text
+RARE_MASS = 0.05
+PARTITION = ("whitespace", "number", "stop word", "code-like", "punctuation", "word continuation",
+             "capitalised", "word start")                       # first match wins
 OTHER = "other"
 _CODE = re.compile(r"[_`{}\[\]=<>\\|@#$%^&*~]|\w\(|\(\)|::|->|[A-Za-z]{2}\.[A-Za-z]{2}|[a-z][A-Z]")
 _NUMBER = re.compile(r"[+-]?\d[\d.,]*%?")
@@ -28,18 +31,22 @@ _NUMBER = re.compile(r"[+-]?\d[\d.,]*%?")
 @lru_cache(maxsize=1)
 def stop_words() -> frozenset[str]:
     """scikit-learn's English stop words."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS     # takes a second to import, and views start here
+    # takes a second to import, and views start here
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
     return frozenset(ENGLISH_STOP_WORDS)
 
 
 def frequencies(texts: list[str], tokenizer) -> torch.Tensor:
-    """How often each token id occurs in `texts`, `[V]` int64; V covers ids beyond gaps in them too."""
-    ids = np.concatenate([np.zeros(0, np.int64), *(np.array(row, np.int64) for row in encode(tokenizer, texts))])
+    """How often each token id occurs in `texts`, `[V]` int64; V covers ids beyond gaps in them
+    too."""
+    ids = np.concatenate([np.zeros(0, np.int64),
+                          *(np.array(row, np.int64) for row in encode(tokenizer, texts))])
     return torch.from_numpy(np.bincount(ids, minlength=len(tokenizer)))
 
 
 def rare_ids(frequency: torch.Tensor, mass: float = RARE_MASS) -> torch.Tensor:
-    """`[V]` bool: the least frequent ids whose occurrences together stay within `mass` of the text."""
+    """`[V]` bool: the least frequent ids whose occurrences together stay within `mass` of the
+    text."""
     order = frequency.argsort(stable=True)
     share = frequency[order].double().cumsum(0) / frequency.sum().clamp(min=1)
     rare = torch.zeros(len(frequency), dtype=torch.bool)
@@ -68,8 +75,8 @@ def _document_flags(tokens: list[str]) -> list[dict[str, bool]]:
 
 
 def _code_like(tokens: list[str]) -> list[bool]:
-    """Whether each token overlaps a stretch of non-space text that holds code's marks (brackets after names, `_`, `=`,
-    backticks, inner capitals or dots); white space itself never does."""
+    """Whether each token overlaps a stretch of non-space text that holds code's marks (brackets
+    after names, `_`, `=`, backticks, inner capitals or dots); white space itself never does."""
     ends = np.cumsum([len(t) for t in tokens])
     marked = np.zeros(int(ends[-1]) + 1 if len(ends) else 1, np.int64)
     for chunk in re.finditer(r"\S+", "".join(tokens)):
@@ -84,15 +91,16 @@ def _quartiles(loss: torch.Tensor) -> np.ndarray:
     known = ~loss.isnan()
     quartile = np.zeros(len(loss), np.int64)
     losses = loss[known].double().numpy()
-    quartile[known.numpy()] = 1 + np.searchsorted(np.quantile(losses, [0.25, 0.5, 0.75]), losses, side="left")
+    quartile[known.numpy()] = 1 + np.searchsorted(np.quantile(losses, [0.25, 0.5, 0.75]), losses,
+                                                  side="left")
     return quartile
 
 
 def categories(record: Record, frequency: torch.Tensor | None = None) -> pd.DataFrame:
     """One bool column a category, one row a token.
 
-    The opening token of a document belongs to none. "rare" is there only where `frequency` `[V]` is given, and
-    "loss quartile 1..4" rank the dense model's loss at each position, 4 the hardest.
+    The opening token of a document belongs to none. "rare" is there only where `frequency` `[V]` is
+    given, and "loss quartile 1..4" rank the dense model's loss at each position, 4 the hardest.
 
     Raises:
         ValueError: `frequency` does not cover the record's token ids.
@@ -101,13 +109,15 @@ def categories(record: Record, frequency: torch.Tensor | None = None) -> pd.Data
     for index in np.unique(document):
         place = np.flatnonzero(document == index)
         tokens = [record.tokens[i] for i in place]
-        tokens[0] = "" if record.position[place[0]] == 0 else tokens[0]      # the opening token is no text
+        # the opening token is no text
+        tokens[0] = "" if record.position[place[0]] == 0 else tokens[0]
         rows += [f | {"code-like": c} for f, c in zip(_document_flags(tokens), _code_like(tokens))]
     table = pd.DataFrame(rows)
     if frequency is not None:
         if int(record.ids.max()) >= len(frequency):
-            raise ValueError(f"Token frequencies cover {len(frequency)} ids, but the record holds id "
-                             f"{int(record.ids.max())}; count them with the record's own tokenizer.")
+            raise ValueError(f"Token frequencies cover {len(frequency)} ids, but the record holds "
+                             f"id {int(record.ids.max())}; count them with the record's own "
+                             "tokenizer.")
         table["rare"] = (rare_ids(frequency)[record.ids] & (record.position > 0)).numpy()
     quartile = _quartiles(record.loss_dense)
     for q in range(1, 5):
@@ -118,12 +128,14 @@ def categories(record: Record, frequency: torch.Tensor | None = None) -> pd.Data
 def partition(table: pd.DataFrame) -> np.ndarray:
     """Exactly one label a token: the first of PARTITION it belongs to, else 'other'."""
     names = np.array([*PARTITION, OTHER])
-    member = np.column_stack([*(table[name].to_numpy() for name in PARTITION), np.ones(len(table), bool)])
+    member = np.column_stack([*(table[name].to_numpy() for name in PARTITION),
+                              np.ones(len(table), bool)])
     return names[member.argmax(1)]
 
 
 def load_spacy():
-    """A spaCy pipeline with a tagger, or None where spaCy or its small English model is not installed."""
+    """A spaCy pipeline with a tagger, or None where spaCy or its small English model is not
+    installed."""
     try:
         import spacy                                                   # optional, and takes seconds
         return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
@@ -132,10 +144,12 @@ def load_spacy():
 
 
 def part_of_speech(record: Record, pipeline) -> np.ndarray:
-    """The coarse part of speech `[n]` of the word each token lies in, '' for white space and opening tokens.
+    """The coarse part of speech `[n]` of the word each token lies in, '' for white space and
+    opening tokens.
 
     Args:
-        pipeline: maps a text to tokens that have `idx` (first character), `text` and `pos_`, as spaCy's do.
+        pipeline: maps a text to tokens that have `idx` (first character), `text` and `pos_`, as
+            spaCy's do.
     """
     tags, document = np.full(len(record), "", dtype=object), record.document.numpy()
     for index in np.unique(document):

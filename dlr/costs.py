@@ -1,4 +1,5 @@
-"""Where a prefill's time, operations and memory go, beside what the layer count alone would make of them."""
+"""Where a prefill's time, operations and memory go, beside what the layer count alone would make of
+them."""
 
 import itertools
 import statistics
@@ -6,7 +7,8 @@ import weakref
 
 import pandas as pd
 import torch
-from torch.utils.benchmark import timer              # waits for an accelerator before it reads the clock
+# waits for an accelerator before it reads the clock
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlr.device import device_of
@@ -36,7 +38,8 @@ class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             key, size = storage._cdata, storage.nbytes()
-            if key not in given and key not in self.known:          # neither an argument nor a view of what is known
+            # neither an argument nor a view of what is known
+            if key not in given and key not in self.known:
                 self.known.add(key)
                 self.now += size
                 self.peak = max(self.peak, self.now)
@@ -45,29 +48,35 @@ class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def _storages(tree) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree)
+            if isinstance(leaf, torch.Tensor)]
 
 
 def row_costs(work: Prefill, skips: list[float], repeats: int = 9) -> pd.DataFrame:
-    """What the matrix library leaves of the layer-count bound: it works slower on few rows than on many.
+    """What the matrix library leaves of the layer-count bound: it works slower on few rows than on
+    many.
 
     Times the layer's largest product alone, at the rows each layer of the plan keeps, in turns.
 
-    Columns: skip; bound; product_bound, the speed-up over dense if every layer's time went as its largest product's does;
-    row_cost, the mean time of a kept row there relative to one of a full pass.
+    Columns: skip; bound; product_bound, the speed-up over dense if every layer's time went as its
+    largest product's does; row_cost, the mean time of a kept row there relative to one of a full
+    pass.
     """
     subject = work.subject
     layer = subject.routing.layers[subject.routing.first]
-    largest = max((m for m in layer.modules() if isinstance(m, torch.nn.Linear)), key=lambda m: m.weight.numel())
+    largest = max((m for m in layer.modules() if isinstance(m, torch.nn.Linear)),
+                  key=lambda m: m.weight.numel())
     total = work.tokens
     plans = {skip: subject.plan(skip, total) for skip in skips}
-    kept = {skip: [int(n) for n in plan[torch.arange(total) % len(plan)].sum(0)] for skip, plan in plans.items()}
+    kept = {skip: [int(n) for n in plan[torch.arange(total) % len(plan)].sum(0)]
+            for skip, plan in plans.items()}
     seconds = _product_seconds(largest, {total, *itertools.chain(*kept.values())}, repeats)
     always = subject.layers - subject.routing.units
     rows = []
     for skip in skips:
         whole_layers = sum(seconds[n] for n in kept[skip]) / seconds[total]
-        rows.append({"skip": skip, "bound": subject.bound(skip), "product_bound": subject.layers / (always + whole_layers),
+        rows.append({"skip": skip, "bound": subject.bound(skip),
+                     "product_bound": subject.layers / (always + whole_layers),
                      "row_cost": whole_layers / (sum(kept[skip]) / total)})
     return pd.DataFrame(rows)
 
@@ -87,16 +96,20 @@ def _product_seconds(product: torch.nn.Linear, counts: set[int], repeats: int) -
 
 
 def profile_prefill(work: Prefill, skips: list[float], repeats: int = 3) -> pd.DataFrame:
-    """Where a prefill's time goes, by torch.profiler: milliseconds of products, attention and all other operations.
+    """Where a prefill's time goes, by torch.profiler: milliseconds of products, attention and all
+    other operations.
 
-    Each beside what a time proportional to the layers run would be (`<kind>_at_bound`), from the dense model's profile.
-    Compare within the table: profiling itself takes time, most of it between operations, which is not counted here.
+    Each beside what a time proportional to the layers run would be (`<kind>_at_bound`), from the
+    dense model's profile. Compare within the table: profiling itself takes time, most of it between
+    operations, which is not counted here.
     """
-    turns = [{case: _profiled(work, *case) for case in (("dense", 0.0), *(("compact", skip) for skip in skips))}
+    turns = [{case: _profiled(work, *case) for case in (("dense", 0.0),
+                                                        *(("compact", skip) for skip in skips))}
              for _ in range(repeats)]
     rows: list[dict] = []
     for system, skip in turns[0]:
-        median = {kind: statistics.median(turn[system, skip][kind] for turn in turns) for kind in KINDS}
+        median = {kind: statistics.median(turn[system, skip][kind] for turn in turns)
+                  for kind in KINDS}
         rows.append({"system": system, "skip": skip} | median)
         rows[-1] |= {f"{kind}_at_bound": rows[0][kind] / work.subject.bound(skip) for kind in KINDS}
     return pd.DataFrame(rows)
@@ -108,12 +121,15 @@ def _profiled(work: Prefill, system: str, skip: float) -> dict[str, float]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with work.subject.as_system(system, skip, work.tokens), torch.profiler.profile(activities=activities) as profiled:
+    profiler = torch.profiler.profile(activities=activities)
+    with work.subject.as_system(system, skip, work.tokens), profiler:
         work.run()
     spent = dict.fromkeys(KINDS, 0.0)
-    for event in profiled.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CPU:         # operations, not the kernels they launch
-            spent[_kind(event.key)] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+    for event in profiler.key_averages():
+        # operations, not the kernels they launch
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            spent[_kind(event.key)] += (event.self_device_time_total if on_gpu
+                                        else event.self_cpu_time_total) / 1e3
     return spent
 
 
@@ -123,15 +139,18 @@ def _kind(operation: str) -> str:
     return "products" if any(name in operation for name in ("mm", "linear", "matmul")) else "other"
 
 
-def flops_and_memory(work: Prefill, skips: list[float], systems=("dense", "masked", "compact")) -> pd.DataFrame:
-    """FLOPs of a prefill, by the counter (with eager attention) and in closed form; memory over dense; K/V bytes."""
+def flops_and_memory(work: Prefill, skips: list[float],
+                     systems=("dense", "masked", "compact")) -> pd.DataFrame:
+    """FLOPs of a prefill, by the counter (with eager attention) and in closed form; memory over
+    dense; K/V bytes."""
     subject, model = work.subject, work.subject.model
     weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     attention = model.config._attn_implementation
     peaks, rows = [], []
     for system, skip in [(s, k) for s in systems for k in ([0.0] if s == "dense" else skips)]:
         with subject.as_system(system, skip, work.tokens):
-            model.set_attn_implementation("eager")          # the counter takes other attention for free
+            # the counter takes other attention for free
+            model.set_attn_implementation("eager")
             with FlopCounterMode(display=False) as counter:
                 model(work.ids, use_cache=False, logits_to_keep=1)
             model.set_attn_implementation(attention)
@@ -142,8 +161,9 @@ def flops_and_memory(work: Prefill, skips: list[float], systems=("dense", "maske
         head = 2 * model.config.hidden_size * model.config.vocab_size
         body = flops_per_token(model.config, subject.active(skip), work.length / 2) - head
         body += 0 if system == "dense" else router_flops(subject.routing.router)
-        rows.append({"model": subject.name, "system": system, "skip": skip, "batch": work.batch, "length": work.length,
-                     "counted_gflop": counter.get_total_flops() / 1e9,
-                     "closed_form_gflop": float(body) * work.tokens / 1e9, "kv_mb": keys_values / 1e6,
+        rows.append({"model": subject.name, "system": system, "skip": skip, "batch": work.batch,
+                     "length": work.length, "counted_gflop": counter.get_total_flops() / 1e9,
+                     "closed_form_gflop": float(body) * work.tokens / 1e9,
+                     "kv_mb": keys_values / 1e6,
                      "memory_over_dense": (weights + memory.peak) / (weights + peaks[0]) - 1})
     return pd.DataFrame(rows)

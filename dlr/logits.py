@@ -1,7 +1,8 @@
 """Logits of a long text in bounded memory: the model runs once, its head on a few rows at a time.
 
-A text of 32,000 tokens under a vocabulary of 152,000 has logits of 20 GB. What follows the decoder (head, soft caps,
-scales) is each family's own and works row by row, so the family's own code is given the decoder's rows in chunks.
+A text of 32,000 tokens under a vocabulary of 152,000 has logits of 20 GB. What follows the decoder
+(head, soft caps, scales) is each family's own and works row by row, so the family's own code is
+given the decoder's rows in chunks.
 
 Notation: s tokens of the text, V vocabulary.
 """
@@ -16,14 +17,14 @@ from torch import nn
 
 from dlr.routed import Routing, causal_lm
 
-# Logits held at a time: 50 MB in float32. Blocks above 32 MB go back to the system at once; smaller ones would stay in
-# the C library's heap, which then grows all the same.
+# Logits held at a time: 50 MB in float32. Blocks above 32 MB go back to the system at once; smaller
+# ones would stay in the C library's heap, which then grows all the same.
 ELEMENTS = 3 * 2**22
 
 
 def last_only(model) -> dict:
-    """What to pass to a forward pass of which only the last token's logits, or none, are wanted; {} where `model` has no
-    such setting."""
+    """What to pass to a forward pass of which only the last token's logits, or none, are wanted; {}
+    where `model` has no such setting."""
     known = inspect.signature(type(causal_lm(model)).forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
@@ -39,9 +40,11 @@ def _vocabulary(model) -> int:
 
 
 def logits_of(model, routing: Routing, ids: torch.Tensor) -> Callable[[slice], torch.Tensor]:
-    """Runs `model` on ids `[1, s]` and returns a function from a slice of rows to their logits `[rows, V]`.
+    """Runs `model` on ids `[1, s]` and returns a function from a slice of rows to their logits
+    `[rows, V]`.
 
-    Call the function under the adapters and the autocast of the pass itself: the head may have adapters too.
+    Call the function under the adapters and the autocast of the pass itself: the head may have
+    adapters too.
     """
     if len(chunks(model, ids.shape[1])) <= 1:
         logits = model(input_ids=ids, use_cache=False).logits[0]
@@ -77,12 +80,13 @@ class _Replay(nn.Module):
     def forward(self, *arguments, **options):
         if isinstance(self.output, tuple):
             return (self.output[0][:, self.rows], *self.output[1:])
-        return dataclasses.replace(self.output, last_hidden_state=self.output.last_hidden_state[:, self.rows])
+        return dataclasses.replace(self.output,
+                                   last_hidden_state=self.output.last_hidden_state[:, self.rows])
 
 
 def _with_decoder(causal: nn.Module, decoder: nn.Module, stand_in: nn.Module) -> nn.Module:
-    """`causal` with `stand_in` for its decoder. Both share every other part; `causal` itself is not touched, since
-    another thread may be using it."""
+    """`causal` with `stand_in` for its decoder. Both share every other part; `causal` itself is not
+    touched, since another thread may be using it."""
     path = next(name for name, module in causal.named_modules() if module is decoder).split(".")
     head = parent = _shallow(causal)
     for name in path[:-1]:
@@ -94,6 +98,7 @@ def _with_decoder(causal: nn.Module, decoder: nn.Module, stand_in: nn.Module) ->
 def _shallow(module: nn.Module) -> nn.Module:
     copied = module.__new__(type(module))
     copied.__dict__.update(module.__dict__)
-    copied.__dict__.pop("forward", None)            # put there by offloading, and bound to the original
+    # put there by offloading, and bound to the original
+    copied.__dict__.pop("forward", None)
     copied.__dict__["_modules"] = dict(module._modules)
     return copied

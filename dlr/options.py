@@ -1,4 +1,5 @@
-"""What a user of lm-evaluation-harness may ask of a DLR model, and what is refused with the reason why."""
+"""What a user of lm-evaluation-harness may ask of a DLR model, and what is refused with the reason
+why."""
 
 import difflib
 from typing import Any, Literal
@@ -9,20 +10,21 @@ from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from dlr.models import DTYPES
 from dlr.settings import SettingsError
 
-PASSED_ON = ("truncation", "softmax_dtype", "mixed_precision_dtype", "add_bos_token", "prefix_token_id",
-             "think_end_token", "enable_thinking", "chat_template_args")
+PASSED_ON = ("truncation", "softmax_dtype", "mixed_precision_dtype", "add_bos_token",
+             "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args")
 REFUSED = {
     "logits_cache": "it reuses logits between requests, which hides them from the router's watch",
     "max_batch_size": "it bounds batch_size='auto', which is not supported; give batch_size",
     "trust_remote_code": "code from the Hub is never run",
     "load_in_8bit": "4 bit is what there is; give load_in_4bit=True",
     **dict.fromkeys(("peft", "delta"), "adapters come with the checkpoint"),
-    **dict.fromkeys(("pretrained", "backend", "tokenizer", "revision", "subfolder", "use_fast_tokenizer",
-                     "gguf_file", "autogptq", "gptqmodel"),
-                    "the base model and its tokenizer are those the checkpoint names; give model=NAME for another "
-                    "place of the same"),
-    **dict.fromkeys(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder",
-                     "tp_plan"), "the model runs whole on one device; give device")}
+    **dict.fromkeys(("pretrained", "backend", "tokenizer", "revision", "subfolder",
+                     "use_fast_tokenizer", "gguf_file", "autogptq", "gptqmodel"),
+                    "the base model and its tokenizer are those the checkpoint names; give "
+                    "model=NAME for another place of the same"),
+    **dict.fromkeys(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory",
+                     "offload_folder", "tp_plan"), "the model runs whole on one device; give "
+                                                   "device")}
 
 _PRECISION = (Literal["auto", *DTYPES], f"auto, {', '.join(DTYPES)}")
 # The type of each option, and what an error says it must be; others are taken as they come.
@@ -37,13 +39,15 @@ _TYPES = {
 
 
 def checked(options: dict, others: list[str]) -> dict:
-    """The harness's options that act on a model that is loaded already; what is unknown or idle is refused.
+    """The harness's options that act on a model that is loaded already; what is unknown or idle is
+    refused.
 
     `others` are the names of the options that are DLR's own.
     """
     for name, value in options.items():
         if name in REFUSED and value not in (None, False):
-            raise SettingsError(f"{name}={value!r} cannot be used with DLR checkpoints: {REFUSED[name]}.")
+            raise SettingsError(f"{name}={value!r} cannot be used with DLR checkpoints: "
+                                f"{REFUSED[name]}.")
         if name not in (*PASSED_ON, *REFUSED):
             known = [*others, *PASSED_ON]
             near = difflib.get_close_matches(name, known, n=1)
@@ -69,4 +73,5 @@ def refuse_absent(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
-        raise SettingsError(f"device={device!r} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"device={device!r} is not to be had here: "
+                            f"{str(error).splitlines()[0]}") from None

@@ -1,8 +1,9 @@
 """How much of each layer's worth for a token can be told from the token's state early in the model.
 
-The R² of a probe from the router's own input estimates what a router that reads it can know (a better probe or more text
-could raise it); probes at other depths tell what reading earlier or later would change. Predictions are cross-fitted:
-whole documents are held out, so that every token is predicted by a probe that saw nothing of its text.
+The R² of a probe from the router's own input estimates what a router that reads it can know (a
+better probe or more text could raise it); probes at other depths tell what reading earlier or later
+would change. Predictions are cross-fitted: whole documents are held out, so that every token is
+predicted by a probe that saw nothing of its text.
 
 Notation: n tokens, d width, U routable units.
 """
@@ -22,13 +23,16 @@ from dlr.evaluate import bootstrap
 from dlr.progress import tqdm
 
 FOLDS = 3
-CLIP = (1, 99)            # percentiles: a few tokens are hurt a hundred times more than the rest and would be all of R²
+# percentiles: a few tokens are hurt a hundred times more than the rest and would be all of R²
+CLIP = (1, 99)
 PROBES = ("linear", "MLP")
-MLP_PENALTY = 30.0        # chosen among 1, 30, 100, 300, 1000 on calibration documents, at the router's input
+# chosen among 1, 30, 100, 300, 1000 on calibration documents, at the router's input
+MLP_PENALTY = 30.0
 
 
 def _probe(kind: str, seed: int):
-    """A regression from standardised states: ridge with its penalty chosen by leave-one-out, or one hidden layer."""
+    """A regression from standardised states: ridge with its penalty chosen by leave-one-out, or one
+    hidden layer."""
     if kind == "linear":
         return make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 11)))
     return make_pipeline(StandardScaler(), MLPRegressor(
@@ -38,7 +42,8 @@ def _probe(kind: str, seed: int):
 
 def cross_fitted(states: np.ndarray, harm: np.ndarray, document: np.ndarray, kind: str = "linear",
                  seed: int = 0) -> np.ndarray:
-    """Predictions `[n, U]` of `harm` `[n, U]` from `states` `[n, d]`, each by a probe that did not see its document.
+    """Predictions `[n, U]` of `harm` `[n, U]` from `states` `[n, d]`, each by a probe that did not
+    see its document.
 
     Raises:
         ValueError: fewer documents than folds, or an unknown kind of probe.
@@ -47,7 +52,8 @@ def cross_fitted(states: np.ndarray, harm: np.ndarray, document: np.ndarray, kin
         raise ValueError(f"kind={kind!r} is no probe; there are: {', '.join(PROBES)}.")
     documents = len(np.unique(document))
     if documents < FOLDS:
-        raise ValueError(f"{documents} documents are too few to hold some out in {FOLDS} folds; give at least {FOLDS}.")
+        raise ValueError(f"{documents} documents are too few to hold some out in {FOLDS} folds; "
+                         f"give at least {FOLDS}.")
     predictions = np.zeros_like(harm, dtype=np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -66,7 +72,8 @@ def clipped(harm: np.ndarray) -> np.ndarray:
 
 
 def r_squared(harm: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """1 - squared error / variance, one number a unit `[U]`; negative where the unit's mean would have done better."""
+    """1 - squared error / variance, one number a unit `[U]`; negative where the unit's mean would
+    have done better."""
     error = ((harm - predicted) ** 2).sum(0)
     return 1 - error / np.maximum(((harm - harm.mean(0)) ** 2).sum(0), 1e-30)
 
@@ -84,17 +91,20 @@ def _interval(harm: np.ndarray, predicted: np.ndarray, document: np.ndarray) -> 
     return bootstrap(sums, mean_r2)
 
 
-def predictability(states: dict[int, np.ndarray], harm: np.ndarray, document: np.ndarray, seed: int = 0) -> list[dict]:
-    """One row a depth and kind of probe: R² a unit, its mean and the mean's 95 % interval over documents.
+def predictability(states: dict[int, np.ndarray], harm: np.ndarray, document: np.ndarray,
+                   seed: int = 0) -> list[dict]:
+    """One row a depth and kind of probe: R² a unit, its mean and the mean's 95 % interval over
+    documents.
 
     Args:
-        states: layers run -> states `[n, d]`. harm: `[n, U]` nats; clipped here at its 1st and 99th percentile.
+        states: layers run -> states `[n, d]`. harm: `[n, U]` nats; clipped here at its 1st and 99th
+            percentile.
     """
     goal, rows = clipped(harm.astype(np.float64)), []
     for depth, kind in tqdm([(d, k) for d in states for k in PROBES], desc="probes", unit="probe"):
         guess = cross_fitted(states[depth], goal, document, kind, seed)
         each = r_squared(goal, guess)
         low, high = _interval(goal, guess, document)
-        rows.append({"depth": depth, "probe": kind, "r2": float(each.mean()), "r2_low": low, "r2_high": high,
-                     "by_unit": [float(v) for v in each], "tokens": len(harm)})
+        rows.append({"depth": depth, "probe": kind, "r2": float(each.mean()), "r2_low": low,
+                     "r2_high": high, "by_unit": [float(v) for v in each], "tokens": len(harm)})
     return rows

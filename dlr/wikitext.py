@@ -1,9 +1,12 @@
-"""Perplexity on WikiText-103 (or the embedded test split) with a strided window: a word, a token, in bits a byte.
+"""Perplexity on WikiText-103 (or the embedded test split) with a strided window: a word, a token,
+in bits a byte.
 
-Each article is a document of its own, opened by the tokenizer's first token (`dlr.encoding.opening_token`). A window of
-the model's context (at most `window` tokens) moves by `stride`; each step scores the `stride` new tokens and takes the rest
-as context, so every token is scored once, with at least `window - stride` tokens before it where the article has them. Words
-are split at white space and bytes counted in the text as distributed (no detokenising); the interval is over articles.
+Each article is a document of its own, opened by the tokenizer's first token
+(`dlr.encoding.opening_token`). A window of the model's context (at most `window` tokens) moves by
+`stride`; each step scores the `stride` new tokens and takes the rest as context, so every token is
+scored once, with at least `window - stride` tokens before it where the article has them. Words are
+split at white space and bytes counted in the text as distributed (no detokenising); the interval is
+over articles.
 """
 
 from pathlib import Path
@@ -19,23 +22,29 @@ WINDOW, STRIDE = 512, 256
 
 
 def texts_of(name: str, data_dir: str | None) -> list[str]:
-    """Documents of a perplexity task: 'wikitext103', or 'embedded', which needs neither network nor files."""
-    return load_documents("embedded", "test").texts if name == "embedded" else load_articles(data_dir)
+    """Documents of a perplexity task: 'wikitext103', or 'embedded', which needs neither network nor
+    files."""
+    if name == "embedded":
+        return load_documents("embedded", "test").texts
+    return load_articles(data_dir)
 
 
 def load_articles(data_dir: str | None = None, split: str = "test") -> list[str]:
-    """Articles of WikiText-103 (raw) from `<data_dir>/wikitext-103/<split>.txt`, or from the hub."""
+    """Articles of WikiText-103 (raw) from `<data_dir>/wikitext-103/<split>.txt`, or from the
+    hub."""
     if data_dir is None:
         remedy = f"give --data-dir DIR with wikitext-103/{split}.txt"
         return wikitext_articles("".join(hub_lines("wikitext-103-raw-v1", split, remedy)))
     path = Path(data_dir).expanduser() / "wikitext-103" / f"{split}.txt"
     if not path.is_file():
-        raise FileNotFoundError(f"--data-dir holds no {str(path)!r} (plain text or one-column CSV).")
+        raise FileNotFoundError(f"--data-dir holds no {str(path)!r} (plain text or one-column "
+                                "CSV).")
     return wikitext_articles(read_wikitext(path))
 
 
 def windows(ids: list[int], window: int, stride: int) -> list[tuple[list[int], list[int]]]:
-    """(context, scored tokens) of each step over `ids`, whose first token opens the document and is not scored."""
+    """(context, scored tokens) of each step over `ids`, whose first token opens the document and is
+    not scored."""
     if not 1 <= stride <= window:
         raise ValueError(f"stride={stride} must lie between 1 and window={window}.")
     steps, start = [], 1
@@ -47,7 +56,8 @@ def windows(ids: list[int], window: int, stride: int) -> list[tuple[list[int], l
 
 
 def strided_perplexity(lm, texts: list[str], window: int = WINDOW, stride: int = STRIDE) -> dict:
-    """Perplexities of `lm` (a dlr.harness.DLRLM, or any HFLM) over `texts`; windows never exceed its context."""
+    """Perplexities of `lm` (a dlr.harness.DLRLM, or any HFLM) over `texts`; windows never exceed
+    its context."""
     window = min(window, lm.max_length)
     stride = min(stride, window)
     opening = opening_token(lm.tokenizer)
@@ -58,15 +68,17 @@ def strided_perplexity(lm, texts: list[str], window: int = WINDOW, stride: int =
         owner += [place] * len(steps)
     scores = lm._loglikelihood_tokens(requests)
     table = pd.DataFrame({
-        "words": [len(text.split()) for text in texts], "bytes": [len(text.encode()) for text in texts],
+        "words": [len(text.split()) for text in texts],
+        "bytes": [len(text.encode()) for text in texts],
         "nll": np.bincount(owner, [-score for score, _ in scores], len(texts)),
-        "tokens": np.bincount(owner, [len(scored) for _, _, scored in requests], len(texts)).astype(int)})
+        "tokens": np.bincount(owner, [len(scored) for _, _, scored in requests],
+                              len(texts)).astype(int)})
 
     def per(unit: str):
         return lambda rows: float(np.exp(rows["nll"].sum() / rows[unit].sum()))
 
-    out = {"articles": len(texts), "tokens": int(table["tokens"].sum()), "words": int(table["words"].sum()),
-           "window": window, "stride": stride,
+    out = {"articles": len(texts), "tokens": int(table["tokens"].sum()),
+           "words": int(table["words"].sum()), "window": window, "stride": stride,
            "bits_per_byte": float(table["nll"].sum() / np.log(2) / table["bytes"].sum())}
     for name, unit in (("word_perplexity", "words"), ("token_perplexity", "tokens")):
         out[name] = per(unit)(table)
