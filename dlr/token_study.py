@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlr import analysis, oracle
+from dlr import analysis, instrument, oracle
 from dlr.calibration import threshold_at
 from dlr.categories import categories, frequencies, load_spacy, part_of_speech, partition
 from dlr.config import TokenAnalysisConfig
@@ -81,10 +81,10 @@ def shuffled_gap(study: Study) -> dict:
     return {"routed": perplexity(own), "shuffled": perplexity(shuffled), **paired_difference(shuffled, own)}
 
 
-def _instruments(study: Study, documents: Documents, adapters: bool) -> list[oracle.Instrument]:
+def _instruments(study: Study, documents: Documents, adapters: bool) -> list[instrument.Instrument]:
     batches = study.batches(documents, study.config.oracle_docs, study.config.oracle_len)
-    samples = [oracle.open_sample(study.model, study.routing, batch) for batch in batches]
-    return [oracle.Instrument(study.model, study.routing, sample, adapters) for sample in samples]
+    samples = [instrument.open_sample(study.model, study.routing, batch) for batch in batches]
+    return [instrument.Instrument(study.model, study.routing, sample, adapters) for sample in samples]
 
 
 def headroom(study: Study, weights: str) -> tuple[list[dict], dict]:
@@ -109,9 +109,9 @@ def benefits(study: Study) -> dict[str, torch.Tensor]:
     config, threshold, parts = study.config, study.routing.config.threshold, []
     depths = tuple(sorted({d for d in (*DEPTHS, study.routing.first) if d <= len(study.routing.layers)}))
     for batch in study.batches(study.test, config.probe_docs, config.oracle_len, 2 * ROWS):
-        sample = oracle.open_sample(study.model, study.routing, batch, depths)
-        kl, loss = oracle.single_skips(oracle.Instrument(study.model, study.routing, sample, adapters=False))
-        gates = oracle.router_plan(oracle.Instrument(study.model, study.routing, sample), threshold)
+        sample = instrument.open_sample(study.model, study.routing, batch, depths)
+        kl, loss = instrument.single_skips(instrument.Instrument(study.model, study.routing, sample, adapters=False))
+        gates = instrument.router_plan(instrument.Instrument(study.model, study.routing, sample), threshold)
         parts.append({"kl": kl, "loss": loss, "gates": gates.to(torch.uint8), "document": sample.document,
                       **{f"state.{d}": s for d, s in sample.states.items()}})
     return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}

@@ -9,6 +9,7 @@ from tiny_models import tiny
 
 from dlr import oracle, predictability
 from dlr.router_config import RouterConfig
+from dlr.instrument import Instrument, open_sample, router_plan, single_skips
 from dlr.likelihood import frozen_base, kl_to_teacher, predicted
 from dlr.policy import GivenPlan
 
@@ -37,7 +38,7 @@ def peaked():
 def instrument():
     model = peaked()
     routing = half_skipping(model, CONFIG)
-    return oracle.Instrument(model, routing, oracle.open_sample(model, routing, batch(), (0, 2)))
+    return Instrument(model, routing, open_sample(model, routing, batch(), (0, 2)))
 
 
 def test_kl_and_loss_are_the_reference_ones(instrument):
@@ -80,8 +81,8 @@ def test_full_depth_costs_nothing_and_an_idle_layer_has_no_benefit(instrument):
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     model, routing = instrument.model, instrument.routing
-    again = oracle.Instrument(model, routing, oracle.open_sample(model, routing, batch()))
-    harm, loss = oracle.single_skips(again)
+    again = Instrument(model, routing, open_sample(model, routing, batch()))
+    harm, loss = single_skips(again)
     assert harm[:, 1].abs().max() < 1e-4 and loss[:, 1].abs().max() < 1e-4 < harm[:, 0].abs().mean()
     assert oracle.static_order([again])[0] == 1
 
@@ -95,7 +96,7 @@ def test_the_oracle_meets_its_budgets_and_grows_from_one_to_the_next(instrument)
 
 
 def test_at_one_skip_the_oracle_takes_the_units_of_least_harm(instrument):
-    harm, _ = oracle.single_skips(instrument)
+    harm, _ = single_skips(instrument)
     count = len(instrument.sample) // 4
     plan = oracle.greedy_oracle([instrument], [count / harm.numel()])[count / harm.numel()][0]
     least = harm.min(-1)
@@ -105,7 +106,7 @@ def test_at_one_skip_the_oracle_takes_the_units_of_least_harm(instrument):
 
 def test_the_oracle_is_no_worse_than_the_best_static_plan_and_skips_as_much_as_the_router(instrument):
     order = oracle.static_order([instrument])
-    spread = oracle.router_plan(instrument, 0.0)
+    spread = router_plan(instrument, 0.0)
     table, plans = oracle.headroom([instrument], order, {0.3: -1.0, 0.5: 0.0})
     sums = table.groupby("budget")[["static", "routed", "oracle"]].sum()
     assert (sums["oracle"] < 0.95 * sums["static"]).all(), "by the plan itself: at equality it would be the static plan's"
@@ -140,7 +141,7 @@ def test_padding_and_batching_change_no_kl(instrument):
     model, routing = instrument.model, instrument.routing
     data = batch()
     alone = {k: v[:1, :8] if v.ndim == 2 else v[:1] for k, v in data.items()}
-    single = oracle.Instrument(model, routing, oracle.open_sample(model, routing, alone))
+    single = Instrument(model, routing, open_sample(model, routing, alone))
     plan = torch.tensor([1, 0, 1, 0])
     together = instrument.base(instrument.sample.spread(plan))[0]
     mine = instrument.sample.document == 0
@@ -151,7 +152,7 @@ def test_texts_without_a_choosing_token_are_refused():
     model = tiny()
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=20))
     with pytest.raises(ValueError, match="shorter than keep_first_tokens"):
-        oracle.open_sample(model, routing, batch())
+        open_sample(model, routing, batch())
 
 
 def test_r2_of_a_linear_function_is_one_and_of_noise_about_zero():
