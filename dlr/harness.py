@@ -9,18 +9,19 @@ be told from scored tokens, and fails closed: a routed request on which the rout
 
 import hashlib
 import logging
+from typing import NamedTuple
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from dlr.config import SettingsError
 from dlr.metering import Meter, Watch, end_watch
-from dlr.options import checked, refuse_absent, typed
+from dlr.opened import Opened, load
+from dlr.options import OPENING, checked, refuse_absent, typed
 from dlr.progress import tqdm
 from dlr.routed import causal_lm
 from dlr.router import ROUTER_NAME
-from dlr.opened import Opened, load
+from dlr.settings import SettingsError
 
 logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)     # a warning for each truncated request
 
@@ -47,31 +48,37 @@ def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: li
     return len(tokens)
 
 
+class Row(NamedTuple):
+    """A row of a batch to score: input tokens after the harness's truncation, how many of their logits are scored, and
+    the name of its document."""
+    ids: list[int]
+    scored: int
+    document: str
+
+
 @register_model("dlr")
 class DLRLM(HFLM):
-    """Args: checkpoint (folder, run, phase or base model), variant, skip, order, model, dtype, load_in_4bit,
-    attn_implementation (see `dlr.load`); or `loaded`, what that returned. batch_size, device, max_length
-    and the names in `options.PASSED_ON` as in the harness. `meter` holds what was measured since `restart_meter`.
+    """Args: checkpoint (folder, run, phase or base model) and what `options.OPENING` names (see `dlr.load`); or `loaded`,
+    what that returned. batch_size, device, max_length and the names in `options.PASSED_ON` as in the harness. `meter`
+    holds what was measured since `restart_meter`.
 
     Raises:
         SettingsError: an option that is unknown, or that would have no effect here; the message says which and why.
     """
 
-    def __init__(self, checkpoint: str | None = None, variant: str | None = None, skip: float | None = None,
-                 order: str | None = None, model: str | None = None, dtype: str | None = None,
-                 load_in_4bit: bool | None = None, attn_implementation: str | None = None, loaded: Opened | None = None,
-                 batch_size: int | str = 16, device: str | None = None, max_length: int | None = None, **options):
+    def __init__(self, checkpoint: str | None = None, *, loaded: Opened | None = None, batch_size: int | str = 16,
+                 device: str | None = None, max_length: int | None = None, **options):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_absent(device)
-        opened = typed({"variant": variant, "skip": skip, "order": order, "model": model,
-                         "dtype": None if dtype == "auto" else dtype, "load_in_4bit": load_in_4bit,
-                         "attn_implementation": attn_implementation})
         sizes = typed({"batch_size": batch_size, "max_length": max_length})
-        options = checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length", *opened])
-        given = [name for name, value in (opened | {"checkpoint": checkpoint}).items() if value is not None]
+        opening = typed({name: options.pop(name, None) for name in OPENING})
+        if opening["dtype"] == "auto":
+            opening["dtype"] = None
+        options = checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length", *OPENING])
+        given = [name for name, value in (opening | {"checkpoint": checkpoint}).items() if value is not None]
         if loaded is not None and given:
             raise SettingsError(f"{', '.join(given)} would have no effect on a model that is loaded already; give either.")
-        self.loaded = loaded or load("nano" if checkpoint is None else checkpoint, **opened,
+        self.loaded = loaded or load("nano" if checkpoint is None else checkpoint, **opening,
                                      device=None if device == "cpu" else device)
         net = self.loaded.model
         if next(net.parameters()).device.type not in ("meta", torch.device(device).type):          # meta: offloaded
@@ -96,7 +103,7 @@ class DLRLM(HFLM):
         self._keys: list[str] | None = None
         self._key_of_context: dict[str, str] = {}
         self._contexts: list[str] = []
-        self._rows: list[tuple[list[int], int, str]] | None = None
+        self._rows: list[Row] | None = None
         self.restart_meter()
 
     def restart_meter(self) -> Meter:
@@ -132,43 +139,43 @@ class DLRLM(HFLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         """The harness's own batches, one by one: sorted by falling length, then by tokens."""
         keys = self._keys if self._keys is not None else [None] * len(requests)
-        whole = [context + continuation for _, context, continuation in requests]
-        order = sorted(range(len(requests)), key=lambda i: (-len(whole[i]), tuple(whole[i])))
-        answers, size = [None] * len(requests), override_bs or self.batch_size
+        texts = [context + continuation for _, context, continuation in requests]
+        order = sorted(range(len(requests)), key=lambda i: (-len(texts[i]), texts[i]))
+        answers = [None] * len(requests)
+        size = override_bs or self.batch_size
         starts = range(0, len(order), size)
         for start in tqdm(starts, desc="scoring", unit="batch", disable=disable_tqdm and len(starts) < 20):
             chunk = order[start:start + size]
             self._rows = [self._row(requests[i], keys[i]) for i in chunk]
             try:
-                found = super()._loglikelihood_tokens([requests[i] for i in chunk], disable_tqdm=True,
-                                                      override_bs=len(chunk))
+                scores = super()._loglikelihood_tokens([requests[i] for i in chunk], disable_tqdm=True,
+                                                       override_bs=len(chunk))
             finally:
                 self._rows = None
-            for i, answer in zip(chunk, found):
-                answers[i] = answer
+            for i, score in zip(chunk, scores):
+                answers[i] = score
         return answers
 
-    def _row(self, request, key: str | None) -> tuple[list[int], int, str]:
-        """(input tokens after the harness's truncation, how many of their logits are scored, document)."""
+    def _row(self, request, key: str | None) -> Row:
         _, context, continuation = request
-        whole = context + continuation
+        text = context + continuation
         if not continuation or len(continuation) > self.max_length:
             raise ValueError(f"A continuation of {len(continuation)} tokens cannot be scored in a context of "
                              f"{self.max_length}; the harness does not cut continuations.")
         self.meter.requests += 1
-        self.meter.truncated += len(whole) > self.max_length + 1
-        return whole[-(self.max_length + 1):][:-1], len(continuation), key or _digest(whole)
+        self.meter.truncated += len(text) > self.max_length + 1
+        return Row(text[-(self.max_length + 1):][:-1], len(continuation), key or _digest(text))
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         rows, width = self._rows, inps.shape[1]
-        if rows is None or [row[0] for row in rows] != [ids[:len(row[0])] for row, ids in zip(rows, inps.tolist())]:
+        if rows is None or [row.ids for row in rows] != [ids[:len(row.ids)] for row, ids in zip(rows, inps.tolist())]:
             raise RuntimeError("The harness sent a batch that is not the one it was given; its rows cannot be told apart.")
-        lengths = torch.tensor([len(row[0]) for row in rows])
-        scored_from = lengths - torch.tensor([row[1] for row in rows])
+        lengths = torch.tensor([len(row.ids) for row in rows])
+        scored_from = lengths - torch.tensor([row.scored for row in rows])
         position = torch.arange(width).expand(len(rows), width)
         real = position < lengths.unsqueeze(1)
         if self.watch is not None:
-            self.watch.begin(real.to(inps.device), [row[2] for row in rows])
+            self.watch.begin(real.to(inps.device), [row.document for row in rows])
         logits = super()._model_call(inps)
         gates = self.watch.taken(len(rows))[0] if self.watch is not None else None
         self.meter.add(gates, real & (position >= scored_from.unsqueeze(1)), real, position, self._first)

@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from dlr.models import DTYPES
 from dlr.settings import SettingsError
 
+OPENING = ("variant", "skip", "order", "model", "dtype", "load_in_4bit", "attn_implementation")
 PASSED_ON = ("truncation", "softmax_dtype", "mixed_precision_dtype", "add_bos_token",
              "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args")
 REFUSED = {
