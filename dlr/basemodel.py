@@ -14,7 +14,7 @@ from dlr.config import BaseModelConfig, SettingsError
 from dlr.router_config import RouterConfig
 from dlr.data import Documents, folder_texts, load_documents, padded_batches, read_wikitext
 from dlr.encoding import encode, opening_token, padding_token
-from dlr.evaluate import bootstrap, evaluate
+from dlr.evaluate import bootstrap, evaluate, perplexity
 from dlr.models import NANO, load_base
 from dlr.policy import StaticPlan
 from dlr.pretrain import STAGE, new_model, pretrain, pretraining_stream, pretraining_texts, train_tokenizer
@@ -149,7 +149,7 @@ def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
 
         low, high = bootstrap(table[["nll", "bytes"]], bits)
         rows.append({"text": label, "bits_per_byte": bits(table), "low": low, "high": high,
-                     "perplexity": float(np.exp(table["nll"].sum() / table["predicted"].sum())),
+                     "perplexity": perplexity(table),
                      "tokens": int(table["predicted"].sum())})
     return rows
 

@@ -19,9 +19,9 @@ BOOTSTRAP = 1000
 
 
 def _per_row(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    out = torch.zeros(mask.shape, dtype=torch.float64)
-    out[mask.cpu()] = values.double().cpu()
-    return out.sum(1).numpy()
+    """Sums `[b]` of the values `[n]` of the positions in `mask` `[b, s]`."""
+    rows = torch.zeros(mask.shape, dtype=torch.float64)
+    return rows.masked_scatter(mask.cpu(), values.double().cpu()).sum(1).numpy()
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
 
     `policy=None` evaluates the model at full depth. With `kl`, column `kl` sums KL(base || this model).
     """
-    rows, device = [], device_of(model)
+    rows = []
+    device = device_of(model)
     model.eval()
     for batch in tqdm(batches, desc=describe, unit="batch", disable=not bar):
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
@@ -39,15 +40,14 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
             logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
             kept = torch.ones(*ids.shape, routing.units) if policy is None else routing.plan.gates.float().cpu()
         mask = predicted(real)
-        frame = {"doc": batch["row"].numpy(), "predicted": mask.sum(1).cpu().numpy(),
-                 "nll": _per_row(cross_entropy(logits, ids, real), mask), "tokens": real.sum(1).cpu().numpy()}
+        columns = {"doc": batch["row"].numpy(), "predicted": mask.sum(1).cpu().numpy(),
+                   "nll": _per_row(cross_entropy(logits, ids, real), mask), "tokens": real.sum(1).cpu().numpy()}
         if kl:
             with autocast(device, bf16), frozen_base(model, routing):
                 teacher = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
-            frame["kl"] = _per_row(kl_to_teacher(logits, teacher, real), mask)
+            columns["kl"] = _per_row(kl_to_teacher(logits, teacher, real), mask)
         counts = ((kept > 0.5) & real.cpu().unsqueeze(-1)).sum(1).numpy()
-        frame |= {f"keep_{unit}": counts[:, unit] for unit in range(counts.shape[1])}
-        rows.append(pd.DataFrame(frame))
+        rows.append(pd.DataFrame(columns | {f"keep_{unit}": counts[:, unit] for unit in range(counts.shape[1])}))
     return pd.concat(rows).sort_values("doc").reset_index(drop=True)
 
 
@@ -66,9 +66,14 @@ def bootstrap(table: pd.DataFrame, statistic, seed: int = 0) -> tuple[float, flo
     return float(low), float(high)
 
 
+def mean_nll(table: pd.DataFrame) -> float:
+    """Mean negative log-likelihood a predicted token, in nats."""
+    return float(table["nll"].sum() / table["predicted"].sum())
+
+
 def perplexity(table: pd.DataFrame) -> float:
     """exp of the mean negative log-likelihood a predicted token."""
-    return float(np.exp(table["nll"].sum() / table["predicted"].sum()))
+    return float(np.exp(mean_nll(table)))
 
 
 def summary(table: pd.DataFrame, always_run: int, units_per_layer: int = 1) -> dict:
@@ -76,12 +81,12 @@ def summary(table: pd.DataFrame, always_run: int, units_per_layer: int = 1) -> d
     sums = table[["nll", "predicted"]]
     low, high = bootstrap(sums, perplexity)
     keep = table.filter(like="keep_").sum() / table["tokens"].sum()
-    out = {"perplexity": perplexity(table), "perplexity_low": low, "perplexity_high": high, "skip": skip_ratio(table),
+    row = {"perplexity": perplexity(table), "perplexity_low": low, "perplexity_high": high, "skip": skip_ratio(table),
            "active_layers": always_run + float(keep.sum()) / units_per_layer, "documents": len(table),
            "predicted_tokens": int(table["predicted"].sum()), "keep_rate": [round(float(k), 4) for k in keep]}
     if "kl" in table:
-        out["kl"] = float(table["kl"].sum() / table["predicted"].sum())
-    return out
+        row["kl"] = float(table["kl"].sum() / table["predicted"].sum())
+    return row
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
@@ -95,13 +100,9 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
     if len(first) != len(second) or not np.allclose(first[["doc", "predicted"]], second[["doc", "predicted"]]):
         raise ValueError("A paired difference needs two tables of the same documents, cut alike; these are of "
                          f"{len(first)} and {len(second)} documents.")
-    joined = pd.DataFrame({"d": first["nll"] - second["nll"], "n": first["predicted"]})
-
-    def mean(frame):
-        return float(frame["d"].sum() / frame["n"].sum())
-
-    low, high = bootstrap(joined, mean)
-    return {"nll_difference": mean(joined), "low": low, "high": high}
+    differences = pd.DataFrame({"nll": first["nll"] - second["nll"], "predicted": first["predicted"]})
+    low, high = bootstrap(differences, mean_nll)
+    return {"nll_difference": mean_nll(differences), "low": low, "high": high}
 
 
 @torch.no_grad()
