@@ -1,66 +1,65 @@
 """What can be taken away: one HTML file, PNG and PDF for a paper, CSV and JSON of the record.
 
-Every file appears whole or not at all. The HTML file is the live view itself inside a page: no script, no network. Text
-in the CSV that a spreadsheet would run as a formula has an apostrophe before it; the JSON holds every text exactly.
+Every file appears whole or not at all. The HTML file is the live view itself inside a page:
+no script, no network. Text in the CSV that a spreadsheet would run as a formula has an apostrophe
+before it; the JSON holds every text exactly.
 """
 
-import base64
 import csv
 import io
 import json
 import unicodedata
-from html import escape
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
+from dlr.figures_explorer import token_map
+from dlr.layout import Cost, Look, grid
 from dlr.record import Record
 from dlr.runs import plain, results_folder, slug, write_atomically
-from dlr.tokens import kinds, shown
-from dlr.views import Cost, Look, grid
+from dlr.tokens import Words
+from dlr.views import page
 
-MIME = {".html": "text/html", ".png": "image/png", ".pdf": "application/pdf", ".csv": "text/csv",
-        ".json": "application/json"}
-
-
-def page(view: str, title: str = "Dynamic Layer Routing") -> str:
-    """A page of its own around a view."""
-    return (f'<!doctype html>\n<html lang=en class=dlr-page><head><meta charset=utf-8><meta name=viewport '
-            f'content="width=device-width"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-            f'style-src \'unsafe-inline\'"><meta name=color-scheme content="light dark"><title>{escape(title)}</title></head>'
-            f'<body style="margin:24px auto;max-width:1320px;padding:0 16px">\n{view}\n</body></html>\n')
+FORMATS = ("html", "png", "pdf", "csv", "json")
 
 
 def rows(record: Record) -> list[dict]:
     """One mapping a token: all that the view shows of it, unrounded (None where unknown)."""
-    names, table = record.meta.get("top_tokens", {}), grid(record)
-    out = []
-    for i, (token, kind) in enumerate(zip(shown(record), kinds(record))):
-        row = {"document": int(record.document[i]), "position": int(record.position[i]), "id": int(record.ids[i]),
-               "token": record.tokens[i], "shown": token.marked, "category": kind, "note": token.note,
-               "active_layers": float(record.active_layers[i])}
-        row |= {name: float(getattr(record, name)[i]) for name in ("loss_dense", "loss_routed", "entropy_dense", "kl")}
+    names, table, words = record.meta.get("top_tokens", {}), grid(record), Words(record)
+    tokens = []
+    for i, (token, kind) in enumerate(zip(words.shown, words.kinds)):
+        row = {"document": int(record.document[i]), "position": int(record.position[i]),
+               "id": int(record.ids[i]), "token": record.tokens[i], "shown": token.marked,
+               "category": kind, "note": token.note, "active_layers": float(record.active_layers[i])}
+        for name in ("loss_dense", "loss_routed", "entropy_dense", "kl"):
+            row[name] = float(getattr(record, name)[i])
         for which in ("dense", "routed"):
             ids = getattr(record, f"top_{which}")[i].tolist()
             row[f"top_{which}"] = [names.get(str(t)) for t in ids]
             row[f"top_{which}_probability"] = getattr(record, f"top_{which}_probability")[i].tolist()
         row["layers"] = table[i].tolist()
         row["router_logits"] = record.logits[i].tolist()
-        out.append(plain(row))
-    return out
+        tokens.append(plain(row))
+    return tokens
 
 
 def to_json(record: Record, cost: Cost | None = None) -> str:
     """The record as standard JSON."""
-    return json.dumps(plain({"meta": record.meta, "skip_ratio": record.skip_ratio,
-                             "perplexity_dense": record.perplexity("dense"), "perplexity_routed": record.perplexity(),
-                             "cost": vars(cost) if cost else None, "tokens": rows(record)}), ensure_ascii=False, indent=1)
+    content = {"meta": record.meta, "skip_ratio": record.skip_ratio,
+               "perplexity_dense": record.perplexity("dense"),
+               "perplexity_routed": record.perplexity(),
+               "cost": vars(cost) if cost else None, "tokens": rows(record)}
+    return json.dumps(plain(content), ensure_ascii=False, indent=1)
 
 
 def _is_formula(text: str) -> bool:
-    """Whether a spreadsheet may run `text`, also after what it drops (spaces, quotes, unseen signs) and in other widths."""
-    first = next((sign for sign in text if sign not in "'\"" and not sign.isspace() and unicodedata.category(sign)[0] != "C"), "")
-    return text.startswith(("\t", "\r", "\n")) or unicodedata.normalize("NFKC", first).startswith(("=", "+", "-", "@"))
+    """Whether a spreadsheet may run `text`, also after what it drops (spaces, quotes, unseen signs)
+    and in other widths."""
+    drawn = (sign for sign in text if sign not in "'\"" and not sign.isspace()
+             and unicodedata.category(sign)[0] != "C")
+    first = unicodedata.normalize("NFKC", next(drawn, ""))
+    return text.startswith(("\t", "\r", "\n")) or first.startswith(("=", "+", "-", "@"))
 
 
 def cell(value):
@@ -75,56 +74,44 @@ def to_csv(record: Record) -> str:
     """
     flat = []
     for row in rows(record):
-        for name in ("top_dense", "top_routed", "top_dense_probability", "top_routed_probability", "layers",
-                     "router_logits"):
+        for name in ("top_dense", "top_routed", "top_dense_probability", "top_routed_probability",
+                     "layers", "router_logits"):
             stem = {"layers": "layer", "router_logits": "logit"}.get(name, name)
             row |= {f"{stem}_{k}": value for k, value in enumerate(row.pop(name))}
         flat.append({name: cell(value) for name, value in row.items()})
-    # texts in quotes: a spreadsheet whose separator is ';' would begin a cell after the one in a token
+    # Texts stand in quotes: where ';' separates cells, one in a token would begin a new cell.
     return pd.DataFrame(flat).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def picture(record: Record, kind: str = "png", look: Look = Look()) -> bytes:
     """The strip and heatmap as an image for a paper, `kind` 'png' or 'pdf'."""
-    import matplotlib.pyplot as plt
-
-    from dlr.figures_explorer import token_map
-    figure, out = token_map(record, look), io.BytesIO()
-    figure.savefig(out, format=kind, bbox_inches="tight", metadata={"CreationDate": None} if kind == "pdf" else {})
+    figure, file = token_map(record, look), io.BytesIO()
+    figure.savefig(file, format=kind, bbox_inches="tight",
+                   metadata={"CreationDate": None} if kind == "pdf" else {})
     plt.close(figure)
-    return out.getvalue()
+    return file.getvalue()
 
 
 def default_folder(record: Record) -> Path:
     """results/explorer/exports/<hash of the text>-<model>-skip<percent>."""
-    name = slug(f"{record.meta['text_hash']}-{record.meta['model']}-skip{round(100 * record.skip_ratio)}")
-    return results_folder() / "explorer" / "exports" / name
+    meta = record.meta
+    name = f"{meta['text_hash']}-{meta['model']}-skip{round(100 * record.skip_ratio)}"
+    return results_folder() / "explorer" / "exports" / slug(name)
 
 
-def export(record: Record, view: str, folder: str | Path | None = None, cost: Cost | None = None, look: Look = Look(),
-           formats: tuple[str, ...] = ("html", "png", "pdf", "csv", "json")) -> list[Path]:
+def export(record: Record, view: str, folder: str | Path | None = None, cost: Cost | None = None,
+           look: Look = Look(), formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Writes `view` and its record into `folder`; returns the files' paths.
 
     Raises:
         ValueError: an unknown format; OSError: the folder cannot be written.
     """
-    unknown = sorted(set(formats) - {"html", "png", "pdf", "csv", "json"})
+    unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
-        raise ValueError(f"Unknown export format {unknown[0]!r}; there are html, png, pdf, csv and json.")
-    folder, made = Path(folder or default_folder(record)), []
-    for kind in formats:
-        path = folder / f"tokens.{kind}"
-        if kind in ("png", "pdf"):
-            write_atomically(path, picture(record, kind, look))
-        else:
-            write_atomically(path, page(view) if kind == "html" else
-                             to_csv(record) if kind == "csv" else to_json(record, cost) + "\n")
-        made.append(path)
-    return made
-
-
-def link(path: Path) -> str:
-    """A link that saves a file from the page it stands in, wherever that page is served from."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    name = escape(path.name, quote=True)
-    return f'<a download="{name}" href="data:{MIME[path.suffix]};base64,{data}">{name}</a>'
+        raise ValueError(f"Unknown export format {unknown[0]!r}; there are html, png, pdf, csv and "
+                         "json.")
+    makers = {"html": lambda: page(view), "csv": lambda: to_csv(record),
+              "json": lambda: to_json(record, cost) + "\n",
+              "png": lambda: picture(record, "png", look), "pdf": lambda: picture(record, "pdf", look)}
+    folder = Path(folder or default_folder(record))
+    return [write_atomically(folder / f"tokens.{kind}", makers[kind]()) for kind in formats]

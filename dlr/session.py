@@ -35,7 +35,7 @@ from dlr.record import Record, record
 from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of
 from dlr.runs import finished_runs, project_root, results_folder
 from dlr.tokens import piece_bytes
-from dlr.views import Cost
+from dlr.layout import Cost
 
 TURNS = 3                        # runs whose median time is shown
 CURVE_DOCUMENTS = 12            # calibration documents that make up for a missing curve

@@ -6,6 +6,10 @@ Pure functions of text; nothing here is HTML. Escaping is the views' business.
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from wcwidth import wcswidth
 
 from dlr.categories import categories, partition, stop_words
 from dlr.record import Record
@@ -15,6 +19,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MARKS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")          # control, format (direction marks, joiners), unassigned
 _BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"    # letters and signs by category, but nothing is drawn
+BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}      # of byte-level vocabularies
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -33,30 +38,18 @@ def visible(piece: str, spaces: bool = True) -> str:
     return "".join(out)
 
 
-def width(text: str) -> int:
-    """Columns `text` takes in a fixed-width font (East Asian wide characters and emoji take two)."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Character to byte of byte-level BPE vocabularies (Radford et al. 2019)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    moved = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(moved)}
-
-
 def piece_bytes(tokenizer, ids: list[int]) -> dict[str, str]:
     """Token id to its bytes in hex ("F0 9F"), for those of `ids` that are no whole characters."""
-    alphabet, found = byte_alphabet(), {}
+    spelled = {}
     for i in set(ids):
         name = tokenizer.convert_ids_to_tokens(i)
         if name is None or REPLACEMENT not in tokenizer.decode([i], clean_up_tokenization_spaces=False):
             continue
         if byte := _BYTE.fullmatch(name):
-            found[str(i)] = byte[1].upper()
-        elif all(c in alphabet for c in name):
-            found[str(i)] = " ".join(f"{alphabet[c]:02X}" for c in name)
-    return found
+            spelled[str(i)] = byte[1].upper()
+        elif all(c in BYTES for c in name):
+            spelled[str(i)] = " ".join(f"{BYTES[c]:02X}" for c in name)
+    return spelled
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,11 @@ class Shown:
     text: str
     marked: str
     note: str = ""
+
+    @property
+    def columns(self) -> int:
+        """Fixed-width characters it takes (wide ones take two), with room for its depth."""
+        return max(3, wcswidth(self.marked))
 
 
 def shown(record: Record) -> list[Shown]:
@@ -102,6 +100,21 @@ def kinds(record: Record) -> list[str]:
     labels = partition(categories(record)).tolist()
     return ["opening" if p == 0 else "bytes" if REPLACEMENT in t else label
             for p, t, label in zip(record.position.tolist(), record.tokens, labels)]
+
+
+class Words:
+    """What no budget changes of a record: its tokens for display and a label for each. Made when first asked for."""
+
+    def __init__(self, record: Record):
+        self.record = record
+
+    @cached_property
+    def shown(self) -> list[Shown]:
+        return shown(self.record)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        return kinds(self.record)
 
 
 def spans(layers: list[int]) -> str:
