@@ -8,31 +8,42 @@ Standard ipywidgets only. Moving the slider re-routes from kept logits at once; 
 
 import asyncio
 import functools
-from html import escape
 
 import ipywidgets as W
 
 from dlr import views
 from dlr.calibration import DIAL
 from dlr.discovery import checkpoints
-from dlr.export import export, link
+from dlr.export import FORMATS, export
+from dlr.layout import Cost, Look
 from dlr.record import Record
 from dlr.session import TURNS, Session
+from dlr.tokens import Words
 
 SETTLE = 0.4                     # seconds without a change before the slower step starts
 EXAMPLES = {
-    "prose and a name": "The old lighthouse keeper, Mr. Abernathy, climbed the stairs every evening at six. He lit the lamp, "
-                        "wrote one line in his book, and waited for the ships that no longer came.",
-    "code": "def mean(values):\n    \"\"\"Returns the arithmetic mean of `values`.\"\"\"\n    total = 0.0\n    for value in "
-            "values:\n        total += value\n    return total / len(values)",
-    "documentation": "Parameters\n----------\nx : array_like, shape (n_samples, n_features)\n    The data to fit. If `None`, "
-                     "the default value is used.\n\nReturns\n-------\nself : object\n    Returns the instance itself.",
-    "repetition": "one two three four one two three four one two three four one two three four",
-    "numbers and rare words": "In 1987, 3,141 axolotls cost £59.26 each; the zeugma was antediluvian, the syzygy perspicuous.",
-    "odd characters": "<script>alert('hi')</script> &lt;b&gt; \"quotes\"\ttab\n  two spaces, naïve café, 日本語, "
-                      "\N{FAMILY} \N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}, "
-                      "\N{RIGHT-TO-LEFT MARK}שלום\N{LEFT-TO-RIGHT MARK} end.",
+    "prose and a name":
+        "The old lighthouse keeper, Mr. Abernathy, climbed the stairs every evening at six. He lit the "
+        "lamp, wrote one line in his book, and waited for the ships that no longer came.",
+    "code":
+        "def mean(values):\n    \"\"\"Returns the arithmetic mean of `values`.\"\"\"\n    total = 0.0\n"
+        "    for value in values:\n        total += value\n    return total / len(values)",
+    "documentation":
+        "Parameters\n----------\nx : array_like, shape (n_samples, n_features)\n    The data to fit. "
+        "If `None`, the default value is used.\n\nReturns\n-------\nself : object\n    Returns the "
+        "instance itself.",
+    "repetition":
+        "one two three four one two three four one two three four one two three four",
+    "numbers and rare words":
+        "In 1987, 3,141 axolotls cost £59.26 each; the zeugma was antediluvian, the syzygy "
+        "perspicuous.",
+    "odd characters":
+        "<script>alert('hi')</script> &lt;b&gt; \"quotes\"\ttab\n  two spaces, naïve café, 日本語, "
+        "\N{FAMILY} \N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}, "
+        "\N{RIGHT-TO-LEFT MARK}שלום\N{LEFT-TO-RIGHT MARK} end.",
 }
+FIRST = EXAMPLES["prose and a name"]
+WIDE = {"width": "98%"}
 
 
 def guarded(method):
@@ -75,12 +86,28 @@ class Later:
 
 def labelled(widget, label: str):
     """`widget` with a visible label above it."""
-    return W.VBox([W.HTML(f"<b style='font-size:12px'>{escape(label)}</b>"), widget])
+    return W.VBox([W.Label(label, style={"font_weight": "bold", "font_size": "12px"}), widget])
+
+
+def column(width: str, *children):
+    """Widgets above each other; a pair is a widget and its label."""
+    return W.VBox([labelled(*child) if isinstance(child, tuple) else child for child in children],
+                  layout={"width": width})
+
+
+def text_area(text: str, tip: str, height: str = "104px") -> W.Textarea:
+    return W.Textarea(text, placeholder="Type any text", layout=WIDE | {"height": height},
+                      tooltip=tip)
+
+
+def view_area() -> W.HTML:
+    return W.HTML(layout={"width": "auto", "margin": "6px 0"})
 
 
 def budget_slider(session: Session) -> W.IntSlider:
-    return W.IntSlider(value=round(100 * session.calibrated), min=0, max=round(100 * DIAL[-1]), readout_format="d",
-                       layout=W.Layout(width="98%"))
+    return W.IntSlider(value=round(100 * session.calibrated), min=0, max=round(100 * DIAL[-1]),
+                       readout_format="d", layout=WIDE,
+                       tooltip="budget: share of routable gates to skip, percent")
 
 
 class Explorer(Quiet, W.VBox):
@@ -96,14 +123,18 @@ class Explorer(Quiet, W.VBox):
     def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None, **loading):
         self.error: Exception | None = None
         self.record: Record | None = None
-        self.cost, self._turns = None, []
-        self._owned, self._quiet = session is None, False
+        self.words: Words | None = None
+        self.cost: Cost | None = None
+        self._turns: list[dict[str, float]] = []
+        self._owned = session is None
+        self._quiet = False
         self._loading = loading
         self.session = session or Session(checkpoint, **loading)
-        self._build(next(iter(EXAMPLES.values())) if text is None else text)
-        self._read_later, self._settle_later = Later(self.read), Later(self.settle)
+        self._build(FIRST if text is None else text)
+        self._read_later = Later(self.read)
+        self._settle_later = Later(self.settle)
         self._time_later = Later(self.measure)
-        super().__init__([self.controls, self.downloads, self.view], layout=W.Layout(width="100%"))
+        super().__init__([self.controls, self.downloads, self.view], layout={"width": "100%"})
         self.text.observe(lambda _: self._read_later(), "value")
         self.budget.observe(lambda _: self.reroute(), "value")
         self.layers.observe(lambda _: self.show(), "value")
@@ -114,35 +145,33 @@ class Explorer(Quiet, W.VBox):
         self.read()
 
     def _build(self, text: str) -> None:
-        wide = W.Layout(width="98%")
         last = len(self.session.routing.layers) - 1
-        self.text = W.Textarea(text, placeholder="Type any text", layout=W.Layout(width="98%", height="104px"))
-        self.example = W.Dropdown(options=[("choose an example", ""), *EXAMPLES.items()], layout=wide)
-        self._there = {self.session.name: self.session.folder} | checkpoints()
-        self.picker = W.Dropdown(options=list(self._there), value=self.session.name, layout=wide, disabled=not self._owned)
+        self.text = text_area(text, "text to explore")
+        self.example = W.Dropdown(options=[("choose an example", ""), *EXAMPLES.items()], layout=WIDE)
+        self._folders = {self.session.name: self.session.folder} | checkpoints()
+        self.picker = W.Dropdown(options=list(self._folders), value=self.session.name, layout=WIDE,
+                                 disabled=not self._owned, tooltip="checkpoint")
         self.budget = budget_slider(self.session)
-        self.layers = W.IntRangeSlider(value=(0, last), min=0, max=last, layout=wide)
+        self.layers = W.IntRangeSlider(value=(0, last), min=0, max=last, layout=WIDE,
+                                       tooltip="layers shown and counted")
         self.shade = W.ToggleButtons(options=[("this text's range", True), ("all depths", False)],
                                      style={"button_width": "118px"})
-        self.formats = W.Dropdown(options=[("all formats", ("html", "png", "pdf", "csv", "json")), ("HTML page", ("html",)),
-                                           ("PNG and PDF", ("png", "pdf")), ("CSV and JSON", ("csv", "json"))],
-                                  layout=W.Layout(width="140px"))
-        self.save = W.Button(description="Export", icon="download", layout=W.Layout(width="100px"))
-        self.downloads, self.view = W.HTML(), W.HTML(layout=W.Layout(width="auto", margin="6px 0"))
-        for widget, tip in ((self.text, "text to explore"), (self.budget, "budget: share of routable gates to skip, percent"),
-                            (self.layers, "layers shown and counted"), (self.picker, "checkpoint"),
-                            (self.save, "write the view to files")):
-            widget.tooltip = tip
-        left = W.VBox([labelled(self.text, "Text"), labelled(self.example, "Examples")], layout=W.Layout(width="46%"))
-        middle = W.VBox([labelled(self.budget, "Budget: gates to skip, %"), labelled(self.layers, "Layers shown")],
-                        layout=W.Layout(width="27%"))
-        right = W.VBox([labelled(self.picker, "Checkpoint"), labelled(self.shade, "Shade"),
-                        W.HBox([self.formats, self.save])], layout=W.Layout(width="27%"))
-        self.controls = W.HBox([left, middle, right], layout=W.Layout(width="100%"))
+        self.formats = W.Dropdown(options=[("all formats", FORMATS), ("HTML page", ("html",)),
+                                           ("PNG and PDF", ("png", "pdf")),
+                                           ("CSV and JSON", ("csv", "json"))],
+                                  layout={"width": "140px"})
+        self.save = W.Button(description="Export", icon="download", layout={"width": "100px"},
+                             tooltip="write the view to files")
+        self.downloads, self.view = W.HTML(), view_area()
+        self.controls = W.HBox([
+            column("46%", (self.text, "Text"), (self.example, "Examples")),
+            column("27%", (self.budget, "Budget: gates to skip, %"), (self.layers, "Layers shown")),
+            column("27%", (self.picker, "Checkpoint"), (self.shade, "Shade"),
+                   W.HBox([self.formats, self.save]))], layout={"width": "100%"})
 
     @property
-    def look(self) -> views.Look:
-        return views.Look(*self.layers.value, fit=self.shade.value)
+    def look(self) -> Look:
+        return Look(*self.layers.value, fit=self.shade.value)
 
     @property
     def note(self) -> str:
@@ -156,9 +185,10 @@ class Explorer(Quiet, W.VBox):
         """Reads the text anew: both models, the plan at the slider's budget, then times."""
         for later in (self._read_later, self._settle_later, self._time_later):
             later.cancel()
-        self.record = None                         # after an error there is nothing to show, least of all another text's plan
+        self.record = None              # after an error nothing is shown, least of all another text
         threshold = self.session.threshold(self.budget.value / 100)
         self.record = self.session.read(self.text.value, threshold=threshold, longest=views.LONGEST)
+        self.words = Words(self.record)
         self.cost = self.session.flops(self.record)
         self.show()
         self._time_anew()
@@ -190,7 +220,8 @@ class Explorer(Quiet, W.VBox):
 
     @guarded
     def measure(self) -> None:
-        """One turn of timing this text at this budget; the numbers show after the third. Input between turns goes first."""
+        """One turn of timing this text at this budget; the numbers show after the third. Input
+        between turns goes first."""
         self._time_later.cancel()
         self._turns.append(self.session.turn(self.record))
         if len(self._turns) < TURNS:
@@ -203,7 +234,7 @@ class Explorer(Quiet, W.VBox):
     def show(self) -> None:
         """Draws the record."""
         if self.record is not None:
-            self.view.value = views.view(self.record, self.cost, self.look, self.note)
+            self.view.value = views.view(self.record, self.cost, self.look, self.note, self.words)
             self.error = None
 
     # -- controls -----------------------------------------------------------------------------------------------------
@@ -215,18 +246,18 @@ class Explorer(Quiet, W.VBox):
     def _pick_checkpoint(self, change) -> None:
         if self._quiet:
             return
+        before = self.session
+        self._quiet = True                                  # what is set here is nobody's input
         try:
-            before, self.session = self.session, Session(self._there[change["new"]], **self._loading)
-        except Exception:
-            self._quiet, self.picker.value = True, change["old"]          # the model is still that one
-            self._quiet = False
-            raise
-        before.close()
-        last, self._quiet = len(self.session.routing.layers) - 1, True
-        try:
+            self.session = Session(self._folders[change["new"]], **self._loading)
+            before.close()
+            last = len(self.session.routing.layers) - 1
             self.layers.max = last
             self.layers.value = (0, last)
             self.budget.value = round(100 * self.session.calibrated)
+        except Exception:
+            self.picker.value = before.name                 # the model is still that one
+            raise
         finally:
             self._quiet = False
         self.read()
@@ -236,17 +267,17 @@ class Explorer(Quiet, W.VBox):
         try:
             if self.record is not None and self.text.value != self.record.meta["text"]:
                 self.read()
-            elif self.record is not None and len(self.record) > 1 and bool(self.record.loss_routed[:-1].isnan().all()):
+            elif self.record is not None and self.record.loss_routed[:-1].isnan().any():
                 self.settle()
             if self.record is None or self.error is not None:
                 raise ValueError("There is nothing to export: the view shows an error.")
-            made = export(self.record, self.view.value, folder, self.cost, self.look, self.formats.value)
+            paths = export(self.record, self.view.value, folder, self.cost, self.look,
+                           self.formats.value)
         except Exception as error:
             self.downloads.value = views.message(error)
             return []
-        place = "/".join(made[0].parent.parts[-3:])
-        self.downloads.value = f"Written to <code>{escape(place)}</code>: {' · '.join(map(link, made))}"
-        return made
+        self.downloads.value = views.saved(paths)
+        return paths
 
     def close(self) -> None:
         """Closes the widgets and frees the model: hooks, router and adapters come off."""

@@ -11,14 +11,12 @@ import ipywidgets as W
 
 from dlr import views
 from dlr.discovery import checkpoints
-from dlr.explorer import EXAMPLES, Explorer, Later, Quiet, budget_slider, guarded, labelled
-from dlr.export import link, page
+from dlr.explorer import (FIRST, WIDE, Explorer, Later, Quiet, budget_slider, column, guarded,
+                          text_area, view_area)
 from dlr.record import Record
 from dlr.runs import results_folder, slug, write_atomically
 from dlr.session import Session
 from dlr.stream import Progress, generate
-from dlr.views_compare import comparison
-from dlr.views_stream import stream
 
 ROUTER, STATIC = "router", "best static plan at the same skip"
 
@@ -33,34 +31,36 @@ class Comparison(Quiet, W.VBox):
     """
 
     def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None, **loading):
-        self.error, self.records, self._owned, self._loading = None, None, session is None, loading
-        self._sessions = {"first": session or Session(checkpoint, **loading)}
-        self._sessions["second"] = self._sessions["first"]
-        self.source = self._sessions["first"].folder
-        self._build(next(iter(EXAMPLES.values())) if text is None else text)
-        super().__init__([self.controls, self.downloads, self.view], layout=W.Layout(width="100%"))
+        self.error: Exception | None = None
+        self.records: tuple[Record, Record] | None = None
+        self._owned = session is None
+        self._loading = loading
+        first = session or Session(checkpoint, **loading)
+        self._sessions = {"first": first, "second": first}
+        self.source = first.folder
+        self._build(first, FIRST if text is None else text)
+        super().__init__([self.controls, self.downloads, self.view], layout={"width": "100%"})
         self._later = Later(self.read)
-        for widget in (self.text, self.budgets["first"], self.budgets["second"], self.plan):
+        for widget in (self.text, *self.budgets.values(), self.plan):
             widget.observe(lambda _: self._later(), "value")
         self.picker.observe(lambda _: self._pick(), "value")
         self.save.on_click(lambda _: self.export())
         self.read()
 
-    def _build(self, text: str) -> None:
-        first, wide = self._sessions["first"], W.Layout(width="98%")
-        self.text = W.Textarea(text, layout=W.Layout(width="98%", height="104px"), tooltip="text to compare on")
+    def _build(self, first: Session, text: str) -> None:
+        self.text = text_area(text, "text to compare on")
         self.budgets = {side: budget_slider(first) for side in ("first", "second")}
         self.budgets["second"].value = max(0, self.budgets["first"].value - 15)
-        self._there = {first.name: first.folder} | checkpoints()
-        self.picker = W.Dropdown(options=list(self._there), value=first.name, layout=wide)
-        self.plan = W.Dropdown(options=[ROUTER, STATIC], value=ROUTER, layout=wide)
+        self._folders = {first.name: first.folder} | checkpoints()
+        self.picker = W.Dropdown(options=list(self._folders), value=first.name, layout=WIDE)
+        self.plan = W.Dropdown(options=[ROUTER, STATIC], value=ROUTER, layout=WIDE)
         self.save = W.Button(description="Export HTML", icon="download")
-        self.view, self.downloads = W.HTML(layout=W.Layout(width="auto", margin="6px 0")), W.HTML()
-        sides = W.VBox([labelled(self.budgets["first"], f"First: {ROUTER}, budget %"),
-                        labelled(self.budgets["second"], "Second: budget %")], layout=W.Layout(width="27%"))
-        right = W.VBox([labelled(self.picker, "Second: checkpoint"), labelled(self.plan, "Second: plan"), self.save],
-                       layout=W.Layout(width="27%"))
-        self.controls = W.HBox([W.VBox([labelled(self.text, "Text")], layout=W.Layout(width="46%")), sides, right])
+        self.downloads, self.view = W.HTML(), view_area()
+        self.controls = W.HBox([
+            column("46%", (self.text, "Text")),
+            column("27%", (self.budgets["first"], f"First: {ROUTER}, budget %"),
+                   (self.budgets["second"], "Second: budget %")),
+            column("27%", (self.picker, "Second: checkpoint"), (self.plan, "Second: plan"), self.save)])
 
     @guarded
     def _pick(self) -> None:
@@ -68,8 +68,8 @@ class Comparison(Quiet, W.VBox):
         if self.picker.value == before.name:
             return
         try:
-            self._sessions["second"] = first if self.picker.value == first.name \
-                else Session(self._there[self.picker.value], **self._loading)
+            self._sessions["second"] = first if self.picker.value == first.name else \
+                Session(self._folders[self.picker.value], **self._loading)
         except Exception:
             self.picker.value = before.name                 # the model is still that one
             raise
@@ -79,26 +79,32 @@ class Comparison(Quiet, W.VBox):
 
     def _side(self, side: str) -> Record:
         session = self._sessions[side]
-        return session.read(self.text.value, threshold=session.threshold(self.budgets[side].value / 100),
-                            longest=views.LONGEST)
+        return session.read(self.text.value, longest=views.LONGEST,
+                            threshold=session.threshold(self.budgets[side].value / 100))
 
     @guarded
     def read(self) -> None:
         """Records both sides and draws them."""
         first = self._side("first")
-        self.budgets["second"].disabled = static = self.plan.value == STATIC
         one, two = self._sessions["first"], self._sessions["second"]
+        static = self.plan.value == STATIC
+        self.budgets["second"].disabled = static
         if static:
             base = first if two is one else two.read(self.text.value, longest=views.LONGEST)
-            second, note = two.static(base, first.skip_ratio)
-            names = (f"{one.name}, router", "best static plan" if note.startswith("best") else "static plan")
-            note = f"Second: {note}, on the router’s own weights; whole layers, so its skip ratio is only near the first’s."
+            second, what = two.static(base, first.skip_ratio)
+            self.names = (f"{one.name}, router",
+                          "best static plan" if what.startswith("best") else "static plan")
+            note = (f"Second: {what}, on the router’s own weights; whole layers, so its skip ratio is "
+                    "only near the first’s.")
         else:
             second, note = self._side("second"), ""
-            names = tuple(f"{s.name}, {self.budgets[side].value} %" for side, s in self._sessions.items())
-        self.records, self.names = (first, second), names
-        self.view.value = comparison(first, second, names, (one.flops(first), two.flops(second)),
-                                     note=" ".join(dict.fromkeys(filter(None, [one.note, two.note, one.cut(first), note]))))
+            self.names = tuple(f"{session.name}, {self.budgets[side].value} %"
+                               for side, session in self._sessions.items())
+        self.records = (first, second)
+        notes = dict.fromkeys(filter(None, [one.note, two.note, one.cut(first), note]))
+        self.view.value = views.comparison(first, second, self.names,
+                                           (one.flops(first), two.flops(second)),
+                                           note=" ".join(notes))
         self.error = None
 
     def export(self, folder=None):
@@ -107,10 +113,10 @@ class Comparison(Quiet, W.VBox):
             if self.error is not None:
                 raise ValueError("There is nothing to export: the view shows an error.")
             name = slug("-".join([self.records[0].meta["text_hash"], *self.names]))
-            folder = Path(folder or results_folder() / "explorer" / "exports" / name)
-            write_atomically(folder / "comparison.html", page(self.view.value, "Comparison"))
-            self.downloads.value = f"Written: {link(folder / 'comparison.html')}"
-            return folder / "comparison.html"
+            path = Path(folder or results_folder() / "explorer" / "exports" / name) / "comparison.html"
+            write_atomically(path, views.page(self.view.value, "Comparison"))
+            self.downloads.value = views.saved([path])
+            return path
         except Exception as error:
             self.downloads.value = views.message(error)
 
@@ -135,20 +141,24 @@ class Generator(Quiet, W.VBox):
 
     def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None,
                  **loading):
-        self.error, self.progress, self._task, self._stopped, self._seed = None, None, None, False, -1
-        self._owned, self.session = session is None, session or Session(checkpoint, **loading)
+        self.error: Exception | None = None
+        self.progress: Progress | None = None
+        self._task, self._stopped, self._seed = None, False, -1
+        self._owned = session is None
+        self.session = session or Session(checkpoint, **loading)
         self.source = self.session.folder
-        self.prompt = W.Textarea(prompt, layout=W.Layout(width="98%", height="72px"), tooltip="prompt")
+        self.prompt = text_area(prompt, "prompt", height="72px")
         self.budget = budget_slider(self.session)
-        self.tokens = W.IntSlider(value=60, min=5, max=400, layout=W.Layout(width="98%"))
-        self.temperature = W.FloatSlider(value=0.8, min=0.0, max=1.5, step=0.1, layout=W.Layout(width="98%"))
+        self.tokens = W.IntSlider(value=60, min=5, max=400, layout=WIDE)
+        self.temperature = W.FloatSlider(value=0.8, min=0.0, max=1.5, step=0.1, layout=WIDE)
         self.start = W.Button(description="Generate", icon="play", button_style="primary")
         self.stop = W.Button(description="Stop", icon="stop", disabled=True)
-        self.view = W.HTML(layout=W.Layout(width="auto", margin="6px 0"))
-        left = W.VBox([labelled(self.prompt, "Prompt"), W.HBox([self.start, self.stop])], layout=W.Layout(width="46%"))
-        right = [W.VBox([labelled(w, t) for w, t in column], layout=W.Layout(width="27%")) for column in (
-            ((self.budget, "Budget: gates to skip, %"), (self.tokens, "Tokens")), ((self.temperature, "Temperature"),))]
-        super().__init__([W.HBox([left, *right]), self.view], layout=W.Layout(width="100%"))
+        self.view = view_area()
+        controls = W.HBox([
+            column("46%", (self.prompt, "Prompt"), W.HBox([self.start, self.stop])),
+            column("27%", (self.budget, "Budget: gates to skip, %"), (self.tokens, "Tokens")),
+            column("27%", (self.temperature, "Temperature"))])
+        super().__init__([controls, self.view], layout={"width": "100%"})
         self.start.on_click(lambda _: self.run())
         self.stop.on_click(lambda _: self.halt())
 
@@ -167,9 +177,9 @@ class Generator(Quiet, W.VBox):
 
     async def _stream(self) -> None:
         try:
-            steps = generate(self.session, self.prompt.value, self.tokens.value,
-                             self.session.threshold(self.budget.value / 100), self.temperature.value, self._seed)
-            for progress in steps:
+            threshold = self.session.threshold(self.budget.value / 100)
+            for progress in generate(self.session, self.prompt.value, self.tokens.value, threshold,
+                                     self.temperature.value, self._seed):
                 self._draw(progress)
                 if self._stopped:
                     progress.done = progress.stopped = True
@@ -185,7 +195,7 @@ class Generator(Quiet, W.VBox):
     def _draw(self, progress: Progress) -> None:
         self.progress = progress
         config = self.session.routing.config
-        self.view.value = stream(progress, config.always_keep + config.keep_last)
+        self.view.value = views.stream(progress, config.always_keep + config.keep_last)
 
     def close(self) -> None:
         """Stops, closes the widgets and frees the model."""

@@ -10,8 +10,6 @@ CHECK seconds.
 """
 
 import contextlib
-import html
-import json
 import os
 import secrets
 import socket
@@ -23,6 +21,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from markupsafe import Markup
+
 HOST = "127.0.0.1"
 IDLE, CHECK = 60, 15             # seconds without a tab after which a kernel ends, and between looks
 TOKEN_VARIABLE = "JUPYTER_TOKEN"  # in the environment: a command line can be read by other users
@@ -31,17 +31,7 @@ EXAMPLES = """examples:
   python -m dlr explore --skip 0.3 --out view < notes.txt   another budget; also HTML, PNG, PDF, CSV and JSON
   python -m dlr explore --serve                             the whole explorer in a browser, on this machine only
 """
-
-
-# Voilà's own page without the style sheets it takes from a network.
-TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
-{% import "spinner.macro.html.j2" as spinner %}
-{%- block notebook_css -%}
-{% if frontend == "voila" %}{{ resources.include_js("static/voila-style.js") }}{% endif %}
-{{ spinner.css() }}<style>.jp-mod-noOutputs.jp-mod-noInput{display:none}</style>
-{{ super.super() }}
-{%- endblock notebook_css -%}
-"""
+DATA = Path(__file__).parent / "templates"     # holds a template for Voilà
 
 
 def add_parser(commands, formatter) -> None:
@@ -147,17 +137,13 @@ def server(checkpoint: str | None = None, port: int = 0, text: str | None = None
     with tempfile.TemporaryDirectory(prefix="dlr-explore-") as folder:
         book, log = Path(folder) / "explorer.ipynb", Path(folder) / "log.txt"
         book.write_text(notebook(checkpoint, text, **loading), encoding="utf-8")
-        template = Path(folder) / "share" / "voila" / "templates" / "dlr"
-        template.mkdir(parents=True)
-        (template / "index.html.j2").write_text(TEMPLATE, encoding="utf-8")
-        (template / "conf.json").write_text(json.dumps({"base_template": "lab"}), encoding="utf-8")
         paths = [str(project_root()), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("w") as out:
             process = subprocess.Popen(
                 _options(book, port, idle, check), stdout=out, stderr=subprocess.STDOUT, env=os.environ | {
                     TOKEN_VARIABLE: token, "PYTHONPATH": os.pathsep.join(paths),
                     "DLR_RESULTS": str(results_folder().resolve()), "DLR_CACHE": str(cache_folder().resolve()),
-                    "JUPYTER_PATH": os.pathsep.join([f"{folder}/share", *filter(None, [os.environ.get("JUPYTER_PATH")])])})
+                    "JUPYTER_PATH": os.pathsep.join([str(DATA), *filter(None, [os.environ.get("JUPYTER_PATH")])])})
         try:
             _await(process, f"http://{HOST}:{port}/voila/static/", log)
             yield f"http://{HOST}:{port}/?token={token}"
@@ -205,7 +191,8 @@ def _opened(address: str):
     handle, name = tempfile.mkstemp(suffix=".html", prefix="dlr-explore-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(address)}">')
+            file.write(Markup('<!doctype html><meta http-equiv=refresh content="0; url={}">').format(
+                address))
         webbrowser.open(Path(name).as_uri())
         yield
     finally:

@@ -18,6 +18,7 @@ from dlr.discovery import find_checkpoint
 from dlr.router_config import RouterConfig
 from dlr.explorer import Explorer
 from dlr.explorer_tabs import STATIC, Comparison, Generator
+from dlr.layout import Layout, grid
 from dlr.models import NANO
 from dlr.session import Session
 from tiny_models import SMALL
@@ -64,7 +65,7 @@ def test_the_numbers_on_screen_are_those_of_the_record(explorer):
     assert f"{100 * record.skip_ratio:.1f} %" in explorer.view.value
     assert f"{record.perplexity():,.2f} / {record.perplexity('dense'):,.2f}" in explorer.view.value
     explorer.layers.value = (2, 4)
-    assert numbers(explorer.view.value) == views.grid(record)[:, 2:5].sum(1).tolist()
+    assert numbers(explorer.view.value) == grid(record)[:, 2:5].sum(1).tolist()
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -167,8 +168,8 @@ def test_an_export_waits_for_what_is_pending(explorer, tmp_path):
 def test_a_checkpoint_that_does_not_load_leaves_the_one_that_is_there(tmp_path):
     explorer = Explorer(text="Some text.")
     there = explorer.picker.value
-    explorer._there["broken"] = tmp_path
-    explorer.picker.options = list(explorer._there)
+    explorer._folders["broken"] = tmp_path
+    explorer.picker.options = list(explorer._folders)
     explorer.picker.value = "broken"
     assert explorer.error is not None and explorer.picker.value == there and explorer.session.name == there
     explorer.budget.value = 60
@@ -227,8 +228,8 @@ def test_a_router_without_a_curve_says_where_its_thresholds_come_from():
 def test_views_need_no_model(session):
     record = session.read("Just a record.")
     half = replace(record, gates=torch.zeros_like(record.gates))
-    assert numbers(views.strip(half)) == [2.0] * len(half)
-    assert views.heatmap(half).count("dlr-c ") == len(half)
+    assert numbers(views.strip(Layout(half))) == [2.0] * len(half)
+    assert views.heatmap(Layout(half)).count("dlr-c ") == len(half)
 
 
 def _other_checkpoint(folder):

@@ -13,16 +13,16 @@ import torch
 from test_record import model, tokenizer                       # noqa: F401  fixtures
 from test_routed import half_skipping
 
-from dlr import terminal, views
+from dlr import terminal, tokens, views
 from dlr.router_config import RouterConfig
-from dlr.export import cell, export, link, page, rows, to_csv, to_json
-from dlr.palette import LEVELS, contrast, ink, ramp, stylesheet
+from dlr.export import cell, export, rows, to_csv, to_json
+from dlr.layout import Cost, Layout, Look, level
+from dlr.palette import LEVELS, contrast, ink, ramp
 from dlr.record import Record, pieces
 from dlr.session import Session
 from dlr.stream import Progress, Side
-from dlr.tokens import Shown, piece_bytes, shown, spans, visible, width
-from dlr.views_compare import agreement, comparison, differing
-from dlr.views_stream import stream
+from dlr.tokens import Shown, piece_bytes, shown, spans, visible
+from dlr.views import agreement, comparison, differing, link, page, stream, stylesheet
 
 HOSTILE = ["<script>alert(1)</script>", "&lt;b&gt; &amp;amp;", "\"double\" 'single' `back`", "a\nb\n\nc", "tab\there",
            "    leading and trailing   ", "\N{GRINNING FACE}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}",
@@ -37,7 +37,7 @@ class Page(HTMLParser):
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
         self.tags, self.open, self.attributes, self.text = [], [], [], ""
-        self.feed(text)
+        self.feed(str(text))                # a piece of Markup added to text would escape it
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -77,6 +77,12 @@ def test_any_text_stays_text_in_every_view(session, text):
     assert "\x1b" not in re.sub(r"\x1b\[[\d;]*m", "", plain) and "\x07" not in plain
 
 
+def test_no_template_can_let_a_text_through():
+    for path in views.FOLDER.rglob("*.*"):
+        assert not re.search(r"\|\s*safe|autoescape", path.read_text(encoding="utf-8")), path.name
+    assert views.render("message.html", text="<b>").count("&lt;b&gt;") == 1
+
+
 ATTACK = "\"'><img src=x onerror=alert(1)><script>alert(1)</script></style></textarea>&lt;i&gt;"
 
 
@@ -86,17 +92,18 @@ def test_hostile_words_in_every_field_stay_text(session, monkeypatch, tmp_path):
     hostile = {key: ATTACK for key in found.meta["top_tokens"]}
     found = replace(found, tokens=[ATTACK] * len(found), meta=found.meta | {
         "model": ATTACK, "policy": ATTACK, "top_tokens": hostile, "text": ATTACK, "text_hash": ATTACK})
-    monkeypatch.setattr(views, "kinds", lambda record: [ATTACK] * len(record))
-    monkeypatch.setattr(views, "shown", lambda record: [Shown(ATTACK, ATTACK, ATTACK)] * len(record))
-    cost = views.Cost(2.0, 1.0, 1.0, 1.0, 1.0, execution=ATTACK)
+    monkeypatch.setattr(tokens, "kinds", lambda record: [ATTACK] * len(record))
+    monkeypatch.setattr(tokens, "shown", lambda record: [Shown(ATTACK, ATTACK, ATTACK)] * len(record))
+    cost = Cost(2.0, 1.0, 1.0, 1.0, 1.0, execution=ATTACK)
     side = Side([5, 6], [ATTACK, ATTACK], [3.0])
     progress = Progress(ATTACK, side, side, 6, ATTACK, {"5": ATTACK})
     path = tmp_path / (ATTACK.replace("/", "") + ".html")
     path.write_text("x")
-    made = {"view": views.view(found, cost, note=ATTACK), "strip": views.strip(found, cards=False),
+    made = {"view": views.view(found, cost, note=ATTACK), "strip": views.strip(Layout(found), cards=False),
             "comparison": comparison(found, found, (ATTACK, ATTACK), (cost, cost), note=ATTACK),
-            "error": views.message(ValueError(ATTACK)), "said": views.message(ATTACK), "frame": views.framed("", ATTACK),
-            "stream": stream(progress, 2.0), "page": page("", ATTACK), "link": link(path)}
+            "error": views.message(ValueError(ATTACK)), "said": views.message(ATTACK),
+            "stream": stream(progress, 2.0), "page": page("", ATTACK),
+            "link": link(path), "saved": views.saved([path])}
     for name, markup in made.items():
         seen = Page(markup)
         assert not seen.open, name
@@ -104,7 +111,7 @@ def test_hostile_words_in_every_field_stay_text(session, monkeypatch, tmp_path):
                                                                                           "stream") else set()), name
         assert not [key for key, _ in seen.attributes if key.startswith("on")], name
         assert markup.count("</style>") == ("<style>" in markup), name
-        if name not in ("frame", "page", "link"):
+        if name not in ("page", "link", "saved"):
             assert "onerror=alert(1)" in seen.text or "⟨" in seen.text, name
 
 
@@ -131,30 +138,30 @@ def test_what_the_view_shows_is_what_the_saved_record_holds(session, tmp_path):
 
 def test_the_heatmap_draws_every_gate_once(session):
     found = session.read("some words to cut into pieces")
-    columns = re.findall(r'<div class="dlr-c [^"]*" title="([^"]*)">.*?</svg><b>([\d.]+)</b>', views.heatmap(found))
+    columns = re.findall(r'(?s)<div class="dlr-c [^"]*" title="([^"]*)">.*?</svg><b>([\d.]+)</b>', views.heatmap(Layout(found)))
     assert len(columns) == len(found)
     for i, (hint, total) in enumerate(columns):
         missing = [2 + u for u, gate in enumerate(found.gates[i].tolist()) if not gate]
         assert html.unescape(hint).endswith(f"skipped {spans(missing)}")
         assert float(total) == float(found.active_layers[i])
-    drawn = re.findall(r"M0 (\d+)h1", views.heatmap(found))
+    drawn = re.findall(r"M0 (\d+)h1", views.heatmap(Layout(found)))
     assert len(drawn) == int(found.active_layers.sum())
 
 
 def test_a_layer_range_counts_and_shows_only_its_layers(session):
     found = session.read("some words to cut into pieces")
-    look = views.Look(3, 4)
-    assert torch.equal(views.depths(found, look), found.gates[:, 1:3].sum(1).float())
-    assert 'viewBox="0 0 1 2"' in views.heatmap(found, look)
-    total = sum(views.depths(found, views.Look(i, i)) for i in range(6))
+    look = Look(3, 4)
+    assert Layout(found, look).depths == found.gates[:, 1:3].sum(1).tolist()
+    assert 'viewBox="0 0 1 2"' in views.heatmap(Layout(found, look))
+    total = sum(torch.tensor(Layout(found, Look(i, i)).depths) for i in range(6))
     assert torch.equal(total, found.active_layers)
 
 
 def test_sublayer_records_show_halves(model, tokenizer):         # noqa: F811
     half_skipping(model, RouterConfig(always_keep=2, unit="sublayer"))
     found = Session(model=model, tokenizer=tokenizer).read("halves of layers")
-    assert torch.allclose(views.depths(found, views.Look()), found.active_layers)
-    assert any("h1v0.45" in part for part in views.heatmap(found).split("<path"))
+    assert Layout(found).depths == found.active_layers.tolist()
+    assert any("h1v0.45" in part for part in views.heatmap(Layout(found)).split("<path"))
 
 
 def test_sentencepiece_words_keep_their_spaces_and_bytes_are_spelled():
@@ -186,23 +193,24 @@ def test_every_shade_can_be_read_and_order_is_kept():
         colours = ramp(dark)
         assert len(set(colours)) == LEVELS
         assert all(contrast(c, ink(c)) >= 4.5 for c in colours)
-    assert "@media (prefers-color-scheme:dark)" in stylesheet() and 'data-jp-theme-light="false"' in stylesheet()
-    levels = [views.level(d, 4, 16) for d in range(4, 17)]
+    assert "@media (prefers-color-scheme:dark)" in stylesheet() and 'data-jp-theme-light=false' in stylesheet()
+    levels = [level(d, 4, 16) for d in range(4, 17)]
     assert levels == sorted(set(levels)) and levels[0] == 0 and levels[-1] == LEVELS - 1
 
 
 def test_tokens_can_be_reached_by_keyboard_and_are_described(session):
     found = session.read("reach me")
-    strip = views.strip(found)
+    strip = views.strip(Layout(found))
     assert strip.count("tabindex=0") == strip.count("aria-label=") == len(found)
 
 
 def test_the_difference_of_two_plans_is_marked(session):
     first = session.read("two plans for the same text")
-    assert not differing(first, first) and agreement(first, first) == 1.0
+    assert not differing(Layout(first), Layout(first))
+    assert agreement(Layout(first), Layout(first)) == 1.0
     second = session.at_skip(first, 0.0)
     changed = {i for i in range(len(first)) if not first.gates[i].all()}
-    assert differing(first, second) == changed
+    assert differing(Layout(first), Layout(second)) == changed
     made = comparison(first, second, ("one", "two"))
     assert made.count("dlr-x") - stylesheet().count("dlr-x") == 2 * len(changed)
     assert "not subtracted" in comparison(first, session.read("another text"), ("one", "two"))
@@ -243,13 +251,15 @@ def test_invisible_characters_get_signs_and_widths():
     for odd in "\x1b\x9b\x9d\x07\x85\u202e\u2066\u200b\u2028\ufeff\U000e0041\u3164\u2800\xad":
         assert visible(odd) == f"‹{ord(odd):04X}›", "control, direction, blank: shown as what it is"
     assert visible(" a\tb\n\x1b") == "·a⇥b↵‹001B›" and visible("a b", spaces=False) == "a b"
-    assert (width("ab"), width("日本"), width("e\N{COMBINING ACUTE ACCENT}")) == (2, 4, 1)
+    for text, columns in (("abcd", 4), ("日本", 4), ("abce\N{COMBINING ACUTE ACCENT}", 4), ("a", 3)):
+        assert Shown(text, text).columns == columns
     assert spans([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8" and spans([]) == "none"
 
 
 def test_the_terminal_shows_the_same_numbers(session):
     found = session.read("in the terminal")
-    plain = terminal.strip(found, colour=False).translate(str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
+    layout = Layout(found)
+    plain = terminal.strip(layout, colour=False).translate(str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
     expected = "".join(f"{t.text}{d:g}" for t, d in zip(shown(found), found.active_layers.tolist()))
     assert plain == expected
-    assert re.sub(r"\x1b\[[\d;]*m", "", terminal.strip(found)) == terminal.strip(found, colour=False)
+    assert re.sub(r"\x1b\[[\d;]*m", "", terminal.strip(layout)) == terminal.strip(layout, colour=False)
