@@ -9,8 +9,8 @@ import traceback
 from pathlib import Path
 
 from dlr import evalcommand, serve
-from dlr.config import PHASES
-from dlr.places import Wanted, beside, made, named, schema_of, shown_path
+from dlr.phases import PHASES, schema_of
+from dlr.places import Wanted, beside, made, named, shown_path
 from dlr.settings import validated
 from dlr.sweeps import run_sweep, write_table
 from dlr.workbook import checked_parameters, effective_of
@@ -105,7 +105,7 @@ def _run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: b
         name: of the run's folder; where nobody gave it, another run that holds it is left alone.
     """
     from dlr import notebooks
-    notebook = notebooks.read_pair(PHASES[phase][0])
+    notebook = notebooks.read_pair(PHASES[phase].notebook)
     wanted = Wanted(phase, effective_of(phase, parameters, notebook))
     place = named(wanted, name, force) if is_given else beside(wanted, name)
     if place.done and not force:

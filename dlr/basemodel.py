@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from dlr.config import BaseModelConfig, SettingsError
+from dlr.phase_base_model import BaseModelConfig
+from dlr.settings import SettingsError
 from dlr.router_config import RouterConfig
 from dlr.data import Documents, folder_texts, load_documents, padded_batches, read_wikitext
 from dlr.encoding import encode, opening_token, padding_token

@@ -6,8 +6,9 @@ The command line builds its parser from here, so what takes seconds to import is
 import argparse
 import json
 
-from dlr.config import EvaluationConfig, validated
+from dlr.identity import begin
 from dlr.runs import Run, results_folder, slug
+from dlr.settings import PhaseSettings, validated
 
 EXAMPLES = """examples:
   python -m dlr eval nano-router --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5
@@ -51,7 +52,7 @@ def _refuse(arguments, tasks: list[str]) -> None:
     if arguments.name is not None:
         if not arguments.name.strip("."):
             raise ValueError(f"--name {arguments.name!r} must be a folder's name, not a way up")
-        validated({"run_name": arguments.name}, EvaluationConfig)
+        validated({"run_name": arguments.name}, PhaseSettings)
 
 
 def evaluate_command(arguments) -> int:
@@ -71,8 +72,8 @@ def evaluate_command(arguments) -> int:
     run = Run(results_folder() / "evaluation" / label)
     lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size)
     print(f"results in {run.folder}", flush=True)
-    run.start({"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip,
-               "digest": loaded.digest, "base": precision_of(loaded.base)}, loaded.digest)
+    begin(run, {"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip,
+                "digest": loaded.digest, "base": precision_of(loaded.base)}, loaded.digest)
     result = run_benchmark(lm, tasks, run.folder / loaded.name, data_dir=arguments.data_dir, limit=arguments.limit,
                            num_fewshot=arguments.num_fewshot)
     row = row_of(lm, result, tasks)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from dlr.benchmark import run_benchmark
-from dlr.config import EvaluationConfig, VariantSpec
 from dlr.folder import looks_like, missing_part
 from dlr.harness import DLRLM
 from dlr.opened import load
+from dlr.phase_evaluation import EvaluationConfig, VariantSpec
 from dlr.runs import finished_runs, from_project, results_folder, slug
 from dlr.settings import SettingsError
 from dlr.table import Z, row_of

@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-# Kinds of rows: how figures call them, and Okabe-Ito colours, told apart without red-green vision.
-NAMES = {"routed": "DLR", "static": "best static", "mean": "mean plan", "shuffled": "shuffled",
-         "random": "random plan", "stochastic": "stochastic depth", "dense": "dense LoRA", "base": "base"}
+from dlr.runs import KINDS as NAMES  # noqa: F401  (how figures call the kinds of rows)
+
+# Okabe-Ito colours of the kinds of rows, told apart without red-green vision.
 COLOURS = {"routed": "#0072B2", "static": "#D55E00", "mean": "#E69F00", "shuffled": "#009E73",
            "random": "#999999", "stochastic": "#CC79A7", "dense": "#000000", "base": "#666666",
            "oracle": "#009E73"}
@@ -68,14 +68,3 @@ def heat(rates: dict[str, list[float]], first: dict, always_keep: int, label: st
                 annot_kws={"size": 6}, cbar_kws={"label": label}, xticklabels=True)
     axes.set(xlabel="layer", ylabel="", title=title)
     return picture
-
-
-def kind_of(row: dict) -> str:
-    """The kind of a results row, one of NAMES; rows from before they said it had one of a few fixed names."""
-    if isinstance(row.get("kind"), str):
-        return row["kind"]
-    name = row["variant"]
-    for kind, words in NAMES.items():
-        if name == words or name.endswith(f", {words}") or (kind == "stochastic" and name.startswith(words)):
-            return kind
-    return "routed"

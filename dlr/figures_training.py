@@ -7,8 +7,8 @@ import pandas as pd
 import seaborn as sns
 
 from dlr.figures_register import figure
-from dlr.figures_style import COLOURS, NAMES, drawn, heat, intervals, kind_of
-from dlr.runs import Run
+from dlr.figures_style import COLOURS, NAMES, drawn, heat, intervals
+from dlr.runs import Run, kind_of
 
 
 def _default(phase: str, ending: str, *arguments):

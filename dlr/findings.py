@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from dlr.figures_style import NAMES, kind_of
+from dlr.runs import KINDS as NAMES, kind_of
 
 # Of two perplexities or losses, lower is better; of two accuracies, higher.
 REVERSED = {"better than": "worse than", "worse than": "better than"}

@@ -11,7 +11,10 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from dlr.settings import LocalPath, MachineDecides, Settings, default_of, items_of
+from dlr.data import load_documents
+from dlr.models import NANO, NANO_ROUTER
+from dlr.runs import RECORD, Run, from_project, plain, project_root, results_folder, shell_folder, shown_path
+from dlr.settings import LocalPath, MachineDecides, Settings, SettingsError, default_of, items_of
 
 NAMES = ("", "nano", "nano-router", "embedded")          # what path-like settings hold when they name no file
 _SAMPLE = 1 << 16                                        # bytes read at each place of a large file
@@ -42,8 +45,6 @@ def resolved(values: dict, schema: type[Settings]) -> dict:
 
     What names no file ('nano', a Hub id) stays as it is. A folder to write to is one of the caller's in any case.
     """
-    from dlr.runs import from_project, shell_folder
-
     def change(text: str, mark: LocalPath, name: str) -> str:
         if text in NAMES:
             return text
@@ -55,7 +56,6 @@ def resolved(values: dict, schema: type[Settings]) -> dict:
 
 def _portable(text: str, *_) -> str:
     """A path as run.json keeps it: below the project or the results folder from there, else its last part."""
-    from dlr.runs import project_root, results_folder
     path = Path(text)
     if path.is_absolute():
         for root in (project_root(), results_folder()):
@@ -97,7 +97,6 @@ def digest(path: Path) -> str:
 
 def inputs_of(config: Settings) -> dict[str, str]:
     """Setting to `digest` of every file or folder that `config` reads."""
-    from dlr.models import NANO, NANO_ROUTER
     embedded = {"nano": NANO / "model.safetensors", "nano-router": NANO_ROUTER}
     found = {}
 
@@ -114,7 +113,6 @@ def inputs_of(config: Settings) -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def _documents_hash(dataset: str, splits: tuple[str, ...]) -> str:
-    from dlr.data import load_documents
     return "-".join(load_documents(dataset, split).hash for split in splits)
 
 
@@ -151,10 +149,19 @@ def different_settings(before: dict, now: dict, schema: type[Settings] | None) -
             and not (name in fields and _free(fields[name], old.get(name), new.get(name)))}
 
 
-def differences(record: dict, settings: dict, data: str, inputs: dict[str, str],
-                schema: type[Settings] | None) -> dict[str, tuple]:
-    """What keeps the run in `record` (a run.json) from being that of `settings` on this data; empty: they are one."""
-    found = different_settings(record.get("settings", {}), settings, schema)
+def differences(run: Run, settings: dict, data: str, inputs: dict[str, str] | None = None,
+                schema: type[Settings] | None = None) -> dict[str, tuple]:
+    """What keeps the run in a folder from being that of `settings` on this data; empty: they are one.
+
+    Args:
+        data: hash of the documents, see `data_hash`; '' is any.
+        inputs: setting to digest of the files it names, see `inputs_of`.
+        schema: the class of `settings`, which knows their defaults; without it every setting must be equal.
+    """
+    record, inputs = run.record, inputs or {}
+    if "settings" not in record:
+        return {RECORD: ("missing or unreadable", "settings to compare with")}
+    found = different_settings(record["settings"], plain(portable(settings, schema)), schema)
     earlier = record.get("inputs", {})
     for name in earlier.keys() & inputs.keys():             # files known on both sides: content decides, not the name
         found.pop(name, None)
@@ -163,6 +170,26 @@ def differences(record: dict, settings: dict, data: str, inputs: dict[str, str],
     if not found and record.get("data_hash") and data and record["data_hash"] != data:
         found["data"] = (record["data_hash"], data)
     return found
+
+
+def begin(run: Run, settings: dict, data: str, inputs: dict[str, str] | None = None,
+          schema: type[Settings] | None = None) -> Run:
+    """Writes run.json, in which no absolute path is kept. A run begun here with the same settings and data goes on.
+
+    Raises:
+        SettingsError: the folder holds a run with other settings or data (arguments as in `differences`).
+    """
+    if run.exists:
+        refuse(run, differences(run, settings, data, inputs, schema))
+    return run.begin(portable(settings, schema), data, inputs or {})
+
+
+def refuse(run: Run, other: dict[str, tuple]) -> None:
+    """Raises SettingsError where `other` says that the folder of `run` holds another run."""
+    if other:
+        raise SettingsError(f"{shown_path(run.folder)} holds a run with other settings or data ({said(other)}). Give this "
+                            "one a name of its own (run_name in a notebook, --name on the command line), or replace that "
+                            "one: --name with --force.")
 
 
 def said(found: dict[str, tuple], most: int = 4) -> str:

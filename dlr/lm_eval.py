@@ -12,7 +12,7 @@ import sys
 from lm_eval.__main__ import cli_evaluate
 
 from dlr.checkpoint import WrongBase
-from dlr.config import SettingsError
+from dlr.settings import SettingsError
 
 import dlr.harness  # noqa: F401  (registers the model)
 

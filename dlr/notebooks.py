@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 
-from dlr.config import PHASES
+from dlr.phases import PHASES
 from dlr.runs import atomic_file, project_root
 from dlr.settings import SettingsError
 

@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 
 from dlr import identity
-from dlr.config import PHASES
 from dlr.runs import Run, plain, project_root, results_folder, shown_path, slug
-from dlr.settings import Settings, SettingsError, nearest
+from dlr.settings import Settings
 
 SCRATCH = "scratch"
 
@@ -46,9 +45,9 @@ class Wanted:
     def differences(self, run: Run) -> dict[str, tuple]:
         """What keeps `run` from being this one: settings, or where those are equal, data."""
         settings, schema = self.config.model_dump(), type(self.config)
-        found = run.differences(settings, "", {}, schema)
+        found = identity.differences(run, settings, "", {}, schema)
         try:
-            return found or run.differences(settings, *self.data, schema)
+            return found or identity.differences(run, settings, *self.data, schema)
         except OSError:                        # the data is not to be had here: only settings can be compared
             return found
 
@@ -63,7 +62,7 @@ class Wanted:
         return run
 
     def start(self, run: Run) -> Run:
-        return run.start(self.config.model_dump(), *self.data, type(self.config))
+        return identity.begin(run, self.config.model_dump(), *self.data, type(self.config))
 
 
 def made(run: Run) -> str:
@@ -118,11 +117,8 @@ def named(wanted: Wanted, name: str, force: bool = False) -> Run:
         SettingsError: it holds other settings or data, and `force` does not replace it.
     """
     run = Run(results_folder() / wanted.phase / name)
-    other = wanted.differences(run) if run.exists and not force else {}
-    if other:
-        raise SettingsError(f"{shown_path(run.folder)} holds a run with other settings or data "
-                            f"({identity.said(other)}). Give this one a name of its own (run_name in a notebook, --name "
-                            "on the command line), or replace that one: --name with --force.")
+    if run.exists and not force:
+        identity.refuse(run, wanted.differences(run))
     return run
 
 
@@ -136,12 +132,3 @@ def beside(wanted: Wanted, name: str, say=print) -> Run:
     say(f"{shown_path(run.folder)} holds a run with other settings or data ({identity.said(other)}); this one is "
         f"{shown_path(mine.folder)}.")
     return mine
-
-
-def schema_of(phase: str) -> type[Settings]:
-    """The settings of a phase. Raises SettingsError: there is no such phase."""
-    if phase not in PHASES:
-        near = nearest(phase, PHASES)
-        raise SettingsError(f"unknown phase {phase!r}; " + (f"did you mean {near!r}? " if near else "")
-                            + f"there are: {', '.join(PHASES)}")
-    return PHASES[phase][1]

@@ -139,7 +139,7 @@ def hardware() -> dict:
 
 
 class Run:
-    """One run's folder. `start` records where it comes from; `finish` its metrics, after which it is `done`."""
+    """One run's folder. `begin` records where it comes from; `finish` its metrics, after which it is `done`."""
 
     def __init__(self, folder: str | Path, reused: bool = False):
         self.folder = Path(folder)
@@ -179,32 +179,9 @@ class Run:
         """One row a variant, of a finished run."""
         return self.metrics["rows"]
 
-    def differences(self, settings: dict, data_hash: str, inputs: dict | None = None, schema=None) -> dict[str, tuple]:
-        """What keeps the run that is here from being that of these settings and data (`dlr.identity.differences`)."""
-        from dlr import identity
-        record = self.record
-        if "settings" not in record:
-            return {RECORD: ("missing or unreadable", "settings to compare with")}
-        return identity.differences(record, plain(identity.portable(settings, schema)), data_hash, inputs or {}, schema)
-
-    def start(self, settings: dict, data_hash: str, inputs: dict | None = None, schema=None) -> "Run":
-        """Writes run.json, in which no absolute path is kept. A run begun here with the same settings and data goes on.
-
-        Args:
-            inputs: setting to digest of the files it names, see `dlr.identity.inputs_of`.
-            schema: the class of `settings`, which knows their defaults; without it every setting must be equal.
-
-        Raises:
-            ValueError: the folder holds a run with other settings or data.
-        """
-        from dlr import identity
-        other = self.differences(settings, data_hash, inputs, schema) if self.exists else {}
-        if other:
-            raise ValueError(f"{shown_path(self.folder)!r} holds a run with other settings or data "
-                             f"({identity.said(other)}). Give this one a name of its own (run_name, --name), or replace "
-                             "that one with --force.")
-        settings = identity.portable(settings, schema)
-        record = {"settings": settings, "seed": settings.get("seed"), "data_hash": data_hash, "inputs": inputs or {},
+    def begin(self, settings: dict, data_hash: str, inputs: dict[str, str]) -> "Run":
+        """Writes run.json, which says what the run is of (see `dlr.identity.begin`, which compares first) and made on."""
+        record = {"settings": settings, "seed": settings.get("seed"), "data_hash": data_hash, "inputs": inputs,
                   "versions": {"python": platform.python_version()} | {v: metadata.version(v) for v in VERSIONS},
                   "hardware": hardware(), "git_commit": _git_commit(),
                   "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -241,6 +218,23 @@ class Run:
         if picture is not None and not self.reused:
             from dlr.figures_style import save
             save(picture, self.folder, name)
+
+
+# What a row of results is a case of, and how rows are called that were recorded before they said so.
+# Controls of a router (shuffled, mean, random) run on its weights.
+KINDS = {"routed": "DLR", "shuffled": "shuffled", "mean": "mean plan", "random": "random plan", "static": "best static",
+         "dense": "dense LoRA", "stochastic": "stochastic depth", "base": "base"}
+
+
+def kind_of(row: dict) -> str:
+    """The kind of a results row, one of KINDS."""
+    if isinstance(row.get("kind"), str):
+        return row["kind"]
+    name = row["variant"]
+    for kind, words in KINDS.items():
+        if name == words or name.endswith(f", {words}") or (kind == "stochastic" and name.startswith(words)):
+            return kind
+    return "routed"
 
 
 def finished_runs(phase: str, root: Path | None = None) -> dict[str, dict]:

@@ -29,7 +29,11 @@ class MachineDecides:
 
 
 Local = Annotated[str, LocalPath()]
+Named = Annotated[Local, Field(min_length=1)]                    # '' would be the current folder
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]                     # what every library's generator takes
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
@@ -58,6 +62,11 @@ def checked_name(name: str) -> str:
 
 
 RunName = Annotated[str, AfterValidator(lambda name: name and checked_name(name))]
+
+
+class PhaseSettings(Settings):
+    """What every notebook is told."""
+    run_name: RunName = ""             # folder below results/<phase>/; '': exploratory (dlr.places)
 
 
 def distinct(shown="{}"):

@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan
 from dlr.checkpoint import save_control, save_pretrained
-from dlr.config import RunConfig
+from dlr.run_settings import RunConfig
 from dlr.corpus import cache_folder
 from dlr.data import load_documents, packed, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, summary
@@ -23,12 +23,9 @@ from dlr.models import add_lora, load_base
 from dlr.plan import static_pair
 from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.routed import Routing, attach
-from dlr.runs import write_atomically
+from dlr.runs import KINDS, write_atomically
 from dlr.trainer import DLRTrainer
 from dlr.warmstart import warm_start
-
-# What a row is a case of. Controls of a router (shuffled, mean, random) run on its weights.
-KINDS = ("routed", "shuffled", "mean", "random", "static", "dense", "stochastic", "base")
 
 
 @dataclass

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 
 from dlr.identity import resolved, said
-from dlr.places import Wanted, schema_of
+from dlr.phases import schema_of
+from dlr.places import Wanted
 from dlr.progress import tqdm
 from dlr.runs import Run, finished_runs, project_root, results_folder, slug, write_atomically
 from dlr.settings import SettingsError, checked_name, effective, read_params

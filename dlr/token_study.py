@@ -9,7 +9,7 @@ import torch
 from dlr import analysis, instrument, oracle
 from dlr.calibration import threshold_at
 from dlr.categories import categories, frequencies, load_spacy, part_of_speech, partition
-from dlr.config import TokenAnalysisConfig
+from dlr.phase_token_analysis import TokenAnalysisConfig
 from dlr.data import Documents, load_documents, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, perplexity
 from dlr.models import load_base

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
-from dlr.config import RunConfig
+from dlr.run_settings import RunConfig
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.objectives import OBJECTIVES, SLOPE, Objective
 from dlr.plan import gate_entropy

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dlr.plan import static_pair
 from dlr.calibration import calibrate
-from dlr.config import RunConfig
+from dlr.run_settings import RunConfig
 from dlr.device import autocast, device_of
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher
 from dlr.policy import GivenPlan, RouterPolicy

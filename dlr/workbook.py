@@ -5,10 +5,10 @@ import re
 
 import pandas as pd
 
-from dlr.config import PHASES
+from dlr.phases import PHASES, schema_of
 from dlr.identity import different_settings, resolved
-from dlr.places import open_run, schema_of
-from dlr.runs import finished_runs
+from dlr.places import open_run
+from dlr.runs import finished_runs, kind_of
 from dlr.settings import Settings, SettingsError, effective, from_text, nearest, read_params
 
 __all__ = ["checked_parameters", "notebook_settings", "open_run", "results_table", "seeds_table"]
@@ -26,7 +26,7 @@ def notebook_settings(phase: str, names: dict) -> Settings:
     Raises:
         SettingsError: a value is wrong, or a name in the parameters cell is no setting; it names the nearest one.
     """
-    schema = PHASES[phase][1]
+    schema = PHASES[phase].schema
     given = {k: v for k, v in names.items() if k in schema.model_fields}
     stray = stray_names(names, schema)
     if stray:
@@ -105,7 +105,7 @@ def checked_parameters(phase: str, params_file: str | None, assignments: list[st
 def effective_of(phase: str, given: dict, notebook=None) -> Settings:
     """The settings a phase's notebook will have once `given` is put behind its parameters cell."""
     from dlr.notebooks import cell_defaults, read_pair
-    notebook = notebook or read_pair(PHASES[phase][0], say=lambda text: None)
+    notebook = notebook or read_pair(PHASES[phase].notebook, say=lambda text: None)
     return effective(cell_defaults(notebook) | given, schema_of(phase))
 
 
@@ -125,7 +125,7 @@ def results_table(phase: str, root=None, names=None) -> pd.DataFrame:
     A column `settings` says in what runs differ beside seed, target and part of the sweep, where they do.
     """
     runs = {name: found for name, found in finished_runs(phase, root).items() if names is None or name in names}
-    schema, labels = PHASES[phase][1] if phase in PHASES else None, {}
+    schema, labels = PHASES[phase].schema if phase in PHASES else None, {}
     first = next(iter(runs.values()), {"run": {}})["run"].get("settings", {})
     for name, found in runs.items():
         other = different_settings(first, found["run"].get("settings", {}), schema)
@@ -146,7 +146,6 @@ def seeds_table(table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty:
         return pd.DataFrame(columns=["variant", "target_skip", "runs", "skip", "perplexity"])
-    from dlr.figures_style import kind_of                     # not above: it takes a second, and few commands draw
     untargeted = [kind_of(row) in ("base", "dense", "stochastic") for row in table.to_dict("records")]
     data = table.assign(target_skip=table["target_skip"].astype(object).mask(pd.Series(untargeted, table.index), "-"))
     by = ["variant", "target_skip", *(["settings"] if "settings" in data else [])]

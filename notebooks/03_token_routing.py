@@ -59,7 +59,7 @@ import sys
 
 sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
 
-from dlr.config import SettingsError
+from dlr.settings import SettingsError
 from dlr.workbook import notebook_settings
 
 config = notebook_settings("token_routing", globals())
@@ -73,7 +73,7 @@ if unknown:
 
 # %% tags=["nbval-ignore-output"]
 from dlr import study
-from dlr.figures_style import kind_of
+from dlr.runs import kind_of
 from dlr.figures_training import comparison, keep_rates, training
 from dlr.workbook import open_run, shown
 

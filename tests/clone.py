@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dlr.config import ParetoConfig
+from dlr.phase_training import ParetoConfig
 from dlr.identity import data_hash
 from dlr.runs import Run, project_root
 

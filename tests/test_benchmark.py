@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from dlr.config import EvaluationConfig, SettingsError, VariantSpec
+from dlr.phase_evaluation import EvaluationConfig, VariantSpec
+from dlr.settings import SettingsError
 from dlr.evaluation import evaluate_variants, paired, specs_of
 from dlr.figures_evaluation import bars, group_tasks, groups, layer_skips, scatter
 from dlr.table import _above, scores_table

@@ -5,10 +5,13 @@ import ast
 import pytest
 import yaml
 
-from dlr.config import PHASES, EvaluationConfig, RunConfig, SettingsError, TokenConfig, read_params, validated
 from dlr.identity import resolved
+from dlr.phase_evaluation import EvaluationConfig
+from dlr.phase_training import TokenConfig
+from dlr.phases import PHASES, PhaseSettings, phase
+from dlr.run_settings import RunConfig
 from dlr.runs import project_root
-from dlr.settings import from_text
+from dlr.settings import LocalPath, SettingsError, effective, from_text, read_params, validated
 from dlr.sweeps import expand
 from dlr.workbook import checked_parameters, notebook_settings
 
@@ -105,6 +108,20 @@ def test_copies_are_validated():
     assert config == TokenConfig()
 
 
+def test_a_phase_is_a_schema_that_registers_itself():
+    assert [phase.notebook for phase in PHASES.values()] == sorted(path.stem for path in project_root().glob("notebooks/0*.py"))
+
+    @phase("10_idea")
+    class IdeaConfig(PhaseSettings):
+        steps: int = 3
+    try:
+        assert list(PHASES)[-1] == "idea" and checked_parameters("idea", None, ["steps=4"]) == {"steps": 4}
+        with pytest.raises(SettingsError, match="run_name='../x'"):
+            checked_parameters("idea", None, ["run_name=../x"])
+    finally:
+        del PHASES["idea"]
+
+
 def test_a_base_of_its_own_brings_its_own_rows():
     assert [row.name for row in EvaluationConfig().variants] == ["router", "static plan"]
     assert EvaluationConfig(model="org/base").variants == [] == EvaluationConfig(phase="pareto").variants
@@ -196,7 +213,6 @@ def test_a_relative_path_is_the_callers_then_the_projects(tmp_path, monkeypatch)
 
 def test_every_setting_that_names_files_is_marked():
     """A new one is then resolved, kept out of run.json and compared by content without anyone thinking of it."""
-    from dlr.settings import LocalPath
     for schema in [*(schema for _, schema in PHASES.values()), PHASES["evaluation"][1].model_fields["variants"]
                    .annotation.__args__[0]]:
         for name, field in schema.model_fields.items():
@@ -229,7 +245,6 @@ def test_shipped_yaml_numbers_are_numbers():
 
 
 def test_the_toy_preset_replaces_defaults_and_bounds_what_was_chosen(monkeypatch):
-    from dlr.settings import effective
     monkeypatch.setenv("DLR_PRESET", "toy")
     for schema in (schema for _, schema in PHASES.values()):
         assert effective({}, schema) == schema(**schema.toy)

@@ -17,10 +17,12 @@ from clone import contents, copy_project, environment
 
 import dlr
 from dlr import findings, notebooks
-from dlr.config import PHASES, RunConfig, SettingsError
+from dlr.phases import PHASES
+from dlr.run_settings import RunConfig
+from dlr.settings import SettingsError
 from dlr.data import load_documents, padded_batches
 from dlr.evaluate import evaluate, router_logits, skip_ratio
-from dlr.figures_style import kind_of
+from dlr.runs import kind_of
 from dlr.figures_training import comparison, keep_rates, training, verdicts
 from dlr.models import NANO_ROUTER, load_base
 from dlr.policy import RouterPolicy

@@ -9,8 +9,10 @@ import sys
 import pytest
 
 import dlr.runs
-from dlr.config import PHASES, SettingsError, TokenConfig
-from dlr.identity import digest, inputs_of
+from dlr.phase_training import TokenConfig
+from dlr.phases import PHASES
+from dlr.settings import SettingsError
+from dlr.identity import begin, differences, digest, inputs_of
 from dlr.places import Wanted, beside, named, open_run
 from dlr.runs import Run, finished_runs, plain, project_root, slug, write_atomically
 from dlr.workbook import comparable, results_table, seeds_table
@@ -25,7 +27,7 @@ def command(*arguments, cwd=None, **environment):
 
 # -- identity ---------------------------------------------------------------------------------------------------------
 def test_metrics_appear_last_and_whole(tmp_path):
-    run = Run(tmp_path / "r" / "a").start({"seed": 1, "steps": 2}, "abc")
+    run = begin(Run(tmp_path / "r" / "a"), {"seed": 1, "steps": 2}, "abc")
     assert not run.done and run.exists and not finished_runs("r", tmp_path)
     run.finish([{"variant": "x", "perplexity": float("nan")}])
     assert run.done and run.rows == [{"variant": "x", "perplexity": None}]
@@ -34,11 +36,11 @@ def test_metrics_appear_last_and_whole(tmp_path):
     for settings, data, words in (({"seed": 1, "steps": 3}, "abc", "steps: 2, now 3"),
                                   ({"seed": 1, "steps": 2}, "xyz", "data: abc, now xyz")):
         with pytest.raises(ValueError, match=f"other settings or data .{words}"):
-            run.start(settings, data)
+            begin(run, settings, data)
 
 
 def recorded(folder, config, data="abc", **inputs):
-    return Run(folder).start(config.model_dump(), data, inputs, type(config))
+    return begin(Run(folder), config.model_dump(), data, inputs, type(config))
 
 
 @pytest.mark.parametrize("before, now, differs", [
@@ -49,7 +51,7 @@ def recorded(folder, config, data="abc", **inputs):
 ])
 def test_settings_that_make_another_run(tmp_path, before, now, differs):
     run = recorded(tmp_path / "r", TokenConfig(**before))
-    found = run.differences(TokenConfig(**now).model_dump(), "abc", {}, TokenConfig)
+    found = differences(run, TokenConfig(**now).model_dump(), "abc", {}, TokenConfig)
     assert list(found) == ([differs] if differs else [])
     assert "/a" not in (run.folder / "run.json").read_text()
 
@@ -59,10 +61,10 @@ def test_a_setting_that_is_new_orphans_no_old_run_and_a_changed_one_does(tmp_pat
     record = run.record
     del record["settings"]["kv"], record["settings"]["static_docs"]              # as of a time before them
     (run.folder / "run.json").write_text(json.dumps(record))
-    assert run.differences(TokenConfig().model_dump(), "abc", {}, TokenConfig) == {}
-    assert list(run.differences(TokenConfig(static_docs=8).model_dump(), "abc", {}, TokenConfig)) == ["static_docs"]
+    assert differences(run, TokenConfig().model_dump(), "abc", {}, TokenConfig) == {}
+    assert list(differences(run, TokenConfig(static_docs=8).model_dump(), "abc", {}, TokenConfig)) == ["static_docs"]
     (run.folder / "run.json").write_text("{")
-    assert "run.json" in run.differences(TokenConfig().model_dump(), "abc", {}, TokenConfig)
+    assert "run.json" in differences(run, TokenConfig().model_dump(), "abc", {}, TokenConfig)
 
 
 def test_the_same_name_with_other_files_is_another_run(tmp_path):
@@ -71,8 +73,8 @@ def test_the_same_name_with_other_files_is_another_run(tmp_path):
         (tmp_path / folder / "base" / "model.safetensors").write_text(content)
     configs = [TokenConfig(model=str(tmp_path / folder / "base")) for folder in "abc"]
     run = recorded(tmp_path / "r", configs[0], **inputs_of(configs[0]))
-    assert list(run.differences(configs[1].model_dump(), "abc", inputs_of(configs[1]), TokenConfig)) == ["model"]
-    assert run.differences(configs[2].model_dump(), "abc", inputs_of(configs[2]), TokenConfig) == {}
+    assert list(differences(run, configs[1].model_dump(), "abc", inputs_of(configs[1]), TokenConfig)) == ["model"]
+    assert differences(run, configs[2].model_dump(), "abc", inputs_of(configs[2]), TokenConfig) == {}
 
 
 def test_a_large_file_is_told_apart_by_samples(tmp_path):
@@ -102,7 +104,7 @@ def test_committed_runs_are_the_runs_of_todays_settings(path, monkeypatch):
         return
     for given in (run.record["settings"], *([TODAY[name]] if name in TODAY else [])):
         config = schema(**given)
-        assert run.differences(config.model_dump(), run.record["data_hash"], {}, schema) == {}
+        assert differences(run, config.model_dump(), run.record["data_hash"], {}, schema) == {}
 
 
 def test_a_notebooks_defaults_are_a_recorded_run_shown_from_there(tmp_path, monkeypatch, capsys):

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dlr import study
-from dlr.figures_style import kind_of
+from dlr.runs import KINDS, kind_of
 from dlr.figures_training import comparison, keep_rates, training
-from dlr.config import RunConfig
+from dlr.run_settings import RunConfig
 from dlr.corpus import split_of
 from dlr.data import load_documents
 from dlr.models import NANO
@@ -103,7 +103,7 @@ def test_router_and_controls_skip_as_much_as_the_router_did(rows):
 def test_rows_say_what_they_are_apart_from_their_names(rows):
     kinds = {name: (row["kind"], row["of"]) for name, row in rows.items()}
     assert kinds["DLR"] == ("routed", "DLR") and kinds["DLR, shuffled"] == ("shuffled", "DLR")
-    assert {kind for kind, _ in kinds.values()} == set(study.KINDS)
+    assert {kind for kind, _ in kinds.values()} == set(KINDS)
     with pytest.raises(ValueError, match="kind='router' is not one of"):
         study.row_of(None, study.Variant("x", None, None, None), "x", pd.DataFrame(), "router")
     old = pd.DataFrame([{"variant": name} for name in ("v1, mean plan", "cold", "stochastic depth, full", "best static")])

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dlr
 from dlr.__main__ import main
 from dlr.checkpoint import WrongBase, save_control
-from dlr.config import SettingsError
+from dlr.settings import SettingsError
 from dlr.data import read_wikitext, wikitext_articles
 from dlr.router_config import RouterConfig
 from dlr.discovery import HalfWritten, find_checkpoint

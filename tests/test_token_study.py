@@ -3,7 +3,8 @@
 import pytest
 
 from dlr import discovery, token_study
-from dlr.config import PHASES, read_params, validated
+from dlr.phases import PHASES
+from dlr.settings import read_params, validated
 from dlr.figures_register import redraw
 from dlr.record import record
 from dlr.runs import finished_runs, project_root

@@ -16,7 +16,7 @@ from tiny_models import tiny
 from transformers import set_seed
 
 import dlr
-from dlr.config import RunConfig
+from dlr.run_settings import RunConfig
 from dlr.router_config import RouterConfig
 from dlr.models import add_lora
 from dlr.evaluate import calibrate_router, evaluate, perplexity, skip_ratio

@@ -6,7 +6,7 @@ from tiny_models import tiny
 from test_training import Rows
 
 import dlr
-from dlr.config import RunConfig
+from dlr.run_settings import RunConfig
 from dlr.models import add_lora
 from dlr.likelihood import frozen_base, kl_to_teacher
 from dlr.policy import StaticPlan

@@ -1,0 +1,15 @@
+"""08: what the notebook is told that opens the explorer."""
+
+from pydantic import Field
+
+from dlr.phases import PhaseSettings, phase
+from dlr.settings import Local, Seed
+
+
+@phase("08_explorer")
+class ExplorerConfig(PhaseSettings):
+    """08: the explorer."""
+    checkpoint: Local = ""                             # folder or label; empty: the embedded router
+    text: str = ""                                     # empty: the first example
+    skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
+    seed: Seed = 0
