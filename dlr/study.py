@@ -1,10 +1,8 @@
 """What the notebooks share: load a base once, train variants on it, and measure each beside its controls."""
 
-import contextlib
-import hashlib
-import json
 import shutil
 import warnings
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,18 +10,17 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from dlr.baselines import evaluate_static, greedy_static_order, order_of_mean_plan
+from dlr import static_order
+from dlr.baselines import evaluate_static, order_of_mean_plan
 from dlr.checkpoint import save_control, save_pretrained
 from dlr.run_settings import RunConfig
-from dlr.corpus import cache_folder
 from dlr.data import load_documents, packed, padded_batches
 from dlr.evaluate import calibrate_router, evaluate, paired_difference, summary
-from dlr.weights import identity
 from dlr.models import add_lora, load_base
 from dlr.plan import static_pair
 from dlr.policy import LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.routed import Routing, attach
-from dlr.runs import KINDS, write_atomically
+from dlr.runs import KINDS
 from dlr.trainer import DLRTrainer
 from dlr.warmstart import warm_start
 
@@ -36,10 +33,8 @@ class Bench:
     tokenizer: object
     calibration: list[dict]
     test: list[dict]
-    data_hash: str
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)      # document tables by variant, for paired tests
-    orders: dict[str, list[int]] = field(default_factory=dict)         # static orders by what they depend on
-    open: "Variant | None" = None                                      # the variant whose LoRA and router are on the base
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)    # of documents by variant, for paired tests
+    open: "Variant | None" = None                    # the variant whose LoRA and router are on the base
 
     def blocks(self, config: RunConfig):
         """Packed training blocks, enough for the steps and the warm start, in an order of the run's seed."""
@@ -55,12 +50,12 @@ def open_bench(config: RunConfig) -> Bench:
                                 attn_implementation=config.attn_implementation)
     if torch.cuda.is_available() and not config.load_in_4bit:
         base.to("cuda")
-    documents = {split: load_documents(config.dataset, split) for split in ("train", "calibration", "test")}
-    options = {"max_len": config.eval_len, "batch_size": 2 * config.batch_size}
-    return Bench(config, base, tokenizer,
-                 padded_batches(documents["calibration"], tokenizer, limit=config.calibration_docs, **options),
-                 padded_batches(documents["test"], tokenizer, limit=config.eval_docs, **options),
-                 "-".join(documents[split].hash for split in documents))
+
+    def batches(split: str, limit: int) -> list[dict]:
+        return padded_batches(load_documents(config.dataset, split), tokenizer, max_len=config.eval_len,
+                              batch_size=2 * config.batch_size, limit=limit)
+    return Bench(config, base, tokenizer, batches("calibration", config.calibration_docs),
+                 batches("test", config.eval_docs))
 
 
 @dataclass
@@ -176,47 +171,9 @@ def base_row(bench: Bench) -> dict:
 
 
 def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int]:
-    """Greedy order in which a static plan drops the base model's layers, searched on calibration documents alone.
-
-    Found once and kept in the cache folder, under a key of all that it depends on: the base's weights and the numbers they
-    are computed in, which layers may be dropped and how, and the very tokens read.
-    """
-    config = config or bench.config
-    batches = _spread_documents(bench.calibration, config.static_docs)
-    shape = config.router().model_dump(exclude={"threshold", "calibrated_skip", "curve", "base"})
-    numbers = {"dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "autocast": config.autocast}
-    key = json.dumps([identity(bench.base), shape, numbers, _digest(batches)], sort_keys=True)
-    path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if key not in bench.orders and path.is_file():
-        bench.orders[key] = json.loads(path.read_text(encoding="utf-8"))
-    if key not in bench.orders:
-        _clear(bench)
-        routing = attach(bench.base, config.router())
-        try:
-            bench.orders[key] = greedy_static_order(bench.base, routing, batches, bf16=config.autocast)
-        finally:
-            routing.detach()
-        write_atomically(path, json.dumps(bench.orders[key]))
-    return bench.orders[key]
-
-
-def _digest(batches: list[dict]) -> str:
-    """Of the documents in `batches`, whatever batches they came in."""
-    documents = [ids[real.bool()].tolist() for batch in batches
-                 for ids, real in zip(batch["input_ids"], batch["attention_mask"])]
-    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:16]
-
-
-def _spread_documents(batches: list[dict], count: int) -> list[dict]:
-    """The batches cut down to `count` documents, spread evenly over them (they are sorted by length)."""
-    rows = torch.linspace(0, sum(len(b["row"]) for b in batches) - 1, count).round().long().unique()
-    found, start = [], 0
-    for batch in batches:
-        mine = rows[(rows >= start) & (rows < start + len(batch["row"]))] - start
-        if len(mine):
-            found.append({name: tensor[mine] for name, tensor in batch.items()})
-        start += len(batch["row"])
-    return found
+    """`static_order.best_static_order` of the bench's base, under the settings of a variant or its own."""
+    _clear(bench)
+    return static_order.best_static_order(bench.base, bench.calibration, config or bench.config)
 
 
 def forced_share(bench: Bench, keep_first_tokens: int) -> float:
@@ -251,25 +208,15 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order
     order = order or best_static_order(bench, config)
     forced = forced_share(bench, config.keep_first_tokens)
     plan = MixedStaticPlan(*static_pair(order, len(order), skip, forced))
-    with _trained(bench, name, config, folder, plan) as variant:
+    with closing(train(bench, name, config, folder, plan)) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
         table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.autocast)
         return row_of(bench, variant, name, table, "static", order=order)
 
 
-@contextlib.contextmanager
-def _trained(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Policy):
-    """A control trained under `policy`; its LoRA is taken off again when the block ends."""
-    variant = train(bench, name, config, folder, policy)
-    try:
-        yield variant
-    finally:
-        variant.close()
-
-
 def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
     """LoRA at full depth with the same steps and data."""
-    with _trained(bench, "dense LoRA", config, folder, LayerDrop(0.0)) as variant:
+    with closing(train(bench, "dense LoRA", config, folder, LayerDrop(0.0))) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "dense")
         return measure(bench, variant, "dense LoRA", None, "dense")
 
@@ -282,7 +229,7 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path, skips: list[f
     """
     if config.layer_drop == 0:
         raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 (0.5, say).")
-    with _trained(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop)) as variant:
+    with closing(train(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop))) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
                      skip=config.layer_drop)
         rows = [measure(bench, variant, "stochastic depth, full", None, "stochastic")]

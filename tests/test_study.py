@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dlr import study
+from dlr import static_order, study
 from dlr.runs import KINDS, kind_of
 from dlr.figures_training import comparison, keep_rates, training
 from dlr.run_settings import RunConfig
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("cache")
-        patch.setattr(study, "cache_folder", lambda: place)
+        patch.setattr(static_order, "cache_folder", lambda: place)
         yield
 
 
@@ -153,9 +153,9 @@ def test_text_for_measuring_is_read_by_nothing_else(bench, tmp_path, monkeypatch
     seen = {n for i in range(len(blocks)) for n in numbers(bench.tokenizer, blocks[i]["input_ids"])}
     assert len(seen) > 50 and seen <= train
     searched = []
-    monkeypatch.setattr(study, "greedy_static_order", lambda model, routing, batches, **o: searched.extend(batches) or [0, 1, 2, 3])
-    monkeypatch.setattr(study, "cache_folder", lambda: tmp_path)
-    study.best_static_order(study.Bench(**{**vars(bench), "orders": {}}))
+    monkeypatch.setattr(static_order, "greedy_static_order", lambda model, routing, batches, **o: searched.extend(batches) or [0, 1, 2, 3])
+    monkeypatch.setattr(static_order, "cache_folder", lambda: tmp_path)
+    study.best_static_order(bench)
     assert searched and read(searched) <= calibration
     assert sum(len(batch["row"]) for batch in searched) == 4
 
@@ -165,8 +165,8 @@ def test_a_static_order_is_searched_anew_wherever_it_could_differ(bench, folder,
     def search(model, routing, batches, *, bf16):
         searches.append(bf16)
         return list(range(routing.units))
-    monkeypatch.setattr(study, "greedy_static_order", search)
-    monkeypatch.setattr(study, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(static_order, "greedy_static_order", search)
+    monkeypatch.setattr(static_order, "cache_folder", lambda: tmp_path)
 
     def count(**changes) -> int:
         """Searches in all, once an order for these settings has been asked for by a new bench."""
