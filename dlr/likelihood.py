@@ -1,4 +1,4 @@
-"""Likelihood: next-token cross-entropy, the divergence from a teacher, and the frozen base that is the teacher.
+"""Next-token cross-entropy, the divergence from a teacher, and the frozen base that is the teacher.
 
 Notation: b batch, s sequence, V vocabulary, n predicted positions. Padding never counts.
 """
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dlr.adapters import without_adapters
 
-ROWS = 1024          # positions whose logits are held in float32 at a time: 152k x 1024 x 4 bytes = 0.6 GB
+ROWS = 1024      # positions held in float32 at a time: 152k x 1024 x 4 bytes = 0.6 GB of logits
 
 
 def predicted(real: torch.Tensor) -> torch.Tensor:
@@ -20,11 +20,15 @@ def predicted(real: torch.Tensor) -> torch.Tensor:
 
 
 def cross_entropy(logits: torch.Tensor, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy of each predicted position, `[n]` in nats. logits `[b, s, V]`, ids and real `[b, s]`."""
+    """Next-token cross-entropy of each predicted position, `[n]` in nats.
+
+    logits are `[b, s, V]`, ids and real `[b, s]`.
+    """
     mask = predicted(real)
     rows, targets = logits[:, :-1][mask], ids[:, 1:][mask]
-    return torch.cat([F.cross_entropy(rows[i:i + ROWS].float(), targets[i:i + ROWS], reduction="none")
-                      for i in range(0, len(rows), ROWS)])
+    parts = [F.cross_entropy(rows[i:i + ROWS].float(), targets[i:i + ROWS], reduction="none")
+             for i in range(0, len(rows), ROWS)]
+    return torch.cat(parts)
 
 
 def _kl_rows(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -35,21 +39,26 @@ def _kl_rows(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -
 
 def kl_to_teacher(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor,
                   temperature: float = 1.0) -> torch.Tensor:
-    """KL(teacher || student) of each predicted position, `[n]` in nats (Hinton et al. 2015, times T squared).
+    """KL(teacher || student) of each predicted position, `[n]` in nats, times the squared
+    temperature (Hinton et al. 2015).
 
-    Computed in chunks of rows that are recomputed in the backward pass, so that no `[b, s, V]` float32 copy is held.
+    Chunks of rows are computed again in the backward pass, so that no float32 copy `[b, s, V]` is
+    held.
     """
     mask = predicted(real)
     rows, goal = student[:, :-1][mask], teacher[:, :-1][mask]
-    parts = [checkpoint(_kl_rows, rows[i:i + ROWS], goal[i:i + ROWS], temperature, use_reentrant=False)
-             if rows.requires_grad else _kl_rows(rows[i:i + ROWS], goal[i:i + ROWS], temperature)
-             for i in range(0, len(rows), ROWS)]
-    return torch.cat(parts) * temperature**2
+
+    def part(i: int) -> torch.Tensor:
+        inputs = rows[i:i + ROWS], goal[i:i + ROWS], temperature
+        if rows.requires_grad:
+            return checkpoint(_kl_rows, *inputs, use_reentrant=False)
+        return _kl_rows(*inputs)
+    return torch.cat([part(i) for i in range(0, len(rows), ROWS)]) * temperature**2
 
 
 @contextlib.contextmanager
 def frozen_base(model, routing):
-    """The base model itself: adapters, router and dropout off, no gradients, no second copy of the weights.
+    """The base model itself, in place: adapters, router and dropout off, and no gradients.
 
     Raises:
         ValueError: an adapter trains the base's own biases, or lies in the model unknown to it.

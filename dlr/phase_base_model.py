@@ -1,4 +1,4 @@
-"""00: what the notebook is told that pretrains, exports and reports the embedded base (`dlr.basemodel`)."""
+"""00: the settings of the notebook that pretrains, exports and reports the embedded base."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -10,15 +10,16 @@ from dlr.settings import Local, LocalPath, Seed
 
 @phase("00_base_model")
 class BaseModelConfig(PhaseSettings):
-    """00: pretraining of the embedded base model."""
-    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "layers": 5, "width": 64, "vocab_size": 300,
-                     "eval_docs": 2}
+    """00: pretraining of the embedded base model (`dlr.basemodel`)."""
+    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "layers": 5, "width": 64,
+                     "vocab_size": 300, "eval_docs": 2}
     data: ClassVar = "embedded+text_dir"
 
     stage: Literal["report", "stable", "decay", "export"] = "report"
-    work_dir: Annotated[str, LocalPath(output=True)] = "base-model"    # checkpoints, token stream; not committed
-    text_dir: Local = ""                               # folder of text beside the embedded corpus
-    dataset: Local = ""                                # a Hub dataset instead of both
+    # checkpoints and token stream, which are not committed
+    work_dir: Annotated[str, LocalPath(output=True)] = "base-model"
+    text_dir: Local = ""                    # folder of text beside the embedded corpus
+    dataset: Local = ""                     # a Hub dataset instead of both
     vocab_size: int = Field(4096, ge=300)
     layers: int = Field(16, ge=2)
     width: int = Field(192, ge=64)
@@ -28,7 +29,7 @@ class BaseModelConfig(PhaseSettings):
     muon_lr: float = Field(6e-3, gt=0.0)
     adamw_lr: float = Field(4e-3, gt=0.0)
     compile: bool = False
-    wikitext_test: Local = ""                          # WikiText-103 test: text file, or one-column CSV as .txt
-    tinystories_validation: Local = ""                 # a file of the TinyStories validation split
+    wikitext_test: Local = ""               # WikiText-103 test: text, or one-column CSV as .txt
+    tinystories_validation: Local = ""      # a file of the TinyStories validation split
     eval_docs: int = Field(240, ge=1)
     seed: Seed = 0

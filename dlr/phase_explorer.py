@@ -1,4 +1,4 @@
-"""08: what the notebook is told that opens the explorer."""
+"""08: the settings of the notebook that opens the explorer."""
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ from dlr.settings import Local, Seed
 @phase("08_explorer")
 class ExplorerConfig(PhaseSettings):
     """08: the explorer."""
-    checkpoint: Local = ""                             # folder or label; empty: the embedded router
-    text: str = ""                                     # empty: the first example
+    checkpoint: Local = ""                             # folder or label; '': the embedded router
+    text: str = ""                                     # '': the first example
     skip: float = Field(-1.0, ge=-1.0, le=0.8)         # budget; below 0: the calibrated one
     seed: Seed = 0

@@ -1,4 +1,4 @@
-"""06: what the notebook is told that times dense, truncated, masked, two-pass and compact execution."""
+"""06: the settings of the notebook that times dense, truncated, masked and compact execution."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -8,25 +8,27 @@ from dlr.phases import PhaseSettings, phase
 from dlr.settings import Count, Dtype, Local, MachineDecides, Seed, distinct
 
 Counts = Annotated[list[Count], Field(min_length=1), distinct()]
+Skip = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 @phase("06_latency")
 class LatencyConfig(PhaseSettings):
-    """06: time of dense, truncated, masked, two-pass and compact execution, under the plan of a trained router."""
-    toy: ClassVar = {"layers": 5, "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1, "plan_docs": 2,
-                     "skips": [0.5]}
+    """06: time of each way to execute, under the plan of a trained router."""
+    toy: ClassVar = {"layers": 5, "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1,
+                     "plan_docs": 2, "skips": [0.5]}
     data: ClassVar = "recorded plan"
 
     shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
-    checkpoint: Local = ""                             # whose router's plan is recorded; '': the embedded router
-    layers: int = Field(0, ge=0)                       # caps the depth to what memory holds; 0: the whole model
-    dtype: Annotated[Literal["auto"] | Dtype, MachineDecides()] = "auto"       # auto: bfloat16 where it is fast
-    skips: Annotated[list[Annotated[float, Field(gt=0.0, le=1.0)]], Field(min_length=1), distinct()] = [0.25, 0.4, 0.5]
-    lengths: Counts = [512]                            # tokens of a prefill
-    batches: Counts = [1]                              # sequences of a prefill
-    context: int = Field(256, ge=1)                    # tokens in the cache before decoding
+    checkpoint: Local = ""              # whose router's plan is recorded; '': the embedded router
+    layers: int = Field(0, ge=0)        # caps the depth to what memory holds; 0: the whole model
+    # auto: bfloat16 where it is fast
+    dtype: Annotated[Literal["auto"] | Dtype, MachineDecides()] = "auto"
+    skips: Annotated[list[Skip], Field(min_length=1), distinct()] = [0.25, 0.4, 0.5]
+    lengths: Counts = [512]                 # tokens of a prefill
+    batches: Counts = [1]                   # sequences of a prefill
+    context: int = Field(256, ge=1)         # tokens in the cache before decoding
     decode_batches: Counts = [1]
-    decode_steps: int = Field(16, ge=1)                # steps a turn
-    repeats: int = Field(9, ge=1)                      # turns; medians and quartiles are taken over them
-    plan_docs: int = Field(16, ge=1)                   # test documents whose plan is recorded
+    decode_steps: int = Field(16, ge=1)     # steps a turn
+    repeats: int = Field(9, ge=1)           # turns; medians and quartiles are taken over them
+    plan_docs: int = Field(16, ge=1)        # test documents whose plan is recorded
     seed: Seed = 0

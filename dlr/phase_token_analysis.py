@@ -1,4 +1,4 @@
-"""07: what the notebook is told that asks what a trained router has learnt (`dlr.token_study`)."""
+"""07: the settings of the notebook that asks what a trained router has learnt."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -7,25 +7,28 @@ from pydantic import Field
 from dlr.phases import PhaseSettings, phase
 from dlr.settings import Local, Ratio, Seed, distinct
 
+Weights = Literal["checkpoint", "base"]
+
 
 @phase("07_token_analysis")
 class TokenAnalysisConfig(PhaseSettings):
-    """07: what a trained router has learnt. Documents are those of the test split, in its order."""
-    toy: ClassVar = {"record_docs": 6, "eval_len": 32, "oracle_docs": 3, "probe_docs": 6, "oracle_len": 24,
-                     "budgets": [0.4], "weights": ["checkpoint"], "calibration_docs": 4, "frequency_docs": 4}
+    """07: the token analysis (`dlr.token_study`). Documents are the test split's, in its order."""
+    toy: ClassVar = {"record_docs": 6, "eval_len": 32, "oracle_docs": 3, "probe_docs": 6,
+                     "oracle_len": 24, "budgets": [0.4], "weights": ["checkpoint"],
+                     "calibration_docs": 4, "frequency_docs": 4}
     splits: ClassVar = ("test", "calibration")
 
-    checkpoint: Local = ""                             # a checkpoint's folder; '' is the embedded router
-    untrained: bool = False                            # random router logits: what meaningless routing looks like
+    checkpoint: Local = ""                     # a checkpoint's folder; '' is the embedded router
+    untrained: bool = False                    # random logits: what meaningless routing looks like
     dataset: Local = "embedded"
-    record_docs: int = Field(96, ge=1)                 # documents recorded token by token
-    eval_len: int = Field(192, ge=8)                   # tokens a recorded document is cut to
-    oracle_docs: int = Field(16, ge=1)                 # documents of the oracle's sample; as many calibration ones
-    probe_docs: int = Field(48, ge=3)                  # documents of the probes' sample
-    oracle_len: int = Field(96, ge=8)                  # tokens their documents are cut to
-    budgets: Annotated[list[Ratio], Field(min_length=1), distinct()] = [0.2, 0.4, 0.6]     # skips for the headroom
-    # with the LoRA, and without
-    weights: Annotated[list[Literal["checkpoint", "base"]], Field(min_length=1), distinct()] = ["checkpoint", "base"]
-    calibration_docs: int = Field(96, ge=1)            # for checkpoints that were saved without a dial
-    frequency_docs: int = Field(400, ge=1)             # training documents in which tokens are counted
+    record_docs: int = Field(96, ge=1)         # documents recorded token by token
+    eval_len: int = Field(192, ge=8)           # tokens a recorded document is cut to
+    oracle_docs: int = Field(16, ge=1)         # documents of the oracle; as many calibration ones
+    probe_docs: int = Field(48, ge=3)          # documents of the probes' sample
+    oracle_len: int = Field(96, ge=8)          # tokens their documents are cut to
+    # skips for the headroom; with the LoRA, and without
+    budgets: Annotated[list[Ratio], Field(min_length=1), distinct()] = [0.2, 0.4, 0.6]
+    weights: Annotated[list[Weights], Field(min_length=1), distinct()] = ["checkpoint", "base"]
+    calibration_docs: int = Field(96, ge=1)    # for checkpoints that were saved without a dial
+    frequency_docs: int = Field(400, ge=1)     # training documents in which tokens are counted
     seed: Seed = 0

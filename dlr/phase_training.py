@@ -1,4 +1,4 @@
-"""01 to 04: what the notebooks are told that train variants of one base model and measure them (`dlr.study`)."""
+"""01 to 04: the settings of the notebooks that train variants of one base model (`dlr.study`)."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -23,7 +23,7 @@ class BaselinesConfig(NotebookConfig):
     toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
 
     layer_drop: float = Field(0.5, ge=0.0, lt=1.0)
-    dropped: Dropped = [0.2, 0.4, 0.6]                 # skip ratios at which stochastic depth is evaluated
+    dropped: Dropped = [0.2, 0.4, 0.6]     # skip ratios at which stochastic depth is evaluated
 
 
 @phase("02_sequence_routing")
@@ -41,7 +41,8 @@ class SequenceConfig(NotebookConfig):
 @phase("03_token_routing")
 class TokenConfig(NotebookConfig):
     """03: token-level routing, version by version."""
-    variants: Annotated[list[str], distinct()] = ["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
+    variants: Annotated[list[str], distinct()] = [
+        "v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
 
 
 @phase("04_pareto")

@@ -4,7 +4,7 @@ A new phase is one file phase_<name>.py in this folder, beside its notebook and 
 
     @phase("10_idea")
     class IdeaConfig(PhaseSettings):
-        toy: ClassVar = {"steps": 2}                   # small enough for a test, see `settings.effective`
+        toy: ClassVar = {"steps": 2}         # small enough for a test, see `settings.effective`
         steps: int = Field(100, ge=1)
 """
 
@@ -39,8 +39,8 @@ def schema_of(phase: str) -> type[Settings]:
     """The settings of a phase. Raises SettingsError: there is no such phase."""
     if phase not in PHASES:
         near = nearest(phase, PHASES)
-        raise SettingsError(f"unknown phase {phase!r}; " + (f"did you mean {near!r}? " if near else "")
-                            + f"there are: {', '.join(PHASES)}")
+        hint = f"did you mean {near!r}? " if near else ""
+        raise SettingsError(f"unknown phase {phase!r}; {hint}there are: {', '.join(PHASES)}")
     return PHASES[phase].schema
 
 

@@ -1,7 +1,8 @@
-"""Where a run goes, for notebooks and the command line alike. What another run left is never touched.
+"""Where a run goes, for notebooks and the command line. What another run left is never touched.
 
-A named run is results/<phase>/<name>. A notebook without a name explores: a recorded run of the same settings and data
-is shown; otherwise the run goes to results/scratch/<phase>/<the settings that differ>, which git ignores.
+A named run is results/<phase>/<name>. A notebook without a name explores: a recorded run of the
+same settings and data is shown; otherwise the run goes to results/scratch/<phase>/<the settings
+that differ>, which git ignores.
 """
 
 import hashlib
@@ -26,11 +27,12 @@ def _name(values: dict) -> str:
 
 
 def _short_hash(*values) -> str:
-    return hashlib.sha256(json.dumps(plain(values), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    text = json.dumps(plain(values), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 class Wanted:
-    """A run that is to be: its settings and, once something asks for it (which takes seconds), its data."""
+    """A run that is to be: its settings and, once someone asks (it takes seconds), its data."""
 
     def __init__(self, phase: str, config: Settings):
         self.phase, self.config, self._data = phase, config, None
@@ -45,20 +47,21 @@ class Wanted:
     def differences(self, run: Run) -> dict[str, tuple]:
         """What keeps `run` from being this one: settings, or where those are equal, data."""
         settings, schema = self.config.model_dump(), type(self.config)
-        found = identity.differences(run, settings, "", {}, schema)
+        pairs = identity.differences(run, settings, "", {}, schema)
         try:
-            return found or identity.differences(run, settings, *self.data, schema)
-        except OSError:                        # the data is not to be had here: only settings can be compared
-            return found
+            return pairs or identity.differences(run, settings, *self.data, schema)
+        except OSError:                # the data is not to be had here: only settings are compared
+            return pairs
 
     def fits(self, run: Run) -> bool:
         return run.exists and not self.differences(run)
 
     def free(self, folder: Path) -> Run:
-        """The run in `folder`, or where another one is there, in a folder beside it named by this one's hash."""
+        """The run in `folder`; where that is another one, a run beside it named by a hash."""
         run = Run(folder)
         if run.exists and self.differences(run):
-            run = Run(folder.with_name(f"{folder.name}-{_short_hash(self.config.model_dump(), *self.data)}"))
+            ending = _short_hash(self.config.model_dump(), *self.data)
+            run = Run(folder.with_name(f"{folder.name}-{ending}"))
         return run
 
     def start(self, run: Run) -> Run:
@@ -70,19 +73,24 @@ def made(run: Run) -> str:
     record = run.record
     parts = record.get("hardware") or {}
     machine = parts.get("accelerator") or parts.get("processor")
-    return f"made on {record.get('started', 'an unknown day')[:10]}" + (f" on {machine}" if machine else "")
+    day = record.get("started", "an unknown day")[:10]
+    return f"made on {day}" + (f" on {machine}" if machine else "")
 
 
 def _recorded(phase: str) -> list[Run]:
-    """Finished runs of a phase: in the results folder, in the project's own, and exploratory ones."""
-    results, own = results_folder(), project_root() / "results"
-    folders = [results / phase, *([own / phase] if own != results else []), results / SCRATCH / phase]
-    runs = [Run(path, reused=True) for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+    """Finished runs of a phase: in the results folder, in the project's, and exploratory ones."""
+    results, shipped = results_folder(), project_root() / "results"
+    folders = dict.fromkeys([results / phase, shipped / phase, results / SCRATCH / phase])
+    runs = [Run(path, reused=True) for folder in folders if folder.is_dir()
+            for path in sorted(folder.iterdir())]
     return [run for run in runs if run.done]
 
 
 def open_run(phase: str, config: Settings, say=print) -> Run:
-    """The run of a notebook, begun, or a finished one that is only to be shown (`run.done`); says which, and where.
+    """The run of a notebook, begun, or a finished one that is only to be shown (`run.done`).
+
+    Args:
+        say: is told which run it is, and where.
 
     Raises:
         SettingsError: `config.run_name` is a run of other settings or data.
@@ -96,8 +104,8 @@ def open_run(phase: str, config: Settings, say=print) -> Run:
         if run is None:
             run = wanted.free(results_folder() / SCRATCH / phase / scratch_name(config))
     if run.done:
-        say(f"{shown_path(run.folder)} holds this run, {made(run)}: shown from there. Give run_name a name of your own "
-            "to run it here.")
+        say(f"{shown_path(run.folder)} holds this run, {made(run)}: shown from there. Give "
+            "run_name a name of your own to run it here.")
         return run
     begun = ", where this run was begun before: it goes on" if run.exists else ""
     say(f"Results go to {shown_path(run.folder)}{begun}.")
@@ -123,12 +131,13 @@ def named(wanted: Wanted, name: str, force: bool = False) -> Run:
 
 
 def beside(wanted: Wanted, name: str, say=print) -> Run:
-    """The run `name` if that is this run or nobody's; else a run of its own beside it, named by what differs."""
+    """The run `name` if that is this run or nobody's; else one beside it, named by what differs."""
     run = Run(results_folder() / wanted.phase / name)
-    other = wanted.differences(run) if run.exists else {}
-    if not other:
+    pairs = wanted.differences(run) if run.exists else {}
+    if not pairs:
         return run
-    mine = wanted.free(run.folder.with_name(f"{name}-{_name({key: new for key, (_, new) in other.items()})}"))
-    say(f"{shown_path(run.folder)} holds a run with other settings or data ({identity.said(other)}); this one is "
-        f"{shown_path(mine.folder)}.")
-    return mine
+    ending = _name({key: new for key, (_, new) in pairs.items()})
+    place = wanted.free(run.folder.with_name(f"{name}-{ending}"))
+    say(f"{shown_path(run.folder)} holds a run with other settings or data "
+        f"({identity.said(pairs)}); this one is {shown_path(place.folder)}.")
+    return place

@@ -1,4 +1,4 @@
-"""Progress bars: widgets in JupyterLab, plain text in a terminal or a papermill run (DLR_TERMINAL=1)."""
+"""Progress bars: widgets in JupyterLab, text in a terminal or under papermill (DLR_TERMINAL=1)."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The order in which a static plan drops a base model's layers: searched greedily once, then read from the cache."""
+"""The order in which a static plan drops a model's layers: searched once, then cached."""
 
 import hashlib
 import json
@@ -14,14 +14,16 @@ from dlr.weights import identity
 
 
 def best_static_order(base, calibration: list[dict], config: RunConfig) -> list[int]:
-    """Units in the order in which a static plan of `base` drops them, searched on calibration documents alone.
+    """Units in the order in which a static plan drops them, searched on calibration documents.
 
-    The order is kept in the cache folder under a key of all that it depends on: the base's weights and the
-    numbers they are computed in, which layers may be dropped and how, and the very tokens read.
+    The order is kept in the cache folder under a key of all that it depends on: the base's weights
+    and the numbers they are computed in, which layers may be dropped and how, and the tokens read.
     """
     batches = spread_documents(calibration, config.static_docs)
-    numbers = {"dtype": config.dtype, "load_in_4bit": config.load_in_4bit, "autocast": config.autocast}
-    key = json.dumps([identity(base), config.router().model_dump(), numbers, _digest(batches)], sort_keys=True)
+    shape = config.router().model_dump()
+    numbers = {"dtype": config.dtype, "load_in_4bit": config.load_in_4bit,
+               "autocast": config.autocast}
+    key = json.dumps([identity(base), shape, numbers, _digest(batches)], sort_keys=True)
     path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -42,7 +44,7 @@ def _digest(batches: list[dict]) -> str:
 
 
 def spread_documents(batches: list[dict], count: int) -> list[dict]:
-    """The batches cut down to `count` documents, spread evenly over them (they are sorted by length)."""
+    """The batches cut down to `count` documents, spread evenly over their lengths."""
     rows = torch.linspace(0, sum(len(b["row"]) for b in batches) - 1, count).round().long().unique()
     chosen, start = [], 0
     for batch in batches:
