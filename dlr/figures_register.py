@@ -19,8 +19,7 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.pyplot as plt
 
-from dlr.figures_style import save
-from dlr.runs import Run, finished_runs, project_root, results_folder
+from dlr.runs import Run, finished_runs, project_root, results_folder, save_figure
 
 
 class Figure(NamedTuple):
@@ -80,6 +79,6 @@ def redraw(run: Path | None = None, folder: Path | None = None) -> list[Path]:
         for name, arguments in (entry.files(runs) if runs else {}).items():
             pictures[name if run is None else name.removeprefix(f"{entry.phase}_")] = entry.draw(*arguments)
     target = folder or run or project_root() / "figures"
-    paths = [save(picture, target, name) for name, picture in pictures.items() if picture is not None]
+    paths = [save_figure(picture, target, name) for name, picture in pictures.items() if picture is not None]
     plt.close("all")
     return paths

@@ -1,7 +1,6 @@
 """The look that all figures share: colours by kind of row, layer numbers, and how a figure is saved."""
 
 import functools
-from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -28,14 +27,6 @@ def drawn(function):
             picture.tight_layout()
         return picture
     return styled
-
-
-def save(picture, folder: Path, name: str) -> Path:
-    """Writes name.png and name.pdf; returns the PNG's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
-    picture.savefig(folder / f"{name}.png", bbox_inches="tight")
-    return folder / f"{name}.png"
 
 
 def intervals(axes, places, table: pd.DataFrame, middle: str, low: str = "low", high: str = "high", *, factor: float = 1,

@@ -1,7 +1,8 @@
-"""Run folders: settings, provenance, and metrics.json, written once the measurements are done, whole or not at all.
+"""Run folders: settings, provenance and, once the measurements are done, metrics.json.
 
-results/<phase>/<run>/   run.json (settings, versions, seed, hardware, data hash, git commit), log.csv, checkpoint/,
-                         the executed notebook, metrics.json, and the table and figures drawn from it
+results/<phase>/<run>/   run.json (settings, versions, seed, hardware, data hash, git commit),
+                         log.csv, checkpoint/, the executed notebook, metrics.json, and the table
+                         and figures drawn from it
 """
 
 import contextlib
@@ -24,9 +25,10 @@ from safetensors.torch import save_file
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 METRICS, RECORD = "metrics.json", "run.json"
 # What a run writes, as patterns below its folder: all that a forced run removes before it starts.
-LEFT_BEHIND = (METRICS, RECORD, "log.csv", "table.md", "notebook.ipynb", "output.txt", "record.json",
-               "record.safetensors", "frequencies.safetensors", "oracle.safetensors", "tasks", "checkpoint", "trainer",
-               "*/log.csv", "*/checkpoint", "*/trainer", "*/harm-*.safetensors")
+LEFT_BEHIND = (METRICS, RECORD, "log.csv", "table.md", "notebook.ipynb", "output.txt",
+               "record.json", "record.safetensors", "frequencies.safetensors",
+               "oracle.safetensors", "tasks", "checkpoint", "trainer", "*/log.csv", "*/checkpoint",
+               "*/trainer", "*/harm-*.safetensors")
 
 
 def project_root() -> Path:
@@ -35,7 +37,7 @@ def project_root() -> Path:
 
 
 def shell_folder() -> Path:
-    """The folder that relative paths are meant from: the current one, but the project's where a notebook is open.
+    """The folder that relative paths are meant from: the current one, but a notebook's project.
 
     JupyterLab starts kernels in notebooks/, while whoever started it stood in the project.
     """
@@ -44,7 +46,7 @@ def shell_folder() -> Path:
 
 
 def from_project(where: str | Path) -> Path:
-    """`where` as a path; a relative one that is not here is taken from the project's root (kernels run in notebooks/)."""
+    """`where` as a path; a relative one that is not here is meant from the project's root."""
     path = Path(where).expanduser()
     return path if path.is_absolute() or path.exists() else project_root() / path
 
@@ -62,15 +64,16 @@ def results_folder() -> Path:
 
 def shown_path(path: Path) -> str:
     """`path` as people read it: from the project's root where it lies below."""
-    return path.relative_to(project_root()).as_posix() if path.is_relative_to(project_root()) else str(path)
+    root = project_root()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path):
-    """A temporary file beside `path` that takes its place when the block ends: a reader never sees half of it.
+    """A temporary file beside `path` that takes its place when the block ends, whole.
 
     Raises:
-        OSError: the disk is full or read-only; nothing is left behind, and the message names the file.
+        OSError: the disk is full or read-only. Nothing is left behind; the message names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,15 +83,17 @@ def atomic_file(path: Path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"Could not write {str(path)!r} ({error.strerror}); nothing was changed. Free some "
-                                   "space or choose another folder with DLR_RESULTS.") from error
+        raise OSError(error.errno, f"Could not write {str(path)!r} ({error.strerror}); nothing was "
+                                   "changed. Free some space or choose another folder with "
+                                   "DLR_RESULTS.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def slug(text: str) -> str:
     """`text` as part of a file name; never empty, a path or a hidden file."""
-    return re.sub(r"[^\w.=+-]+", "-", text).strip("-.") or "x" + hashlib.sha256(text.encode()).hexdigest()[:6]
+    name = re.sub(r"[^\w.=+-]+", "-", text).strip("-.")
+    return name or "x" + hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -105,6 +110,14 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> Path:
     return path
 
 
+def save_figure(picture, folder: Path, name: str) -> Path:
+    """Writes a matplotlib figure as name.png and name.pdf; returns the PNG's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
+    picture.savefig(folder / f"{name}.png", bbox_inches="tight")
+    return folder / f"{name}.png"
+
+
 def plain(value):
     """`value` with NaN and infinities as None, so that the JSON is standard."""
     if isinstance(value, dict):
@@ -118,7 +131,8 @@ def plain(value):
 
 def _git_commit() -> str:
     try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(), capture_output=True, text=True)
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project_root(),
+                                capture_output=True, text=True)
     except OSError:
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
@@ -135,15 +149,20 @@ def hardware() -> dict:
     except OSError:
         pass
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "accelerator": device}
+    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "accelerator": device}
 
 
 class Run:
-    """One run's folder. `begin` records where it comes from; `finish` its metrics, after which it is `done`."""
+    """One run's folder. `begin` records where it comes from; `finish` its metrics: it is `done`.
+
+    Args:
+        reused: it was finished earlier, so it is shown and never written to.
+    """
 
     def __init__(self, folder: str | Path, reused: bool = False):
         self.folder = Path(folder)
-        self.reused = reused                     # finished by someone else, earlier: shown, and never written to
+        self.reused = reused
         self._started = time.time()
 
     @property
@@ -156,7 +175,7 @@ class Run:
         return self.done or (self.folder / RECORD).is_file()
 
     def forget_if_empty(self) -> None:
-        """Drops the settings of a run that failed before it trained or measured anything: they would hold its place."""
+        """Drops the settings of a run that failed before any work: they would hold its place."""
         left = {path for pattern in LEFT_BEHIND for path in self.folder.glob(pattern)}
         if {path.name for path in left} <= {RECORD, "notebook.ipynb", "output.txt"}:
             (self.folder / RECORD).unlink(missing_ok=True)
@@ -180,10 +199,12 @@ class Run:
         return self.metrics["rows"]
 
     def begin(self, settings: dict, data_hash: str, inputs: dict[str, str]) -> "Run":
-        """Writes run.json, which says what the run is of (see `dlr.identity.begin`, which compares first) and made on."""
-        record = {"settings": settings, "seed": settings.get("seed"), "data_hash": data_hash, "inputs": inputs,
-                  "versions": {"python": platform.python_version()} | {v: metadata.version(v) for v in VERSIONS},
-                  "hardware": hardware(), "git_commit": _git_commit(),
+        """Writes run.json: what the run is of, and made on. `identity.begin` compares first."""
+        versions = {"python": platform.python_version()}
+        versions |= {name: metadata.version(name) for name in VERSIONS}
+        record = {"settings": settings, "seed": settings.get("seed"), "data_hash": data_hash,
+                  "inputs": inputs, "versions": versions, "hardware": hardware(),
+                  "git_commit": _git_commit(),
                   "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         write_atomically(self.folder / RECORD, json.dumps(plain(record), indent=2) + "\n")
         return self
@@ -196,12 +217,14 @@ class Run:
 
     def clear(self) -> None:
         """Removes what a run leaves, and nothing else that may lie in its folder."""
-        figures = [path for png in self.folder.glob("*.png") if (path := png.with_suffix(".pdf")).is_file()]
-        for path in [*figures, *(pdf.with_suffix(".png") for pdf in figures),
-                     *(path for pattern in LEFT_BEHIND for path in self.folder.glob(pattern))]:
+        paths = [path for pattern in LEFT_BEHIND for path in self.folder.glob(pattern)]
+        for png in self.folder.glob("*.png"):
+            pdf = png.with_suffix(".pdf")
+            paths += [png, pdf] if pdf.is_file() else []           # a figure is kept as both
+        for path in paths:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    # -- what notebooks show ------------------------------------------------------------------------------------------
+    # -- what notebooks show -----------------------------------------------------------------------
     def table(self, table: pd.DataFrame) -> pd.DataFrame:
         """`table` as it is, which the run keeps as table.md unless it is only shown."""
         if not self.reused:
@@ -209,21 +232,21 @@ class Run:
         return table
 
     def logs(self, names: dict[str, str]) -> dict[str, pd.DataFrame]:
-        """Training logs by variant, of those of `names` (variant to subfolder) that were trained here."""
+        """Training logs of those of `names` (variant to subfolder) that were trained here."""
         paths = {name: self.folder / folder / "log.csv" for name, folder in names.items()}
         return {name: pd.read_csv(path) for name, path in paths.items() if path.is_file()}
 
     def figure(self, picture, name: str) -> None:
-        """Keeps a figure as PNG and PDF beside the metrics, unless this run is only shown. None: nothing to draw."""
+        """Keeps a figure beside the metrics, unless this run is only shown. None: nothing drawn."""
         if picture is not None and not self.reused:
-            from dlr.figures_style import save
-            save(picture, self.folder, name)
+            save_figure(picture, self.folder, name)
 
 
-# What a row of results is a case of, and how rows are called that were recorded before they said so.
-# Controls of a router (shuffled, mean, random) run on its weights.
-KINDS = {"routed": "DLR", "shuffled": "shuffled", "mean": "mean plan", "random": "random plan", "static": "best static",
-         "dense": "dense LoRA", "stochastic": "stochastic depth", "base": "base"}
+# What a row of results is a case of, and how people call it: rows recorded before they had a kind
+# were named so. Controls of a router (shuffled, mean, random) run on its weights.
+KINDS = {"routed": "DLR", "shuffled": "shuffled", "mean": "mean plan", "random": "random plan",
+         "static": "best static", "dense": "dense LoRA", "stochastic": "stochastic depth",
+         "base": "base"}
 
 
 def kind_of(row: dict) -> str:
@@ -232,12 +255,15 @@ def kind_of(row: dict) -> str:
         return row["kind"]
     name = row["variant"]
     for kind, words in KINDS.items():
-        if name == words or name.endswith(f", {words}") or (kind == "stochastic" and name.startswith(words)):
+        if name == words or name.endswith(f", {words}"):
+            return kind
+        if kind == "stochastic" and name.startswith(words):        # 'stochastic depth, 40% dropped'
             return kind
     return "routed"
 
 
 def finished_runs(phase: str, root: Path | None = None) -> dict[str, dict]:
     """Run name to {'metrics', 'run'} for every finished run of a phase, by name."""
-    runs = [Run(path.parent) for path in sorted(((root or results_folder()) / phase).glob(f"*/{METRICS}"))]
+    folder = (root or results_folder()) / phase
+    runs = [Run(path.parent) for path in sorted(folder.glob(f"*/{METRICS}"))]
     return {run.folder.name: {"metrics": run.metrics, "run": run.record} for run in runs}

@@ -1,4 +1,4 @@
-"""Settings from people (notebook cells, YAML files, `--set name=value`): validated, or refused in a sentence."""
+"""Settings from people: of notebook cells, YAML files and `--set`, validated or refused."""
 
 import difflib
 import os
@@ -18,31 +18,31 @@ class SettingsError(ValueError):
 
 
 class LocalPath:
-    """Marks a setting that may name a file or folder; `output` says that it is written to, so need not exist."""
+    """Marks a setting that may name a file or folder; one that is written to need not exist."""
 
     def __init__(self, output: bool = False):
         self.output = output
 
 
 class MachineDecides:
-    """Marks a setting whose None or 'auto' leaves the choice to the machine: in comparisons it equals any value."""
+    """Marks a setting that None or 'auto' leaves to the machine: it then equals any other value."""
 
 
 Local = Annotated[str, LocalPath()]
-Named = Annotated[Local, Field(min_length=1)]                    # '' would be the current folder
+Named = Annotated[Local, Field(min_length=1)]           # '' would be the current folder
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]                     # what every library's generator takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]            # what every library's generator takes
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
-    """What all settings share: no unknown names, no conversions, finite numbers, copies validated again."""
+    """What all settings share: no unknown names, no conversions, finite numbers, checked copies."""
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    toy: ClassVar[dict[str, Any]] = {}         # what DLR_PRESET=toy puts in place of defaults, see `effective`
+    toy: ClassVar[dict[str, Any]] = {}      # what DLR_PRESET=toy puts in place of defaults
 
     def changed(self, **changes):
-        """A copy with other values, validated as a whole; pydantic's own `model_copy(update=...)` checks nothing.
+        """A copy with other values, validated as a whole; pydantic's `model_copy` checks nothing.
 
         Raises:
             SettingsError: an unknown name, a wrong value, or values that do not go together.
@@ -54,10 +54,11 @@ def checked_name(name: str) -> str:
     """`name` if it can be a folder's name.
 
     Raises:
-        ValueError: it is a path, begins with a dot, or holds signs that make trouble in folders' names.
+        ValueError: it is a path, begins with a dot, or holds signs that trouble file systems.
     """
     if not re.fullmatch(r"[\w=+-][\w.=+-]*", name) or len(name.encode()) > 150:
-        raise ValueError("it names a folder: letters, digits and _ . = + - only, no dot at the start, up to 150 bytes")
+        raise ValueError("it names a folder: letters, digits and _ . = + - only, no dot at the "
+                         "start, up to 150 bytes")
     return name
 
 
@@ -70,7 +71,7 @@ class PhaseSettings(Settings):
 
 
 def distinct(shown="{}"):
-    """Refuses a list in which two values read the same when written as `shown`: rows and folders are named by them."""
+    """Refuses a list in which two values read the same as `shown`, as folders are named."""
     def check(values: list) -> list:
         names = [shown.format(value) for value in values]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -86,13 +87,16 @@ def _parts(annotation) -> tuple:
     if get_origin(annotation) is Annotated:
         return _parts(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return tuple(part for a in get_args(annotation) for part in _parts(a) if part is not type(None))
+        return tuple(part for alternative in get_args(annotation) for part in _parts(alternative)
+                     if part is not type(None))
     return (annotation,)
 
 
 def _is_text(annotation) -> bool:
-    return all(part is str or get_origin(part) is Literal and all(isinstance(value, str) for value in get_args(part))
-               for part in _parts(annotation))
+    def is_text(part) -> bool:
+        values = get_args(part) if get_origin(part) is Literal else ()
+        return part is str or bool(values) and all(isinstance(value, str) for value in values)
+    return all(map(is_text, _parts(annotation)))
 
 
 def items_of(annotation):
@@ -103,29 +107,37 @@ def items_of(annotation):
 
 def _numbers(value, annotation):
     """`value` with texts like '1e-4' as numbers, where the field takes numbers."""
-    if isinstance(value, str) and float in _parts(annotation) and _EXPONENT.fullmatch(value.strip()):
-        return float(value)
+    if isinstance(value, str) and float in _parts(annotation):
+        return float(value) if _EXPONENT.fullmatch(value.strip()) else value
     if isinstance(value, list) and items_of(annotation) is not None:
         return [_numbers(item, items_of(annotation)) for item in value]
     return value
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML whose numbers are decimal, and in which None is null: version 1.1 reads 010 as 8, 10:00 as 600, 1e-4 as text."""
+    """YAML whose numbers are decimal, and in which None is null.
+
+    Version 1.1 reads 010 as 8, 10:00 as 600 and 1e-4 as text.
+    """
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        first: [pair for pair in resolvers if not pair[0].endswith((":int", ":float"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
-for _tag, _pattern, _firsts, _make in (
-        ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789", int), ("null", "None", "N", lambda text: None),
-        ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789", float)):
-    _Yaml.add_implicit_resolver(f"!{_tag}", re.compile(f"(?:{_pattern})$"), list(_firsts))
-    _Yaml.add_constructor(f"!{_tag}", lambda loader, node, make=_make: make(loader.construct_scalar(node)))
+def _resolve(tag: str, pattern: str, firsts: str, make) -> None:
+    """Plain texts that begin with one of `firsts` and fit `pattern` are read by `make`."""
+    _Yaml.add_implicit_resolver(tag, re.compile(f"(?:{pattern})$"), list(firsts))
+    _Yaml.add_constructor(tag, lambda loader, node: make(loader.construct_scalar(node)))
+
+
+_resolve("!null", "None", "N", lambda text: None)
+_resolve("!int", r"[-+]?[0-9][0-9_]*", "-+0123456789", int)
+_resolve("!float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789",
+         float)
 
 
 def from_text(name: str, text: str, schema: type[Settings]):
-    """The value of setting `name` written as `text` on a command line: as it is for a text, else read as YAML.
+    """The value of setting `name` written as `text`: as it is for a text, else read as YAML.
 
     Raises:
         SettingsError: it is not valid YAML.
@@ -134,14 +146,15 @@ def from_text(name: str, text: str, schema: type[Settings]):
     if type(None) in get_args(annotation) and text in ("null", "None", "~"):
         return None
     if _is_text(annotation):
-        return text                              # an unknown name is refused by `validated`, which knows the nearest
+        return text             # an unknown name is refused by `validated`, which knows the nearest
     items = items_of(annotation)
     loader = yaml.BaseLoader if items is not None and _is_text(items) else _Yaml
     try:
         return yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         what = "a list such as [a, b]" if items is not None else "one value"
-        raise SettingsError(f"{name}={text!r} cannot be read ({_problem(error)}); write {what}.") from None
+        raise SettingsError(f"{name}={text!r} cannot be read ({_problem(error)}); "
+                            f"write {what}.") from None
 
 
 def _problem(error: Exception) -> str:
@@ -194,22 +207,24 @@ def default_of(schema: type[BaseModel], name: str):
 def effective(given: dict[str, Any], schema: type[Settings]) -> Settings:
     """Validated settings, on the toy preset where the environment asks for it (`DLR_PRESET=toy`).
 
-    The preset replaces defaults; a value someone chose still counts, numbers up to four times the preset's.
+    The preset replaces defaults. A value someone chose counts, numbers up to four times as large.
     """
     preset = os.environ.get("DLR_PRESET", "")
     if preset not in ("", "toy"):
         raise SettingsError(f"DLR_PRESET={preset!r} is no preset; there is 'toy', for tests.")
     config = validated(given, schema)
     if preset == "toy":
-        config = config.changed(**{name: _toy(getattr(config, name), default_of(schema, name), small)
-                                   for name, small in schema.toy.items()})
+        small = {name: _toy(getattr(config, name), default_of(schema, name), value)
+                 for name, value in schema.toy.items()}
+        config = config.changed(**small)
     return config
 
 
 def _toy(value, default, small):
     if value is None or value == default:
         return small
-    return min(value, 4 * small) if isinstance(small, (int, float)) and not isinstance(small, bool) else value
+    is_number = isinstance(small, (int, float)) and not isinstance(small, bool)
+    return min(value, 4 * small) if is_number else value
 
 
 def read_params(path: str | Path) -> dict[str, Any]:
@@ -220,13 +235,14 @@ def read_params(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        neighbours = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"No params file {str(path)!r}."
-                                + (f" There are: {', '.join(there)}." if there else ""))
+                                + (f" There are: {neighbours}." if neighbours else ""))
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{str(path)!r} is not valid YAML: {_problem(error)}") from None
     if not isinstance(loaded or {}, dict):
-        raise SettingsError(f"{str(path)!r} must hold 'name: value' lines, not a {type(loaded).__name__}.")
+        raise SettingsError(f"{str(path)!r} must hold 'name: value' lines, not a "
+                            f"{type(loaded).__name__}.")
     return {str(name): value for name, value in (loaded or {}).items()}
