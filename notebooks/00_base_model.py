@@ -67,7 +67,7 @@ run = open_run("base_model", config)
 # %% tags=["nbval-ignore-output"]
 if not run.done:
     history = basemodel.history_of(config)
-    base, tokenizer = basemodel.load_for_report(config)
+    base, tokenizer = basemodel.load_base()
     scores = basemodel.bits_per_byte(base, tokenizer, config)
     run.finish(scores, layer_harm=basemodel.layer_harm(base, tokenizer, config),
                samples=basemodel.continuations(base, tokenizer, config.seed), history=history.to_dict("records"))
