@@ -167,3 +167,43 @@ def latency(table: pd.DataFrame) -> str:
             line += f" Masked and two-pass execution: {references.min():.2f} to {references.max():.2f}."
         lines.append(line)
     return _text(lines)
+
+
+def token_analysis(metrics: dict, always_keep: int) -> str:
+    """Notebook 07: whether the plan depends on the token, and how much of the headroom is captured."""
+    gap = metrics["shuffled"]
+    said = "Token-dependence is worth nothing that can be measured here"
+    if gap["low"] > 0:
+        said = "The plan depends on the token"
+    first = (f"**{said}.** Shuffled among tokens it costs {gap['nll_difference']:+.4f} nats a token "
+             f"(95 % interval {gap['low']:+.4f} to {gap['high']:+.4f}), that is perplexity "
+             f"{gap['shuffled']:.2f} instead of {gap['routed']:.2f}.")
+    shares = metrics["variance"]
+    if shares["layers"] is not None:
+        first += (f" Of the plan's variance {shares['layers']:.0%} lies between layers, as in a "
+                  f"static plan, {shares['tokens']:.0%} in how many layers a token runs and "
+                  f"{shares['within']:.0%} in which.")
+    known = metrics["information"]["category"]
+    lines = [first, f"Categories explain {known['explained']:.1%} of the entropy of depth, after "
+                    f"chance ({known['information']:.3f} bits, chance {known['chance']:.3f}); which "
+                    f"token it is explains {_share(metrics['between']['token'])} of the variance of "
+                    "depth, the rest is context."]
+    lines += [f"Collapse: {flag}." for flag in metrics["collapse"]["flags"]]
+    for row in metrics["rows"]:
+        lines.append(f"At {row['skip']:.1%} skip ({row['weights']} weights) the oracle's KL is "
+                     f"{row['oracle']:.3f}, the best static plan's {row['static']:.3f}, the router's "
+                     f"{row['routed']:.3f}: it captures **{_share(row['captured'])}** of the headroom "
+                     f"(95 % interval {_share(row['captured_low'])} to "
+                     f"{_share(row['captured_high'])}).")
+    probes = [row for row in metrics["probes"] if row["depth"] == always_keep]
+    if probes:
+        explained = " and ".join(f"{_share(row['r2'])} ({row['probe']})" for row in probes)
+        lines.append("Of the variance of a layer's harm on the base model (clipped at its 1st and "
+                     f"99th percentile), probes explain from the state after layer {always_keep}, "
+                     f"where the router reads, {explained}, on documents held out (mean of layers, "
+                     f"{probes[0]['tokens']:,} tokens).")
+    return _text(lines)
+
+
+def _share(value: float | None) -> str:
+    return "an unknown share" if value is None or value != value else f"{value:.0%}"

@@ -54,7 +54,7 @@ config = notebook_settings("token_analysis", globals())
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import token_study
+from dlr import findings, token_study
 from dlr.figures_analysis import (category_depth, difficulty, headroom, position, predictability,
                                   words)
 from dlr.record import Record
@@ -160,4 +160,4 @@ run.figure(predictability(metrics["probes"], *shape), "predictability")
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-Markdown(token_study.verdict(metrics, tokens.meta["always_keep"]))
+Markdown(findings.token_analysis(metrics, tokens.meta["always_keep"]))

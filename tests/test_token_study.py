@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlr import discovery, token_study
+from dlr import discovery, findings, token_study
 from dlr.phases import PHASES
 from dlr.settings import read_params, validated
 from dlr.figures_register import redraw
@@ -22,7 +22,7 @@ def metrics(low, captured):
 
 
 def test_the_verdict_follows_the_numbers():
-    yes, no = token_study.verdict(metrics(0.005, 0.25), 4), token_study.verdict(metrics(-0.015, -0.2), 4)
+    yes, no = (findings.token_analysis(metrics(low, captured), 4) for low, captured in ((0.005, 0.25), (-0.015, -0.2)))
     assert "The plan depends on the token" in yes and "**25%**" in yes and "12% (linear)" in yes and "50%" not in yes
     assert "worth nothing that can be measured" in no and "**-20%**" in no and "Collapse: no unit is routed by token." in no
 
