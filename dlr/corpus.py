@@ -1,12 +1,13 @@
 """The embedded corpus: English that every machine has once the requirements are installed.
 
-Docstrings of the pinned packages and the standard library, plus Python's own topic documentation, about 40 MB
-of source text before paragraphs that occur twice are dropped. One document is one module. Splits are decided
-by a hash of the module's name, so that a document never moves when another package changes.
+Docstrings of the pinned packages and the standard library, plus Python's own topic documentation,
+about 40 MB of source text before paragraphs that occur twice are dropped. One document is one
+module. Splits are decided by a hash of the module's name, so that a document never moves when
+another package changes.
 
-Some documents are docstrings of tokenizers and spell out `<|endoftext|>`. That is text: they are kept as they are,
-content hash included, and `dlr.encoding` turns it into ordinary tokens. Token streams cached
-under other rules are made anew.
+Some documents are docstrings of tokenizers and spell out `<|endoftext|>`. That is text: they are
+kept as they are, content hash included, and `dlr.encoding` turns it into ordinary tokens. Token
+streams cached under other rules are made anew.
 
     python -m dlr.corpus            # builds the cache, prints sizes and the content hash
 """
@@ -16,20 +17,23 @@ import hashlib
 import importlib.metadata as metadata
 import json
 import os
+import platform
 import sysconfig
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pandas as pd
 
 from dlr.progress import tqdm
 from dlr.runs import atomic_file, folder_from
 
-# Pinned in requirements.txt. An unpinned dependency would make the corpus drift without anyone's doing.
-PACKAGES = ("accelerate", "datasets", "jupytext", "lm_eval", "matplotlib", "networkx", "nltk", "numpy", "pandas",
-            "papermill", "peft", "pydantic", "scikit-learn", "scipy", "seaborn", "sympy", "torch", "transformers")
+# Pinned in requirements.txt: an unpinned dependency would make the corpus drift.
+PACKAGES = ("accelerate", "datasets", "jupytext", "lm_eval", "matplotlib", "networkx", "nltk",
+            "numpy", "pandas", "papermill", "peft", "pydantic", "scikit-learn", "scipy", "seaborn",
+            "sympy", "torch", "transformers")
 SPLITS = {"train": 0.90, "calibration": 0.03, "validation": 0.03, "test": 0.04}
 RULES = 1                # raise when the rules below change: a new corpus, a new cache
 MIN_CHARS = 400          # shorter documents say nothing about context
@@ -69,27 +73,27 @@ def _module_docstrings(item: tuple[str, str]) -> tuple[str, list[str]]:
     except (OSError, SyntaxError, ValueError, RecursionError):
         return name, []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted((n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: getattr(n, "lineno", 0))
-    return name, [d for d in map(ast.get_docstring, nodes) if d]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return name, [docstring for docstring in map(ast.get_docstring, nodes) if docstring]
 
 
 def _source_files(packages: tuple[str, ...]) -> list[tuple[str, str]]:
     """(document name, path) of every source file, sorted by name."""
-    found = {}
+    paths = {}
     for package in packages:
         for file in metadata.files(package) or []:
             if file.suffix == ".py" and not _SKIPPED_FOLDERS & set(file.parts):
-                found[f"{package}:{file.as_posix()}"] = str(file.locate())
+                paths[f"{package}:{file.as_posix()}"] = str(file.locate())
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for path in stdlib.rglob("*.py"):
         relative = path.relative_to(stdlib)
         if not _SKIPPED_FOLDERS & set(relative.parts):
-            found[f"python:{relative.as_posix()}"] = str(path)
-    return sorted(found.items())
+            paths[f"python:{relative.as_posix()}"] = str(path)
+    return sorted(paths.items())
 
 
 def _topics() -> list[tuple[str, list[str]]]:
-    from pydoc_data.topics import topics
     return [(f"topics:{name}", [text]) for name, text in sorted(topics.items())]
 
 
@@ -106,7 +110,8 @@ def _drop_repeats(modules: list[tuple[str, list[str]]]) -> pd.DataFrame:
         for docstring in docstrings:
             paragraphs = []
             for paragraph in docstring.split("\n\n"):
-                key = hashlib.md5(" ".join(paragraph.split()).lower().encode(), usedforsecurity=False).digest()
+                words = " ".join(paragraph.split()).lower()
+                key = hashlib.md5(words.encode(), usedforsecurity=False).digest()
                 if key not in seen:
                     seen.add(key)
                     paragraphs.append(paragraph.rstrip())
@@ -119,14 +124,14 @@ def _drop_repeats(modules: list[tuple[str, list[str]]]) -> pd.DataFrame:
 
 
 def _cache_key(packages: tuple[str, ...]) -> str:
-    import platform
     versions = {p: metadata.version(p) for p in packages} | {"python": platform.python_version()}
     return hashlib.sha256(json.dumps([RULES, versions], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=2)
 def embedded_corpus(packages: tuple[str, ...] = PACKAGES) -> pd.DataFrame:
-    """The corpus as a frame with columns name, split, text; built once (about a minute), then read from the cache.
+    """The corpus as a frame with columns name, split, text; built once (about a minute), then read
+    from the cache.
 
     Raises:
         FileNotFoundError: a package of `packages` is not installed.
@@ -134,8 +139,9 @@ def embedded_corpus(packages: tuple[str, ...] = PACKAGES) -> pd.DataFrame:
     try:
         path = cache_folder() / f"corpus-{_cache_key(packages)}.parquet"
     except metadata.PackageNotFoundError as error:
-        raise FileNotFoundError(f"The embedded corpus reads docstrings of the package {error.name!r}, which is not "
-                                "installed; run: pip install -r requirements.txt") from error
+        raise FileNotFoundError(f"The embedded corpus reads docstrings of the package "
+                                f"{error.name!r}, which is not installed; run: pip install "
+                                "-r requirements.txt") from error
     if path.exists():
         return pd.read_parquet(path)
     files = _source_files(packages)

@@ -1,4 +1,5 @@
-"""Finding a checkpoint: in a folder, in a run, or the newest of a phase, saying which one was taken.
+"""Finding a checkpoint: in a folder, in a run, or the newest of a phase, saying which one was
+taken.
 
 Order: the folder itself; its `best`, then the finished `checkpoint`, then the `last` state of its
 training; and for a phase the same in its newest complete run. Half-written checkpoints are skipped
@@ -61,9 +62,10 @@ def _best_in(folder: Path) -> tuple[str, Path] | None:
     """(how it is called aloud, folder) of the best complete checkpoint here or one folder down."""
     inner = sorted(path for path in folder.iterdir()
                    if path.is_dir() and not path.name.startswith("."))
-    inner.sort(key=lambda path: path.name not in ("router", "DLR"))   # a routed model before its controls
+    inner.sort(key=lambda path: path.name not in ("router", "DLR"))    # before its controls
     named = [pair for place in (folder, *inner) for pair in _candidates(place)]
-    for said, path in sorted(named, key=lambda pair: pair[0] == "last"):      # any best before any last
+    named.sort(key=lambda pair: pair[0] == "last")                     # any best before any last
+    for said, path in named:
         problem = missing_part(path)
         if problem is None:
             return said, path
@@ -90,8 +92,9 @@ def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
         if not looks_like(NANO_ROUTER):
             raise FileNotFoundError(
                 "There is no embedded router (dlr/nano/router) in this copy of the project. Name a "
-                "checkpoint, for example --set checkpoint=results/token_routing/quick/DLR/checkpoint, "
-                f"or train one: python -m dlr run. There are: {', '.join(checkpoints()) or 'none'}.")
+                "checkpoint, for example --set checkpoint=results/token_routing/quick/DLR, or "
+                "train one: python -m dlr run. There are: "
+                f"{', '.join(checkpoints()) or 'none'}.")
         return NANO_ROUTER
     folder = from_project(where)
     if not folder.is_dir():
@@ -100,9 +103,9 @@ def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
         phases = sorted({label.split("/")[0] for label in checkpoints()} - {EMBEDDED})
         raise FileNotFoundError(
             f"There is no checkpoint {str(where)!r}: it is neither a folder nor a phase "
-            f"({', '.join(phases) or 'none has a run'}). There are: {', '.join(checkpoints()) or 'none'}. "
-            "python -m dlr run trains one. For a base model give 'nano', a folder with config.json, "
-            "or a Hub id with --variant base.")
+            f"({', '.join(phases) or 'none has a run'}). There are: "
+            f"{', '.join(checkpoints()) or 'none'}. python -m dlr run trains one. For a base model "
+            "give 'nano', a folder with config.json, or a Hub id with --variant base.")
     if looks_like(folder):
         problem = missing_part(folder)
         if problem:
@@ -114,8 +117,8 @@ def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
     best = _best_in(folder)
     if best is None:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no complete checkpoint: looked for {', '.join(_BEST + _LAST)} and "
-            "trainer/checkpoint-*, here and one folder down.")
+            f"{str(folder)!r} holds no complete checkpoint: looked for {', '.join(_BEST + _LAST)} "
+            "and trainer/checkpoint-*, here and one folder down.")
     say(f"checkpoint: {best[0]} of {folder.name}: {best[1]}")
     return best[1]
 
@@ -126,8 +129,8 @@ def _newest_of(phase: Path, say) -> Path:
     for metrics in runs:
         best = _best_in(metrics.parent)
         if best is not None:
-            say(f"checkpoint: {best[0]} of the newest complete run with one, {metrics.parent.name}: "
-                f"{best[1]}")
+            say(f"checkpoint: {best[0]} of the newest complete run with one, "
+                f"{metrics.parent.name}: {best[1]}")
             return best[1]
-    raise FileNotFoundError(f"None of the {len(runs)} complete runs of {phase.name!r} holds a checkpoint; "
-                            f"train one with 'python -m dlr run {phase.name}'.")
+    raise FileNotFoundError(f"None of the {len(runs)} complete runs of {phase.name!r} holds a "
+                            f"checkpoint; train one with 'python -m dlr run {phase.name}'.")

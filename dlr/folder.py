@@ -1,7 +1,9 @@
-"""A checkpoint's folder: its own files, written whole beside what else lies there, and what may be wrong with them.
+"""A checkpoint's folder: its own files, written whole beside what else lies there, and what may be
+wrong with them.
 
-The record (router_config.json or control.json) is written last and names the checkpoint's files with their digests, so
-that a save that was killed, or files of two saves in one folder, are refused instead of being loaded as one.
+The record (router_config.json or control.json) is written last and names the checkpoint's files
+with their digests, so that a save that was killed, or files of two saves in one folder, are refused
+instead of being loaded as one.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ RECORDS, PARTS = (CONFIG, CONTROL), (WEIGHTS, ADAPTER, ADAPTER_CONFIG)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Name to sixteen hex digits of each of a checkpoint's own files in `folder`, the record left out."""
+    """Name to sixteen hex digits of each of a checkpoint's own files; the record is left out."""
     return {name: hashlib.sha256(_content(folder / name)).hexdigest()[:16]
             for name in PARTS if (folder / name).is_file()}
 
@@ -39,7 +41,7 @@ def _content(path: Path) -> bytes:
     content = path.read_bytes()
     if path.suffix != ".json":
         return content
-    with contextlib.suppress(ValueError):                # whatever a checkout or an editor did to line ends and spaces
+    with contextlib.suppress(ValueError):       # whatever a checkout did to line ends and spaces
         content = json.dumps(json.loads(content), sort_keys=True).encode()
     return content
 
@@ -53,19 +55,24 @@ def as_json(record: dict) -> str:
     try:
         return json.dumps(record, indent=2, allow_nan=False) + "\n"
     except ValueError:
-        odd = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
-        raise ValueError(f"A checkpoint cannot hold an infinite or undefined number, as {', '.join(odd) or 'a list'} "
-                         "is here; set a finite one (calibrate the router) before saving.") from None
+        odd = [name for name, value in record.items()
+               if isinstance(value, float) and not math.isfinite(value)]
+        raise ValueError(f"A checkpoint cannot hold an infinite or undefined number, as "
+                         f"{', '.join(odd) or 'a list'} is here; set a finite one (calibrate the "
+                         "router) before saving.") from None
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path):
-    """A temporary folder whose files go into `folder` when the block ends without an error; other files there stay.
+    """A temporary folder whose files go into `folder` when the block ends without an error; other
+    files there stay.
 
-    Nothing changes while the block runs. Then the old record goes, the parts come, and the new record comes last.
+    Nothing changes while the block runs. Then the old record goes, the parts come, and the new
+    record comes last.
     """
     if folder.is_file():
-        raise NotADirectoryError(f"{str(folder)!r} is a file; a checkpoint is a folder. Give another name.")
+        raise NotADirectoryError(f"{str(folder)!r} is a file; a checkpoint is a folder. Give "
+                                 "another name.")
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -111,7 +118,7 @@ def files_of(record: dict) -> dict[str, str]:
 
 
 def has_adapter(folder: Path, record: dict) -> bool:
-    """Whether an adapter belongs to the checkpoint; one that lies there from something else does not."""
+    """Whether an adapter belongs to the checkpoint: one may lie there from something else."""
     files = files_of(record)
     return ADAPTER in files if files else (folder / ADAPTER_CONFIG).exists()
 
@@ -125,7 +132,8 @@ def _unreadable(path: Path) -> str | None:
             with safe_open(path, "pt"):
                 pass
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        return f"{path.name} is missing" if isinstance(error, FileNotFoundError) else f"{path.name} cannot be read"
+        missing = isinstance(error, FileNotFoundError)
+        return f"{path.name} {'is missing' if missing else 'cannot be read'}"
     return None
 
 
@@ -162,14 +170,18 @@ def refuse_incomplete(folder: Path) -> dict:
     Raises:
         FileNotFoundError: it is no checkpoint, or half of one; ValueError: its adapter is a pickle.
     """
-    if not (folder / CONTROL).is_file() and not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
-        raise FileNotFoundError(f"{str(folder)!r} is no DLR checkpoint: it needs {CONFIG} and {WEIGHTS}.")
-    record = _read(folder / (CONTROL if (folder / CONTROL).is_file() else CONFIG))
-    if (folder / "adapter_model.bin").exists() and not (folder / ADAPTER).exists() and has_adapter(folder, record):
-        raise ValueError(f"The adapter in {str(folder)!r} is a pickle (adapter_model.bin); loading one runs whatever "
-                         f"code it holds, so it is refused. Save the adapter as {ADAPTER}.")
+    control = (folder / CONTROL).is_file()
+    if not control and not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+        raise FileNotFoundError(f"{str(folder)!r} is no DLR checkpoint: it needs {CONFIG} and "
+                                f"{WEIGHTS}.")
+    record = _read(folder / (CONTROL if control else CONFIG))
+    pickled = (folder / "adapter_model.bin").exists() and not (folder / ADAPTER).exists()
+    if pickled and has_adapter(folder, record):
+        raise ValueError(f"The adapter in {str(folder)!r} is a pickle (adapter_model.bin); loading "
+                         "one runs whatever code it holds, so it is refused. Save the adapter "
+                         f"as {ADAPTER}.")
     problem = missing_part(folder)
     if problem:
-        raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. Give another one, or "
-                                "save it again.")
+        raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. Give "
+                                "another one, or save it again.")
     return record

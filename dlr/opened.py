@@ -31,7 +31,8 @@ from dlr.weights import NANO_NAME, base_record, identity
 
 KINDS = ("routed", "static", "stochastic", "dense", "base")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_ROW_OF_FOLDER = {"router": "DLR"}        # the frontier's runs call the folder of their one router so
+# The frontier's runs call the folder of their one router so.
+_ROW_OF_FOLDER = {"router": "DLR"}
 
 
 @dataclass
@@ -70,7 +71,8 @@ class Opened:
     def at_skip(self, skip: float, forced: float = 0.0) -> None:
         """Moves a static plan along its order to `skip`, where a share `forced` of the tokens runs
         everything anyway."""
-        fewer, more, share = static_pair(self.order, self.routing.units, min(skip, 1 - forced), forced)
+        skip = min(skip, 1 - forced)
+        fewer, more, share = static_pair(self.order, self.routing.units, skip, forced)
         self.policy.plans = torch.stack([fewer, more]).float()
         self.policy.share_more = share
 
@@ -133,14 +135,15 @@ def _is_base(name: str | Path | None) -> bool:
         return name is not None
     folder = from_project(name)
     if folder.is_dir():
-        return (folder / "config.json").is_file() and not any((folder / each).exists() for each in RECORDS)
+        checkpoint = any((folder / record).exists() for record in RECORDS)
+        return (folder / "config.json").is_file() and not checkpoint
     return _HUB_ID.fullmatch(str(name)) is not None and not (results_folder() / name).is_dir()
 
 
 def _load_base(name: str | Path, variant: str | None, loading: dict) -> Opened:
     if str(name) == "nano-router" or looks_like(from_project(name)):
-        raise SettingsError(f"{str(name)!r} is a checkpoint; for variant='base' give its base model, "
-                            "or take variant='dense'.")
+        raise SettingsError(f"{str(name)!r} is a checkpoint; for variant='base' give its base "
+                            "model, or take variant='dense'.")
     if variant not in (None, "base", "dense"):
         raise SettingsError(f"{str(name)!r} is a base model without a router; variant={variant!r} "
                             "needs a checkpoint.")
@@ -159,7 +162,8 @@ def _refuse_unused(kind: str, given: dict, control: bool = False) -> None:
     if idle:
         why = {"order": " (a static control holds its own)" if control and kind == "static" else "",
                "model": " (the model is what is opened)"}.get(idle[0], "")
-        raise SettingsError(f"variant={kind!r} has no use for {' and '.join(idle)}{why}; leave it out.")
+        raise SettingsError(f"variant={kind!r} has no use for {' and '.join(idle)}{why}; leave it "
+                            "out.")
 
 
 def _refuse_unfit(folder: Path, record: dict, kind: str, given: dict) -> None:
@@ -225,7 +229,7 @@ def _order_near(checkpoint: Path, given: str | None) -> tuple[list[int], float |
     places = list(checkpoint.resolve().parents)[:3]
     for place, folder in enumerate(places):
         if (folder / METRICS).is_file():
-            below = (checkpoint.resolve(), *places)[place].name          # the folder below the run's
+            below = (checkpoint.resolve(), *places)[place].name     # the folder below the run's
             return _stored_order(folder / METRICS, _ROW_OF_FOLDER.get(below, below))
-    raise SettingsError(f"The run of {str(checkpoint)!r} has no {METRICS} with a greedy static order; "
-                        "name one with --order RUN.")
+    raise SettingsError(f"The run of {str(checkpoint)!r} has no {METRICS} with a greedy static "
+                        "order; name one with --order RUN.")
