@@ -1,4 +1,5 @@
-"""Models and plans to measure speed with: published shapes with random weights, and recorded plans stretched over them.
+"""Models and plans to measure speed with: published shapes with random weights, and recorded plans
+stretched over them.
 
 Speed depends on shapes and on the plan, not on what the weights are.
 """
@@ -22,7 +23,8 @@ SHAPES = {
 
 
 def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu"):
-    """A model of a published shape with random weights; `layers` caps its depth to what memory holds."""
+    """A model of a published shape with random weights; `layers` caps its depth to what memory
+    holds."""
     config = type(SHAPES[shape])(**SHAPES[shape].to_diff_dict())
     config.num_hidden_layers = layers or config.num_hidden_layers
     config.layer_types = None if not hasattr(config, "layer_types") else ["full_attention"] * config.num_hidden_layers
@@ -42,8 +44,9 @@ def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
     """Router logits `[n, U]` of test documents, in reading order, by the router of `checkpoint`.
 
     Args:
-        checkpoint: as in `dlr.discovery.find_checkpoint`, a relative path from here or from the project's root; '' is
-            the embedded router. The text is cut by the checkpoint's own tokenizer.
+        checkpoint: as in `dlr.discovery.find_checkpoint`, a relative path from here or from the
+            project's root; '' is the embedded router. The text is cut by the checkpoint's own
+            tokenizer.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -54,7 +57,8 @@ def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
 
 
 def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:
-    """Gates `[n, units]` with the token and depth pattern of recorded router logits `[n, U]`, at exactly `skip`.
+    """Gates `[n, units]` with the token and depth pattern of recorded router logits `[n, U]`, at
+    exactly `skip`.
 
     A model of another depth gets the pattern stretched over its layers.
     """
