@@ -1,8 +1,9 @@
 """Text in, token blocks out: the embedded corpus, local files, or a Hub dataset.
 
-Notation: b batch, s sequence length. Training data is packed (documents joined by the end-of-text token, cut into
-blocks of s); evaluation data keeps one document a row, right-padded, so that intervals can be taken over documents.
-Text becomes ids in `dlr.encoding` alone: a special token that a text spells out stays text.
+Notation: b batch, s sequence length. Training data is packed (documents joined by the end-of-text
+token, cut into blocks of s); evaluation data keeps one document a row, right-padded, so that
+intervals can be taken over documents. Text becomes ids in `dlr.encoding` alone: a special token
+that a text spells out stays text.
 """
 
 import csv
@@ -24,9 +25,11 @@ HUB_ALIASES = {"wikitext-103-raw-v1": ("Salesforce/wikitext", "wikitext-103-raw-
                "wikitext-2-raw-v1": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 _WIKITEXT_TITLE = re.compile(r"(?m)^(?= = [^=\n]+ = *$)")
 _WIKI_DOC = re.compile(r"<doc [^>]*>\n(.*?)</doc>", re.DOTALL)
-# A marker between documents stands alone on its line, or is glued to the document it opens. Anywhere else, as in a
-# manual that speaks of it, it is text.
-_SEPARATOR = re.compile(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$|(?:^|(?<=[\s.!?…\"”’)]))<\|endoftext\|>(?=\w)")
+# A marker between documents stands alone on its line, or is glued to the document it opens.
+# Anywhere else, as in a manual that speaks of it, it is text.
+_SEPARATOR = re.compile(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$"
+                        r"|(?:^|(?<=[\s.!?…\"”’)]))<\|endoftext\|>(?=\w)")
+SHORTEST = 200                      # characters; shorter texts are no documents
 _SUFFIXES = {".txt", ".md", ".json", ".jsonl"}
 
 
@@ -43,14 +46,12 @@ class Documents:
 
 
 def _hash(texts: list[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()[:16]
 
 
 def _file_texts(path: Path) -> list[str]:
-    """Documents of one file: WikiExtractor `<doc>` blocks, JSON lines or lists, `<|endoftext|>` or chapter breaks.
+    """Documents of one file: WikiExtractor `<doc>` blocks, JSON lines or lists, `<|endoftext|>` or
+    chapter breaks.
 
     Raises:
         ValueError: the file is no UTF-8, no JSON, or holds JSON records without a text.
@@ -58,31 +59,37 @@ def _file_texts(path: Path) -> list[str]:
     try:
         raw = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 (byte {error.start}); convert it first (iconv -t UTF-8).") from None
+        raise ValueError(f"{str(path)!r} is not UTF-8 (byte {error.start}); convert it first "
+                         "(iconv -t UTF-8).") from None
     if path.suffix in (".json", ".jsonl"):
-        raw_rows = _json_texts(path, raw)
+        texts = _json_texts(path, raw)
     elif "<doc " in raw[:200]:
-        raw_rows = _WIKI_DOC.findall(raw)
+        texts = _WIKI_DOC.findall(raw)
     elif _SEPARATOR.search(raw):
-        raw_rows = _SEPARATOR.split(raw)
-    elif path.suffix == ".md":
-        raw_rows = re.split(r"\n(?=## )", raw)
+        texts = _SEPARATOR.split(raw)
     else:
-        raw_rows = re.split(r"\n{3,}", raw)
-    return [row.strip() for row in raw_rows if len(row.strip()) >= 200]
+        texts = re.split(r"\n(?=## )" if path.suffix == ".md" else r"\n{3,}", raw)
+    return _long_enough(texts)
+
+
+def _long_enough(texts: list[str]) -> list[str]:
+    return [text for text in map(str.strip, texts) if len(text) >= SHORTEST]
 
 
 def _json_texts(path: Path, raw: str) -> list[str]:
     try:
-        # at \n alone: splitlines() would also cut at U+2028 and U+0085, which JSON texts may hold
-        records = json.loads(raw) if path.suffix == ".json" else [json.loads(line) for line in raw.split("\n") if line.strip()]
+        if path.suffix == ".json":
+            records = json.loads(raw)
+        else:           # splitlines() would also cut at U+2028 and U+0085, which texts may hold
+            records = [json.loads(line) for line in raw.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from None
-    texts = [row.get("text") if isinstance(row, dict) else row for row in records] if isinstance(records, list) else [None]
+    rows = records if isinstance(records, list) else [None]
+    texts = [row.get("text") if isinstance(row, dict) else row for row in rows]
     wrong = next((place for place, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
-        raise ValueError(f"{str(path)!r} must hold a list of texts, or of records with a text under 'text'; record {wrong} is "
-                         "none.")
+        raise ValueError(f"{str(path)!r} must hold a list of texts, or of records with a text "
+                         f"under 'text'; record {wrong} is none.")
     return texts
 
 
@@ -96,14 +103,16 @@ def folder_texts(path: str | Path) -> list[str]:
     """
     path = from_project(path)
     if not path.exists():
-        raise FileNotFoundError(f"No file or folder at {str(path)!r}. Give a folder of .txt, .md, .json or .jsonl "
-                                "files, or dataset='embedded', which needs none.")
+        raise FileNotFoundError(f"No file or folder at {str(path)!r}. Give a folder of .txt, .md, "
+                                ".json or .jsonl files, or dataset='embedded', which needs none.")
     files = [path] if path.is_file() else sorted(
-        p for p in path.rglob("*") if p.is_file() and (p.suffix in _SUFFIXES or p.name.startswith("wiki_")))
+        file for file in path.rglob("*") if file.is_file()
+        and (file.suffix in _SUFFIXES or file.name.startswith("wiki_")))
     texts = [text for file in files for text in _file_texts(file)]
     if not texts:
-        raise ValueError(f"{str(path)!r} holds no document of 200 characters or more in .txt, .md, .json or .jsonl "
-                         "files; an empty dataset cannot be trained or evaluated on.")
+        raise ValueError(f"{str(path)!r} holds no document of 200 characters or more in .txt, .md, "
+                         ".json or .jsonl files; an empty dataset cannot be trained or "
+                         "evaluated on.")
     return texts
 
 
@@ -111,9 +120,10 @@ def hub_lines(dataset: str, split: str, remedy: str) -> list[str]:
     """The texts of the rows of a Hub dataset, or of one of HUB_ALIASES.
 
     Raises:
-        ConnectionError: it could not be loaded; the message ends with `remedy`, what to do without a network.
+        ConnectionError: it could not be loaded; the message ends with `remedy`, what to do without
+            a network.
     """
-    from datasets import load_dataset                     # takes seconds to import, and only the Hub needs it
+    from datasets import load_dataset          # takes seconds to import, and only the Hub needs it
     name, config = HUB_ALIASES.get(dataset, (dataset, None))
     try:
         return load_dataset(name, config, split=split)["text"]
@@ -125,8 +135,8 @@ def hub_lines(dataset: str, split: str, remedy: str) -> list[str]:
 def _hub_texts(dataset: str, split: str) -> list[str]:
     hub_split = split if split in ("train", "test") else "validation"
     lines = hub_lines(dataset, hub_split, "use dataset='embedded', or a folder of text files")
-    texts = [text for text in map(str.strip, wikitext_articles("".join(lines))) if len(text) >= 200]
-    half = len(texts) // 2              # Hub datasets have no calibration split: half the validation split
+    texts = _long_enough(wikitext_articles("".join(lines)))
+    half = len(texts) // 2     # no Hub dataset has a calibration split: half the validation one
     return {"calibration": texts[:half], "validation": texts[half:]}.get(split, texts)
 
 
@@ -136,20 +146,26 @@ def wikitext_articles(text: str) -> list[str]:
 
 
 def read_wikitext(path: Path) -> str:
-    """A WikiText file: plain text, or one-column CSV whose rows are joined. Raises ValueError naming file and line."""
+    """A WikiText file: plain text, or one-column CSV whose rows are joined.
+
+    Raises:
+        ValueError: a row has several columns; the message names file and line.
+    """
     raw = path.read_text(encoding="utf-8")
     if not raw.startswith('"'):
         return raw
     parts, reader = [], csv.reader(raw.splitlines(keepends=True))
     for row in reader:
         if len(row) > 1:
-            raise ValueError(f"{path}, line {reader.line_num}: one column was expected, {len(row)} found.")
+            raise ValueError(f"{path}, line {reader.line_num}: one column was expected, {len(row)} "
+                             "found.")
         parts.extend(row)
     return "".join(parts)
 
 
 def load_documents(dataset: str, split: str) -> Documents:
-    """Documents of `split` (train, calibration, validation, test) of 'embedded', a local path, or a Hub dataset."""
+    """Documents of `split` (train, calibration, validation, test) of 'embedded', a local path, or a
+    Hub dataset."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
     if dataset == "embedded":
@@ -157,11 +173,12 @@ def load_documents(dataset: str, split: str) -> Documents:
         rows = frame[frame["split"] == split]
         return Documents(dataset, split, rows["text"].tolist(), content_hash(rows))
     if from_project(dataset).exists() or dataset.startswith((".", "/", "~")):
-        texts = [t for t in folder_texts(dataset) if split_of(t) == split]
+        texts = [text for text in folder_texts(dataset) if split_of(text) == split]
     else:
         texts = _hub_texts(dataset, split)
     if not texts:
-        raise ValueError(f"The {split} split of dataset={dataset!r} is empty; every split needs at least one document.")
+        raise ValueError(f"The {split} split of dataset={dataset!r} is empty; every split needs at "
+                         "least one document.")
     return Documents(dataset, split, texts, _hash(texts))
 
 
@@ -169,23 +186,26 @@ def token_stream(texts: list[str], tokenizer, describe: str = "tokenising") -> n
     """All texts as one stream of token ids `[n]` (uint32), each document opened by `opening_token`.
 
     Raises:
-        ValueError: the tokenizer has no opening token, or cannot keep a special token that a text spells out as text.
+        ValueError: the tokenizer has no opening token, or cannot keep a special token that a text
+            spells out as text.
     """
     start_id = opening_token(tokenizer)
     parts = []
-    for start in tqdm(range(0, len(texts), 512), desc=describe, unit="batch", disable=len(texts) < 4096):
+    starts = range(0, len(texts), 512)
+    for start in tqdm(starts, desc=describe, unit="batch", disable=len(texts) < 4096):
         for ids in encode(tokenizer, texts[start:start + 512]):
             parts.append(np.array([start_id, *ids], dtype=np.uint32))
     return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 
 class PackedBlocks(torch.utils.data.Dataset):
-    """Blocks of `seq_len` consecutive tokens, in an order shuffled by `seed`. Item: {'input_ids': [s] int64}."""
+    """Blocks of `seq_len` consecutive tokens, in an order shuffled by `seed`. Item: {'input_ids':
+    [s] int64}."""
 
     def __init__(self, stream: np.ndarray, seq_len: int, seed: int = 0):
         if len(stream) < seq_len:
-            raise ValueError(f"The training text holds {len(stream)} tokens, fewer than one block of seq_len={seq_len}; "
-                             "give more text or a smaller seq_len.")
+            raise ValueError(f"The training text holds {len(stream)} tokens, fewer than one block "
+                             f"of seq_len={seq_len}; give more text or a smaller seq_len.")
         self.blocks = stream[:len(stream) // seq_len * seq_len].reshape(-1, seq_len)
         self.order = np.random.default_rng(seed).permutation(len(self.blocks))
 
@@ -193,18 +213,19 @@ class PackedBlocks(torch.utils.data.Dataset):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        block = torch.from_numpy(self.blocks[self.order[index]].astype(np.int64))
-        return {"input_ids": block}
+        return {"input_ids": torch.from_numpy(self.blocks[self.order[index]].astype(np.int64))}
 
 
-def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0, max_tokens: int | None = None) -> PackedBlocks:
-    """Training blocks of `documents`, drawn from documents in shuffled order until `max_tokens` are reached."""
-    order = np.random.default_rng(seed).permutation(len(documents.texts))
-    texts, characters = [], 0
-    for index in order:
+def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0,
+           max_tokens: int | None = None) -> PackedBlocks:
+    """Training blocks of `documents`, which are taken in shuffled order up to `max_tokens`
+    tokens."""
+    texts: list[str] = []
+    characters = 0
+    for index in np.random.default_rng(seed).permutation(len(documents.texts)):
         texts.append(documents.texts[index])
         characters += len(texts[-1])
-        if max_tokens and characters > 8 * max_tokens:       # no tokenizer here packs over 8 characters a token
+        if max_tokens and characters > 8 * max_tokens:       # no token here has over 8 characters
             break
     stream = token_stream(texts, tokenizer)
     return PackedBlocks(stream[:max_tokens], seq_len, seed)
@@ -212,24 +233,29 @@ def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0, max_tok
 
 def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: int,
                    limit: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """One document a row, cut to `max_len` tokens, right-padded: input_ids and attention_mask `[b, s]`.
+    """One document a row, cut to `max_len` tokens, right-padded: input_ids and attention_mask `[b,
+    s]`.
 
-    Rows are sorted by length, so that little is padded; `row` `[b]` gives each row's place in `documents`.
+    Rows are sorted by length, so that little is padded; `row` `[b]` gives each row's place in
+    `documents`.
 
     Raises:
-        ValueError: the tokenizer has no opening token, or cannot keep a special token that a text spells out as text.
+        ValueError: the tokenizer has no opening token, or cannot keep a special token that a text
+            spells out as text.
     """
-    opening, pad = opening_token(tokenizer), padding_token(tokenizer)
-    texts = documents.texts[:limit]
-    encoded = encode(tokenizer, [t[:12 * max_len] for t in texts])
-    rows = sorted(((i, [opening, *ids][:max_len]) for i, ids in enumerate(encoded)), key=lambda r: (len(r[1]), r[0]))
+    opening = opening_token(tokenizer)
+    pad = padding_token(tokenizer)
+    encoded = encode(tokenizer, [text[:12 * max_len] for text in documents.texts[:limit]])
+    rows = [[opening, *ids][:max_len] for ids in encoded]
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     batches = []
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start:start + batch_size]
-        width = max(len(ids) for _, ids in chunk)
+    for start in range(0, len(order), batch_size):
+        places = order[start:start + batch_size]
+        lengths = torch.tensor([len(rows[place]) for place in places])
+        width = int(lengths.max())
         batches.append({
-            "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for _, ids in chunk]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, ids in chunk]),
-            "row": torch.tensor([i for i, _ in chunk]),
-        })
+            "input_ids": torch.tensor([rows[place] + [pad] * (width - len(rows[place]))
+                                       for place in places]),
+            "attention_mask": (torch.arange(width) < lengths.unsqueeze(1)).long(),
+            "row": torch.tensor(places)})
     return batches

@@ -34,9 +34,11 @@ def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
 
 def _refuse_confusion(specs: list[VariantSpec]) -> None:
     names = [spec.name for spec in specs]
+    folders = [slug(name) for name in names]
     for place, spec in enumerate(specs):
-        if names.count(spec.name) > 1:
-            raise SettingsError(f"Two variants are named {spec.name!r}; give each its own name.")
+        if folders.count(folders[place]) > 1:
+            raise SettingsError(f"Two variants are named {spec.name!r}, or so much alike that they would share a folder; "
+                                "give each its own name.")
         if spec.match is not None and spec.match not in names[:place]:
             raise SettingsError(f"{spec.name!r} is to match {spec.match!r}, which is no earlier row ({', '.join(names)}).")
 
