@@ -63,6 +63,7 @@ def test_the_base_model_leads_and_named_variants_follow():
 
 @pytest.mark.parametrize("variants, message", [
     ([ROUTED, ROUTED], "Two variants are named 'routed'"),
+    ([ROUTED, ROUTED.changed(name="routed?")], "would share a folder"),
     ([STATIC, ROUTED], "'static' is to match 'routed', which is no earlier row"),
 ])
 def test_rows_that_cannot_be_told_apart_or_matched_are_refused(variants, message, tmp_path):

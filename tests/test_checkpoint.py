@@ -404,6 +404,15 @@ def test_a_refused_load_leaves_the_model_as_it_was(tmp_path, ids, monkeypatch):
         dlr.from_pretrained(tmp_path / "c", add_lora(tiny(), rank=2))
 
 
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    dlr.attach(model, OPEN)
+    with pytest.raises(ValueError, match="needs a folder's name"):
+        dlr.save_pretrained(model, "")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_finds_attention_and_mlp_in_every_family(family, ids):
     names = projections_of(tiny(family))

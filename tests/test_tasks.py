@@ -18,7 +18,7 @@ from dlr.checkpoint import WrongBase, save_control
 from dlr.settings import SettingsError
 from dlr.data import read_wikitext, wikitext_articles
 from dlr.router_config import RouterConfig
-from dlr.discovery import HalfWritten, find_checkpoint
+from dlr.discovery import HalfWritten, checkpoints, find_checkpoint
 from dlr.flops import active_halves, flops_per_token, layer_flops, plan_flops_per_token, text_flops
 from dlr.models import add_lora, load_base
 from dlr.opened import load
@@ -212,6 +212,7 @@ def test_a_phase_means_the_newest_complete_run(checkpoint, tmp_path, monkeypatch
     assert find_checkpoint("pareto", said.append) == checkpoint and "newest complete run" in said[0]
     assert find_checkpoint(checkpoint.parents[1], said.append) == checkpoint
     assert find_checkpoint(checkpoint, said.append) == checkpoint
+    assert find_checkpoint("pareto/run/router", said.append) == checkpoint == checkpoints()["pareto/run/router"]
     (tmp_path / "results" / "baselines").mkdir()
     with pytest.raises(FileNotFoundError, match="None of the 0 complete runs"):
         find_checkpoint("baselines")
@@ -240,6 +241,8 @@ def test_half_written_checkpoints_are_skipped_aloud(checkpoint, tmp_path):
 
 def test_variants_of_one_checkpoint(checkpoint):
     routed = load(str(checkpoint))
+    model, tokenizer, routing = routed
+    assert routing is dlr.routing_of(model) and routing.policy is routed.policy and tokenizer.bos_token
     assert routed.kind == "routed" and routed.routing.config.calibrated_skip == 0.25
     static = load(str(checkpoint), variant="static")                             # the row of its own folder: DLR's
     dropped = (static.policy.plans == 0).sum(1).tolist()
@@ -330,7 +333,9 @@ def test_ways_to_load_a_base_that_do_not_exist_are_refused():
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     """Another model with the same norms: one matrix is half as large again."""
     model, tokenizer = load_base()
-    before = load("nano").digest
+    base = load("nano")
+    assert base.kind == "base" and tuple(base)[2] is None
+    before = base.digest
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1.5)
     model.save_pretrained(tmp_path / "other")
