@@ -1,7 +1,7 @@
-"""Budgets on the layers run: a class each, looked up by the name that `objective` gives in a run's settings.
+"""Budgets on the layers run: a class each, found by the name that a run's settings give.
 
-A new objective is one class: a subclass of `Objective` with a `name`, here or in a file that is imported before the
-settings are made.
+A new objective is one class: a subclass of `Objective` with a `name`, here or in a file that is
+imported before the settings are made.
 
     class Squared(Objective, name="squared"):
         class Weights(Settings):
@@ -20,17 +20,21 @@ from dlr.calibration import Controller
 from dlr.plan import Plan
 from dlr.settings import Settings, SettingsError, validated
 
-SLOPE = "slope"          # of the skip ratio over the threshold, from the logistic noise that gates are drawn with
+SLOPE = "slope"       # of the skip ratio over the threshold, from the logistic noise of drawn gates
 
 
 class Objective:
-    """What a budget adds to the loss of a router's training and does after each step. This one adds and does nothing.
+    """What a budget adds to the loss and does after each step; this one adds and does nothing.
 
     Args:
-        config: the run's settings. Weights of the class that are no settings of their own come from `config.weights`.
+        config: the run's settings. What are no settings of their own are in `config.weights`.
+
+    Attributes:
+        Weights: what the budget can be told, with its defaults.
+        calibrates: whether a threshold is chosen on held-out text once the training is done.
     """
-    Weights: ClassVar[type[Settings]] = Settings        # what the budget can be told, with its defaults
-    calibrates: ClassVar[bool] = False                  # whether a threshold is chosen on held-out text afterwards
+    Weights: ClassVar[type[Settings]] = Settings
+    calibrates: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str, **options):
         super().__init_subclass__(**options)
@@ -46,10 +50,11 @@ class Objective:
         """The class's weights under a run's settings.
 
         Raises:
-            SettingsError: `config.weights` holds one that the class does not have, one that is a setting of its own,
-                or a wrong value.
+            SettingsError: `config.weights` holds one that the class does not have, one that is a
+                setting of its own, or a wrong value.
         """
-        settings = {name: getattr(config, name) for name in cls.Weights.model_fields if name in type(config).model_fields}
+        names = cls.Weights.model_fields.keys() & type(config).model_fields.keys()
+        settings = {name: getattr(config, name) for name in names}
         for name in settings.keys() & config.weights.keys():
             raise SettingsError(f"{name} is a setting of its own; give {name}, not weights")
         return validated(settings | config.weights, cls.Weights)
@@ -60,50 +65,54 @@ class Objective:
         return self.config.steps
 
     def term(self, plan: Plan) -> torch.Tensor:
-        """What is added to the loss of one pass, a scalar in nats. `plan.gates` `[b, s, U]` carry the gradient."""
+        """What is added to a pass's loss, in nats; `plan.gates` `[b, s, U]` carry gradients."""
         return torch.zeros((), device=plan.gates.device)
 
     def after_step(self, routing, step: int, row: dict) -> None:
-        """Called after optimizer step `step` (1 = first) with its log row: means over the step's tokens."""
+        """Called after optimizer step `step` (1 = first) with its log row."""
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 class Controlled(Objective, name="controlled"):
-    """No term in the loss: the threshold is the price of a unit, moved by the skip missed and calibrated at the end."""
+    """No term in the loss: the threshold, a unit's price, is moved by the skip missed."""
     calibrates = True
 
     @property
     def router_steps(self) -> int:
-        return round(self.config.router_share * self.config.steps) if self.config.warm_start else self.config.steps
+        share = self.config.router_share if self.config.warm_start else 1
+        return round(share * self.config.steps)
 
     def after_step(self, routing, step, row):
         if step <= self.router_steps:
-            routing.config.threshold = self.controller.update(routing.config.threshold, row["skip"], step - 1, row[SLOPE])
+            routing.config.threshold = self.controller.update(
+                routing.config.threshold, row["skip"], step - 1, row[SLOPE])
 
 
 class GlobalPenalty(Objective, name="global_penalty"):
     """`penalty` times the mean gate: one price for every layer and token, no target."""
 
     class Weights(Settings):
-        penalty: float = Field(1.0, ge=0.0)                # lambda of 'global_penalty' and of 'original'
+        penalty: float = Field(1.0, ge=0.0)        # lambda of 'global_penalty' and of 'original'
 
     def term(self, plan):
         return self.weights.penalty * plan.budget
 
 
 class Original(Objective, name="original"):
-    """The first studies' budget: per-layer L1 on the keep rate, summed over layers, plus a squared target term.
+    """The first studies' budget: L1 on each layer's keep rate, and a squared target term.
 
-    Kept so that its failure can be shown: the sum of L1 terms swamps the target and nearly every layer is dropped.
+    Kept so that its failure can be shown: the L1 terms, summed over layers, swamp the target, and
+    nearly every layer is dropped.
     """
 
     class Weights(GlobalPenalty.Weights):
-        l1_weight: float = Field(5.0, ge=0.0)              # 'original': per-layer L1, summed over layers
-        target_weight: float = Field(8.0, ge=0.0)          # 'original': squared distance to the target
+        l1_weight: float = Field(5.0, ge=0.0)      # per-layer L1, summed over layers
+        target_weight: float = Field(8.0, ge=0.0)  # squared distance to the target
 
     def term(self, plan):
         weights, keep = self.weights, plan.gates[plan.real].mean(0)
         missed = 1 - keep.mean() - self.config.target_skip
-        return weights.penalty * (weights.l1_weight * keep.sum() + weights.target_weight * missed ** 2)
+        cost = weights.l1_weight * keep.sum() + weights.target_weight * missed ** 2
+        return weights.penalty * cost

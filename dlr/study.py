@@ -1,4 +1,4 @@
-"""What the notebooks share: load a base once, train variants on it, and measure each beside its controls."""
+"""What the notebooks share: load a base once, train variants on it, measure each with controls."""
 
 import shutil
 import warnings
@@ -33,11 +33,13 @@ class Bench:
     tokenizer: object
     calibration: list[dict]
     test: list[dict]
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)    # of documents by variant, for paired tests
-    open: "Variant | None" = None                    # the variant whose LoRA and router are on the base
+    # of documents, by variant, for paired tests
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    # the variant whose LoRA and router are on the base
+    open: "Variant | None" = None
 
     def blocks(self, config: RunConfig):
-        """Packed training blocks, enough for the steps and the warm start, in an order of the run's seed."""
+        """Packed training blocks for steps and warm start, in an order of the run's seed."""
         tokens = config.steps * config.batch_size * config.accumulation * config.seq_len
         tokens += config.warm_rounds * (config.warm_tokens + config.batch_size * config.seq_len)
         documents = load_documents(config.dataset, "train")
@@ -52,8 +54,8 @@ def open_bench(config: RunConfig) -> Bench:
         base.to("cuda")
 
     def batches(split: str, limit: int) -> list[dict]:
-        return padded_batches(load_documents(config.dataset, split), tokenizer, max_len=config.eval_len,
-                              batch_size=2 * config.batch_size, limit=limit)
+        documents = load_documents(config.dataset, split)
+        return padded_batches(documents, tokenizer, config.eval_len, 2 * config.batch_size, limit)
     return Bench(config, base, tokenizer, batches("calibration", config.calibration_docs),
                  batches("test", config.eval_docs))
 
@@ -79,7 +81,8 @@ class Variant:
 def _clear(bench: Bench) -> None:
     """Takes off the base what a cell that was stopped has left there."""
     if bench.open is not None:
-        warnings.warn(f"The variant {bench.open.name!r} was still on the base model; it is taken off.", stacklevel=3)
+        warnings.warn(f"The variant {bench.open.name!r} was still on the base model; it is taken "
+                      "off.", stacklevel=3)
         bench.open.close()
 
 
@@ -87,8 +90,8 @@ def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     """Fresh LoRA and router on the bench's base."""
     _clear(bench)
     set_seed(config.seed)
-    model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,
-                     seed=config.seed)
+    model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha,
+                     dropout=config.lora_dropout, seed=config.seed)
     try:
         routing = attach(model, config.router())
     except BaseException:
@@ -98,15 +101,18 @@ def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     return bench.open
 
 
-def train(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Policy | None = None) -> Variant:
-    """Fresh LoRA and router on the bench's base, trained under `config`; `policy` fixes the plan of a control.
+def train(bench: Bench, name: str, config: RunConfig, folder: Path,
+          policy: Policy | None = None) -> Variant:
+    """Fresh LoRA and router on the bench's base, trained under `config`, a control under `policy`.
 
-    Goes on from a checkpoint in `folder` where there is one. A trained router is calibrated and saved. With a warm start
-    and `router_share=0` (the defaults) gradients train LoRA alone: the router is regressed on harm labels (see `warmstart`)
-    and stays as it is. Where training stops with an error or an interrupt, the base model is given back as it was.
+    Goes on from a checkpoint in `folder` where there is one. A trained router is calibrated and
+    saved. With a warm start and `router_share=0` (the defaults) gradients train LoRA alone: the
+    router is regressed on harm labels (see `warmstart`) and stays as it is. Where training stops
+    with an error or an interrupt, the base model is given back as it was.
     """
-    learns = policy is None
-    order = best_static_order(bench, config) if learns and config.warm_start and config.warm_background == "static" else None
+    order = None
+    if policy is None and config.warm_start and config.warm_background == "static":
+        order = best_static_order(bench, config)
     folder.mkdir(parents=True, exist_ok=True)
     variant = _variant(bench, name, config)
     try:
@@ -120,34 +126,39 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path, policy: Poli
     return variant
 
 
-def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None, order: list[int] | None) -> None:
+def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None,
+         order: list[int] | None) -> None:
     """Warm start, training, calibration and checkpoint of a variant."""
     config, model, routing = variant.config, variant.model, variant.routing
-    learns, blocks = policy is None, bench.blocks(config)
-    if learns and config.warm_start:
+    blocks = bench.blocks(config)
+    if policy is None and config.warm_start:
         variant.notes |= warm_start(model, routing, blocks, config, folder, order)
     set_seed(config.seed)
     trainer = DLRTrainer(model, config, blocks, folder, policy)
     trainer.fit()
-    if learns:
+    if policy is None:
         if trainer.objective.calibrates:
-            calibrate_router(model, routing, bench.calibration, config.target_skip, bf16=config.autocast)
+            calibrate_router(model, routing, bench.calibration, config.target_skip,
+                             bf16=config.autocast)
         variant.notes["threshold"] = routing.config.threshold
         save_pretrained(model, folder / "checkpoint")
 
 
-def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None, kind: str = "routed",
-            **notes) -> dict:
+def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None,
+            kind: str = "routed", **notes) -> dict:
     """One row of the results table: `variant` evaluated on the test split under `policy`."""
-    table = evaluate(variant.model, variant.routing, bench.test, policy, bf16=variant.config.autocast, describe=label)
+    table = evaluate(variant.model, variant.routing, bench.test, policy,
+                     bf16=variant.config.autocast, describe=label)
     return row_of(bench, variant, label, table, kind, **notes)
 
 
-def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind: str, **notes) -> dict:
+def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind: str,
+           **notes) -> dict:
     """The row of a document table, which is kept for paired comparisons.
 
     Args:
-        kind: what `label`, which is for readers, is a case of: one of KINDS. `of` in the row is the variant trained.
+        kind: what `label`, which is for readers, is a case of: one of KINDS. `of` in the row is the
+            variant trained.
     """
     routing, config = variant.routing, variant.config
     if kind not in KINDS:
@@ -155,8 +166,8 @@ def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind
     bench.tables[label] = table
     always = routing.first + routing.config.keep_last
     return {"variant": label, "kind": kind, "of": variant.name, "unit": routing.config.unit,
-            "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip, "steps": config.steps,
-            **summary(table, always, routing.units_per_layer), **notes}
+            "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip,
+            "steps": config.steps, **summary(table, always, routing.units_per_layer), **notes}
 
 
 def base_row(bench: Bench) -> dict:
@@ -171,7 +182,7 @@ def base_row(bench: Bench) -> dict:
 
 
 def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int]:
-    """`static_order.best_static_order` of the bench's base, under the settings of a variant or its own."""
+    """`static_order.best_static_order` of the base, under a variant's settings or its own."""
     _clear(bench)
     return static_order.best_static_order(bench.base, bench.calibration, config or bench.config)
 
@@ -183,34 +194,36 @@ def forced_share(bench: Bench, keep_first_tokens: int) -> float:
 
 
 def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
-    """A routed model's own row and, on the same weights, the plans it must beat: shuffled, mean, random.
+    """A routed model's row and, on its weights, the plans it must beat: shuffled, mean, random.
 
     `against_router` of a control is its loss less the router's: positive where the router wins.
     """
-    routing, name = variant.routing, variant.name
-    rows = [measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)]
-    measured, keep = rows[0]["skip"], rows[0]["keep_rate"]
+    routing, name, seed = variant.routing, variant.name, variant.config.seed
+    routed = measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)
+    skip, order = routed["skip"], order_of_mean_plan(routed["keep_rate"])
     forced = forced_share(bench, routing.config.keep_first_tokens)
-    rows.append(measure(bench, variant, f"{name}, shuffled", ShuffledPlan(variant.config.seed), "shuffled"))
-    table = evaluate_static(variant.model, routing, bench.test, order_of_mean_plan(keep), measured, forced,
+    shuffled = measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled")
+    table = evaluate_static(variant.model, routing, bench.test, order, skip, forced,
                             bf16=variant.config.autocast)
-    rows.append(row_of(bench, variant, f"{name}, mean plan", table, "mean"))
-    rows.append(measure(bench, variant, f"{name}, random plan",
-                        RandomPlan(measured / (1 - forced), variant.config.seed), "random"))
-    for row in rows[1:]:
-        row |= {"against_router": paired_difference(bench.tables[row["variant"]], bench.tables[name])}
-    return rows
+    mean = row_of(bench, variant, f"{name}, mean plan", table, "mean")
+    random = measure(bench, variant, f"{name}, random plan",
+                     RandomPlan(skip / (1 - forced), seed), "random")
+    for row in (shuffled, mean, random):
+        row["against_router"] = paired_difference(bench.tables[row["variant"]], bench.tables[name])
+    return [routed, shuffled, mean, random]
 
 
-def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float, order: list[int] | None = None,
-               name: str = "best static") -> dict:
-    """The static plan along `order` (the greedy one by default) at `skip`, healed by the same LoRA budget."""
+def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float,
+               order: list[int] | None = None, name: str = "best static") -> dict:
+    """The static plan along `order`, by default the greedy one, healed by the same LoRA budget."""
     order = order or best_static_order(bench, config)
     forced = forced_share(bench, config.keep_first_tokens)
     plan = MixedStaticPlan(*static_pair(order, len(order), skip, forced))
     with closing(train(bench, name, config, folder, plan)) as variant:
-        save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip, forced)
-        table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced, bf16=config.autocast)
+        model, routing = variant.model, variant.routing
+        save_control(model, routing, folder / "checkpoint", "static", order, skip, forced)
+        table = evaluate_static(model, routing, bench.test, order, skip, forced,
+                                bf16=config.autocast)
         return row_of(bench, variant, name, table, "static", order=order)
 
 
@@ -221,27 +234,33 @@ def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
         return measure(bench, variant, "dense LoRA", None, "dense")
 
 
-def stochastic_rows(bench: Bench, config: RunConfig, folder: Path, skips: list[float]) -> list[dict]:
-    """LoRA under stochastic depth, evaluated at full depth and with each of `skips` dropped at random.
+def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
+                    skips: list[float]) -> list[dict]:
+    """LoRA under stochastic depth, evaluated at full depth and with `skips` dropped at random.
 
     Raises:
         ValueError: `config.layer_drop` is 0, so that no depth is stochastic.
     """
     if config.layer_drop == 0:
-        raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 (0.5, say).")
-    with closing(train(bench, "stochastic depth", config, folder, LayerDrop(config.layer_drop))) as variant:
+        raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 "
+                         "(0.5, say).")
+    policy = LayerDrop(config.layer_drop)
+    with closing(train(bench, "stochastic depth", config, folder, policy)) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
                      skip=config.layer_drop)
         rows = [measure(bench, variant, "stochastic depth, full", None, "stochastic")]
         forced = forced_share(bench, config.keep_first_tokens)
-        return rows + [measure(bench, variant, f"stochastic depth, {skip:.0%} dropped",
-                               RandomPlan(skip / (1 - forced), config.seed), "stochastic") for skip in skips]
+        for skip in skips:
+            plan = RandomPlan(skip / (1 - forced), config.seed)
+            name = f"stochastic depth, {skip:.0%} dropped"
+            rows.append(measure(bench, variant, name, plan, "stochastic"))
+        return rows
 
 
 def against_static(bench: Bench, routed: str) -> dict | None:
-    """Loss of the routed model less that of the best static plan, in nats a token, paired (negative: the router wins).
+    """Loss of the routed model less that of the best static plan, in nats a token, paired.
 
-    None where either was not among the variants.
+    Negative: the router wins. None where either was not among the variants.
     """
     if "best static" not in bench.tables or routed not in bench.tables:
         return None

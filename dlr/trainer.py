@@ -22,15 +22,16 @@ from dlr.routed import routing_of
 from dlr.router import ROUTER_NAME
 from dlr.runs import write_atomically
 
-STATE = "trainer_state.json"          # the last file Trainer writes of a checkpoint, on the first process
-LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy", "temperature", "lr",
-               "tokens_per_second")          # of log.csv; the keep rate of each unit follows
+STATE = "trainer_state.json"          # the last file that Trainer's first process writes
+# Of log.csv; the keep rate of each unit follows.
+LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy",
+               "temperature", "lr", "tokens_per_second")
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Stacks packed blocks or pads unequal rows on the right.
 
-    Labels are -100 at padding and at each row's first token, so that Trainer counts predicted positions.
+    Labels are -100 at padding and at each row's first token: Trainer counts predicted positions.
     """
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -44,45 +45,55 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class DLRTrainer(Trainer):
-    """Trains LoRA of a routed PEFT model, and its router for `config.router_share` of the steps (all of them without a warm start).
+    """Trains LoRA of a routed PEFT model and, for as many steps as its objective says, the router.
 
     Args:
-        policy: None trains the router's own plan; a fixed policy (static, stochastic depth, dense) trains LoRA under it.
+        policy: None trains the router's own plan. Under a fixed one (static, stochastic depth,
+            dense) LoRA alone is trained.
+        noise: whether gates are drawn with Gumbel noise while the router learns.
     """
-    # compute_loss divides by the number of labels in the whole accumulated batch, so Trainer must not divide again:
-    # batch 1 x 4 accumulated then equals batch 4 x 1.
+    # compute_loss divides by the number of labels in the whole accumulated batch, so Trainer must
+    # not divide again: batch 1 x 4 accumulated then equals batch 4 x 1.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, config: RunConfig, dataset, folder: Path, policy: Policy | None = None, noise: bool = True):
-        self.config, self.routing, self.folder = config, routing_of(model), Path(folder)
-        refuse_unsaveable(model, self.routing)         # before a training whose result could not be kept
+    def __init__(self, model, config: RunConfig, dataset, folder: Path,
+                 policy: Policy | None = None, noise: bool = True):
+        self.config = config
+        self.routing = routing_of(model)
+        self.folder = Path(folder)
+        refuse_unsaveable(model, self.routing)         # before a training that could not be kept
         self.learns_routing = policy is None
         self.policy = policy or RouterPolicy(training=True, noise=noise)
-        self.objective = (OBJECTIVES[config.objective] if self.learns_routing else Objective)(config)
+        objective = OBJECTIVES[config.objective] if self.learns_routing else Objective
+        self.objective = objective(config)
         self._sums: dict[str, float] = {}
         self._clock = time.perf_counter()
         arguments = TrainingArguments(
-            output_dir=str(self.folder / "trainer"), max_steps=config.steps, learning_rate=config.lr,
-            per_device_train_batch_size=config.batch_size, gradient_accumulation_steps=config.accumulation,
-            warmup_steps=round(config.warmup * config.steps), lr_scheduler_type="linear", weight_decay=0.0,
-            bf16=config.autocast, logging_steps=10, save_steps=config.save_steps, save_total_limit=1, seed=config.seed,
-            report_to=[], use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+            output_dir=str(self.folder / "trainer"), max_steps=config.steps, seed=config.seed,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulation, learning_rate=config.lr,
+            warmup_steps=round(config.warmup * config.steps), lr_scheduler_type="linear",
+            weight_decay=0.0, bf16=config.autocast, save_steps=config.save_steps,
+            save_total_limit=1, logging_strategy="no", disable_tqdm=True, report_to=[],
+            use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
             activation_checkpointing=config.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False}, logging_strategy="no", disable_tqdm=True)
+            activation_checkpointing_kwargs={"use_reentrant": False})
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
         super().__init__(model, arguments, train_dataset=dataset, data_collator=collate)
-        self.model_accepts_loss_kwargs = True          # makes Trainer count the labels of the accumulated batch
+        self.model_accepts_loss_kwargs = True          # Trainer then counts all accumulated labels
         self.remove_callback(PrinterCallback)          # log.csv and the progress bar say more
         self.add_callback(_StepEnd(self))
 
-    # -- one step ---------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config, routing = self.config, self.routing
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         real = mask.bool()
         count = predicted(real).sum()
-        share = 1.0 if num_items_in_batch is None else count * self.accelerator.num_processes / num_items_in_batch
+        share = 1.0                            # of the labels in the whole accumulated batch
+        if num_items_in_batch is not None:
+            share = count * self.accelerator.num_processes / num_items_in_batch
         with self.compute_loss_context_manager():
             teacher = None
             if config.kd_weight:
@@ -91,7 +102,9 @@ class DLRTrainer(Trainer):
             with routing.using(self._policy_now()):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         ce = cross_entropy(logits, ids, real).mean()
-        kd = kl_to_teacher(logits, teacher, real, config.kd_temperature).mean() if teacher is not None else ce * 0
+        kd = ce * 0
+        if teacher is not None:
+            kd = kl_to_teacher(logits, teacher, real, config.kd_temperature).mean()
         budget = self.objective.term(routing.plan)
         loss = (1 - config.kd_weight) * ce + config.kd_weight * kd + budget
         self._record(ce=ce, kd=kd, budget=budget, tokens=real.sum(), count=count)
@@ -106,12 +119,13 @@ class DLRTrainer(Trainer):
         return self.policy
 
     def _record(self, tokens, count, **terms) -> None:
-        """Sums over the accumulated batch. Losses are weighted by predicted tokens, what the plan did by real ones."""
+        """Sums over the accumulated batch: losses by predicted tokens, the plan by real ones."""
         plan, tokens, count = self.routing.plan, float(tokens), float(count)
         values = {name: (count, float(value.detach())) for name, value in terms.items()}
         values["skip"] = tokens, plan.skip_ratio
         if plan.logits is not None:
-            open_share = torch.sigmoid(plan.logits[plan.real].detach() - self.routing.config.threshold)
+            logits = plan.logits[plan.real].detach()
+            open_share = torch.sigmoid(logits - self.routing.config.threshold)
             values["gate_entropy"] = tokens, gate_entropy(open_share)
             values[SLOPE] = tokens, float((open_share * (1 - open_share)).mean())
         for unit, keep in enumerate(plan.keep_rate.tolist()):
@@ -122,26 +136,31 @@ class DLRTrainer(Trainer):
         self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
 
     def _means(self) -> tuple[dict[str, float], float]:
-        """Means over the step's tokens on all processes, and how many tokens those were; the sums begin anew."""
+        """Means over the step's tokens on all processes, and their number; the sums begin anew."""
         sums, self._sums = self._sums, {}
         totals = torch.tensor(list(sums.values()), dtype=torch.float64)
-        if self.accelerator.num_processes > 1:                   # every process must move the one threshold alike
+        if self.accelerator.num_processes > 1:   # every process must move the one threshold alike
             totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
         totals = dict(zip(sums, totals.tolist()))
-        return {name: totals[name] / totals[f"{name} weight"] for name in sums if f"{name} weight" in sums}, totals["tokens"]
+        means = {name: totals[name] / totals[f"{name} weight"] for name in sums
+                 if f"{name} weight" in sums}
+        return means, totals["tokens"]
 
     def step_done(self, step: int) -> dict:
         """Tells the objective that `step` (1 = first) is done, and logs it; returns its row.
 
-        The row holds means over the tokens of the whole step: accumulated batches and all processes.
+        The row holds means over the step's tokens: of accumulated batches and all processes.
 
-        log.csv is Trainer's own history of logs, which comes back with the checkpoint that a run goes on from.
+        log.csv is Trainer's own history, which a run that goes on has from its checkpoint.
         """
         row, tokens = self._means()
-        now, sampled = time.perf_counter(), getattr(self.policy, "training", False)
-        row |= {"step": step, "threshold": self.routing.config.threshold, "goal": self.objective.controller.goal(step - 1),
-                "temperature": self.policy.temperature if sampled else None,       # else no gate was drawn at one
-                "lr": self.lr_scheduler.get_last_lr()[0], "tokens_per_second": tokens / (now - self._clock)}
+        now = time.perf_counter()
+        is_sampled = getattr(self.policy, "training", False)       # else no gate has a temperature
+        row |= {"step": step, "goal": self.objective.controller.goal(step - 1),
+                "threshold": self.routing.config.threshold,
+                "temperature": self.policy.temperature if is_sampled else None,
+                "lr": self.lr_scheduler.get_last_lr()[0],
+                "tokens_per_second": tokens / (now - self._clock)}
         self._clock = now
         self.objective.after_step(self.routing, step, row)
         self.log(row)
@@ -151,33 +170,33 @@ class DLRTrainer(Trainer):
             write_atomically(self.folder / "log.csv", log.to_csv(index=False, float_format="%.6g"))
         return row
 
-    # -- optimizer, checkpoints -------------------------------------------------------------------------------------
+    # -- optimizer, checkpoints --------------------------------------------------------------------
     def create_optimizer(self, model=None):
         """AdamW with one learning rate for LoRA and one for the router."""
-        groups: dict[bool, list] = {False: [], True: []}
+        lora, router = [], []
         for name, parameter in (model or self.model).named_parameters():
             if ROUTER_NAME in name:
                 parameter.requires_grad_(self.learns_routing)
             if parameter.requires_grad:
-                groups[ROUTER_NAME in name].append(parameter)
-        rates = {False: self.config.lr, True: self.config.router_lr}
-        self.optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rates[key]} for key, parameters in groups.items() if parameters],
-            betas=(0.9, 0.95), weight_decay=0.0)
+                (router if ROUTER_NAME in name else lora).append(parameter)
+        groups = [{"params": parameters, "lr": rate} for parameters, rate in
+                  ((lora, self.config.lr), (router, self.config.router_lr)) if parameters]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            write_router(self.routing, Path(output_dir or self.args.output_dir),
-                         self.accelerator.unwrap_model(self.model))
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)    # a pickle
+            folder = Path(output_dir or self.args.output_dir)
+            write_router(self.routing, folder, self.accelerator.unwrap_model(self.model))
+            (folder / "training_args.bin").unlink(missing_ok=True)                     # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         self.routing.router.load_weights(load_file(folder / WEIGHTS))
-        self.routing.config.threshold = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["threshold"]
+        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        self.routing.config.threshold = record["threshold"]
 
     def fit(self) -> None:
         """Trains, from the newest complete checkpoint in the run's folder where there is one.
@@ -186,9 +205,9 @@ class DLRTrainer(Trainer):
             ValueError: that checkpoint was written by another number of processes.
         """
         output, processes = Path(self.args.output_dir), self.accelerator.num_processes
-        with self.accelerator.main_process_first():              # one process tidies up, the others find it tidy
+        with self.accelerator.main_process_first():      # one process tidies up, the others wait
             last = get_last_checkpoint(str(output)) if output.is_dir() else None
-            while last and not whole(Path(last), processes):                     # killed while it was written
+            while last and not whole(Path(last), processes):         # killed while it was written
                 os.rename(last, output / f"broken-{Path(last).name}")
                 last = get_last_checkpoint(str(output))
         self.train(resume_from_checkpoint=last)
@@ -197,20 +216,22 @@ class DLRTrainer(Trainer):
 
 
 def whole(checkpoint: Path, processes: int) -> bool:
-    """Whether every process has written its part of a checkpoint; a state file alone comes before the others' parts.
+    """Whether every process has written its part of a checkpoint: the state file comes before some.
 
     Raises:
-        ValueError: the parts are those of another number of processes, so that going on would not be the same run.
+        ValueError: the parts are of another number of processes: going on would be another run.
     """
     if not (checkpoint / STATE).is_file():
         return False
-    needed = {"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)}
-    there = {path.name for path in checkpoint.glob("rng_state*.pth")}
-    if there - needed:
-        raise ValueError(f"The checkpoint {checkpoint.name!r} in {str(checkpoint.parent)!r} was written by "
-                         f"{len(there)} process(es) and this run has {processes}: go on with as many, or remove that folder "
-                         "to begin again.")
-    return there == needed
+    needed = {f"rng_state_{rank}.pth" for rank in range(processes)}
+    if processes == 1:
+        needed = {"rng_state.pth"}
+    written = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    if written - needed:
+        raise ValueError(f"The checkpoint {checkpoint.name!r} in {str(checkpoint.parent)!r} was "
+                         f"written by {len(written)} process(es) and this run has {processes}: go "
+                         "on with as many, or remove that folder to begin again.")
+    return written == needed
 
 
 class _StepEnd(TrainerCallback):
@@ -220,10 +241,10 @@ class _StepEnd(TrainerCallback):
         self.trainer, self.bar = trainer, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if args.world_size > 1:         # each process draws gates of its own; the order of the data is fixed before this
+        if args.world_size > 1:      # each process draws gates of its own; the data has its order
             torch.manual_seed(args.seed + args.process_index)
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-                        disable=not state.is_world_process_zero)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training",
+                        unit="step", disable=not state.is_world_process_zero)
 
     def on_step_end(self, args, state, control, **kwargs):
         row = self.trainer.step_done(state.global_step)

@@ -1,9 +1,9 @@
-"""Warm start: regress the router on each token's marginal harm. With `router_share=0` that is all its training.
+"""Warm start: regress the router on each token's marginal harm. With `router_share=0` that is all.
 
-The marginal harm of a unit for a token is what skipping it adds to that token's KL from the dense model, on top of a
-background plan. Round 1 uses random plans or the best static plan as background; later rounds use the router's own plan
-at the target skip, with some gates flipped, so that the labels are right where it will work (as in DAgger, Ross et al.
-2011).
+The marginal harm of a unit for a token is what skipping it adds to that token's KL from the dense
+model, on top of a background plan. Round 1 uses random plans or the best static plan as background;
+later rounds use the router's own plan at the target skip, with some gates flipped, so that the
+labels are right where it will work (as in DAgger, Ross et al. 2011).
 """
 
 from dataclasses import dataclass
@@ -24,61 +24,64 @@ from dlr.router import hard_gates
 from dlr.routed import Routing
 from dlr.runs import save_tensors
 
-FLIPPED = 0.1           # share of gates flipped in the router's own background plans
-SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)         # of token-dependence, tried on top of the best static plan
-SHRINK_BATCHES = 4      # batches of training text that choose among them
-LOGIT_SCALE = 2.0       # spread of the logits a warm router starts with
+FLIPPED = 0.1                            # share of gates flipped in the router's background plans
+SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)     # of token-dependence, on top of the best static plan
+SHRINK_BATCHES = 4                       # batches of training text that choose among them
+LOGIT_SCALE = 2.0                        # spread of the logits a warm router starts with
 
 
 @dataclass
 class HarmLabels:
-    """states `[n, d]` before layer K and marginal harms `[n, U]` in nats, of `n` predicted tokens."""
+    """Of n predicted tokens: states `[n, d]` before layer K, marginal harms `[n, U]` in nats."""
     states: torch.Tensor
     harm: torch.Tensor
 
 
 class Background:
-    """Plans `[b, s, U]` whose single units are flipped: random ones, a static plan, or the router's own."""
+    """Plans `[b, s, U]` to flip units in: random ones, a static one, or (later) the router's."""
 
-    def __init__(self, routing: Routing, target: float, round_index: int, order: list[int] | None, seed: int):
+    def __init__(self, routing: Routing, target: float, round_index: int,
+                 order: list[int] | None, seed: int):
         self.routing, self.target, self.order = routing, target, order
-        self.own = round_index > 0
+        self.is_routers = round_index > 0
         self.generator = torch.Generator().manual_seed(1000 * seed + round_index)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         shape = (*hidden.shape[:2], self.routing.units)
         draw = torch.rand(shape, generator=self.generator).to(hidden.device)
-        if not self.own and self.order is None:
+        if not self.is_routers and self.order is None:
             rate = torch.rand(shape[0], 1, 1, generator=self.generator) * min(1.0, 2 * self.target)
             return (draw >= rate.to(hidden.device)).float()
-        if self.own:
+        if self.is_routers:
             gates = hard_gates(self.routing.router(hidden), self.routing.threshold)
         else:
-            fewer, more, share = static_pair(self.order, self.routing.units, self.target)
+            *plans, share = static_pair(self.order, self.routing.units, self.target)
             second = torch.rand(shape[0], generator=self.generator) < share
-            gates = torch.stack([fewer, more])[second.long()].unsqueeze(1).expand(shape).to(hidden.device)
+            gates = torch.stack(plans)[second.long()].unsqueeze(1).expand(shape).to(hidden.device)
         return torch.where(draw < FLIPPED, 1 - gates, gates)
 
 
 @torch.no_grad()
-def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Background, bf16: bool | None) -> HarmLabels:
-    """Labels for one batch `[b, s]`: a dense pass, a background pass, and one pass a unit with that unit flipped."""
+def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Background,
+                bf16: bool | None) -> HarmLabels:
+    """Labels of a batch `[b, s]`: a dense pass, a background pass, and one a flipped unit."""
     real = torch.ones_like(ids, dtype=torch.bool)
 
     def kl_under(gates, teacher):
         with autocast(ids.device, bf16), routing.using(GivenPlan(gates)):
             return kl_to_teacher(model(input_ids=ids, use_cache=False).logits, teacher, real)
 
-    seen = {}
+    states = []
     layer = routing.layers[routing.first]
     handle = layer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        lambda module, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True)
     try:
         with autocast(ids.device, bf16), frozen_base(model, routing):
             teacher = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    background = make_background(seen["x"]).clone()
+    background = make_background(states[-1]).clone()
     background[:, :routing.config.keep_first_tokens] = 1.0
     before = kl_under(background, teacher)
     harms = []
@@ -91,14 +94,15 @@ def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Bac
     keep = torch.ones_like(ids[:, :-1], dtype=torch.bool)
     keep[:, :routing.config.keep_first_tokens] = False
     rows = keep.flatten()
-    return HarmLabels(seen["x"][:, :-1].flatten(0, 1)[rows].float().cpu(), torch.stack(harms, -1)[rows].float().cpu())
+    return HarmLabels(states[-1][:, :-1].flatten(0, 1)[rows].float().cpu(),
+                      torch.stack(harms, -1)[rows].float().cpu())
 
 
-def label(model, routing: Routing, blocks, config: RunConfig, round_index: int, folder: Path | None,
-          order: list[int] | None = None) -> HarmLabels:
+def label(model, routing: Routing, blocks, config: RunConfig, round_index: int,
+          folder: Path | None, order: list[int] | None = None) -> HarmLabels:
     """Labels of one round for about `config.warm_tokens` tokens, cached in `folder`.
 
-    They are taken from the front of `blocks` and never from the last ones, which `shrink` chooses by.
+    They come from the front of `blocks` and never from the last ones, which `shrink` reads.
 
     Raises:
         ValueError: there are too few blocks for both.
@@ -107,30 +111,41 @@ def label(model, routing: Routing, blocks, config: RunConfig, round_index: int, 
     if path and path.exists():
         stored = load_file(path)
         return HarmLabels(stored["states"], stored["harm"])
-    device, background = device_of(model), Background(routing, config.target_skip, round_index, order, config.seed)
-    per_batch = config.batch_size * (config.seq_len - 1)
-    parts, usable = [], len(blocks) - SHRINK_BATCHES * config.batch_size
+    usable = len(blocks) - SHRINK_BATCHES * config.batch_size
     if usable < config.batch_size:
-        raise ValueError(f"The training text holds {len(blocks)} blocks of {config.seq_len} tokens; a warm start needs "
-                         f"{(SHRINK_BATCHES + 1) * config.batch_size}: give more text, a smaller batch_size or seq_len, or "
-                         "warm_start=false.")
-    count = -(-config.warm_tokens // per_batch)
-    for i in tqdm(range(count), desc=f"labelling marginal harm {round_index + 1}/{config.warm_rounds}", unit="batch",
-                  leave=False):
+        raise ValueError(f"The training text holds {len(blocks)} blocks of {config.seq_len} "
+                         f"tokens; a warm start needs {(SHRINK_BATCHES + 1) * config.batch_size}: "
+                         "give more text, a smaller batch_size or seq_len, or warm_start=false.")
+    background = Background(routing, config.target_skip, round_index, order, config.seed)
+    count = -(-config.warm_tokens // (config.batch_size * (config.seq_len - 1)))
+    parts = []
+    for i in tqdm(range(count), unit="batch",
+                  desc=f"labelling marginal harm {round_index + 1}/{config.warm_rounds}"):
         start = (round_index * count + i) * config.batch_size
-        ids = torch.stack([blocks[(start + j) % usable]["input_ids"] for j in range(config.batch_size)]).to(device)
+        ids = _batch(blocks, [(start + j) % usable for j in range(config.batch_size)], model)
         parts.append(label_batch(model, routing, ids, background, config.autocast))
-    labels = HarmLabels(torch.cat([p.states for p in parts]), torch.cat([p.harm for p in parts]))
+    labels = _joined(parts)
     if path:
         save_tensors({"states": labels.states, "harm": labels.harm}, path)
     return labels
 
 
+def _batch(blocks, places: list[int], model) -> torch.Tensor:
+    """The blocks at `places`, token ids `[b, s]` where the model is."""
+    return torch.stack([blocks[place]["input_ids"] for place in places]).to(device_of(model))
+
+
+def _joined(parts: list[HarmLabels]) -> HarmLabels:
+    return HarmLabels(torch.cat([part.states for part in parts]),
+                      torch.cat([part.harm for part in parts]))
+
+
 def regress(routing: Routing, labels: HarmLabels, epochs: int, seed: int) -> float:
     """Fits the router to the labels; returns the share of variance explained on a tenth held out.
 
-    Harms are clipped at their 1st and 99th percentile (a few tokens are hurt a hundred times more than the rest) and
-    scaled to the spread of logits; one scale and offset for all units, so that one threshold can compare them.
+    Harms are clipped at their 1st and 99th percentile (a few tokens are hurt a hundred times more
+    than the rest) and scaled to the spread of logits; one scale and offset for all units, so that
+    one threshold can compare them.
     """
     device = next(routing.router.parameters()).device
     sample = labels.harm.flatten()[::max(1, labels.harm.numel() // 100_000)]
@@ -166,34 +181,42 @@ def _thresholded(routing: Routing, states: torch.Tensor, target_skip: float) -> 
 
 
 @torch.no_grad()
-def shrink(model, routing: Routing, blocks, labels: HarmLabels, order: list[int], config: RunConfig) -> float:
-    """Shrinks the router towards the best static plan by the share of token-dependence that pays; returns that share.
+def shrink(model, routing: Routing, blocks, labels: HarmLabels, order: list[int],
+           config: RunConfig) -> float:
+    """Shrinks the router to the best static plan by the share of token-dependence that pays.
 
-    Marginal harms do not add up: layers that are each spare may not be spare together, which a plan put together token
-    by token ignores and the greedy search does not. So the logits become `prior[u] + share * (logit[u] - mean[u])`,
-    the prior falling along the static order, and `share` is what gives the least loss on training text that was not
-    labelled. At the smallest share all but the boundary layer is static, and tokens choose that one.
+    Marginal harms do not add up: layers that are each spare may not be spare together, which a plan
+    put together token by token ignores and the greedy search does not. So the logits become
+    `prior[u] + share * (logit[u] - mean[u])`, the prior falling along the static order. The share,
+    which is returned, gives the least loss on training text that was not labelled. At the smallest
+    one all but the boundary layer is static, and tokens choose that one.
     """
     last, device = routing.router.net[-1], device_of(model)
-    mean = torch.cat([routing.router(part.to(device)) for part in labels.states.split(4096)]).mean(0)
-    rank = torch.tensor([order.index(unit) for unit in range(routing.units)], device=device)
+    logits = [routing.router(part.to(device)) for part in labels.states.split(4096)]
+    mean = torch.cat(logits).mean(0)
+    rank = torch.tensor(order, device=device).argsort()
     prior = LOGIT_SCALE * (2 * rank / max(1, routing.units - 1) - 1)
     weight, bias = last.weight.clone(), last.bias.clone()
-    first = len(blocks) - SHRINK_BATCHES * config.batch_size       # labels come from the front
-    batches = [torch.stack([blocks[first + i * config.batch_size + j]["input_ids"]
-                            for j in range(config.batch_size)]).to(device) for i in range(SHRINK_BATCHES)]
-    losses = {}
-    for share in tqdm(SHARES, desc="how much token-dependence pays", unit="share"):
+    size = config.batch_size
+    first = len(blocks) - SHRINK_BATCHES * size        # labels come from the front
+    starts = range(first, len(blocks), size)
+    batches = [_batch(blocks, list(range(start, start + size)), model) for start in starts]
+
+    def set_share(share: float) -> None:
         last.weight.copy_(share * weight)
         last.bias.copy_(prior + share * (bias - mean))
         _thresholded(routing, labels.states, config.target_skip)
+
+    def loss(ids: torch.Tensor) -> float:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return cross_entropy(logits, ids, torch.ones_like(ids, dtype=torch.bool)).sum().item()
+    losses = {}
+    for share in tqdm(SHARES, desc="how much token-dependence pays", unit="share"):
+        set_share(share)
         with autocast(device, config.autocast), routing.using(RouterPolicy()):
-            losses[share] = sum(cross_entropy(model(input_ids=ids, use_cache=False).logits, ids,
-                                              torch.ones_like(ids, dtype=torch.bool)).sum().item() for ids in batches)
+            losses[share] = sum(map(loss, batches))
     best = min(losses, key=losses.get)
-    last.weight.copy_(best * weight)
-    last.bias.copy_(prior + best * (bias - mean))
-    _thresholded(routing, labels.states, config.target_skip)
+    set_share(best)
     return best
 
 
@@ -201,16 +224,16 @@ def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path 
                order: list[int] | None = None) -> dict:
     """Labels, regresses and sets the threshold, `config.warm_rounds` times; returns what it found.
 
-    With `order` (see `baselines.greedy_static_order`) the first backgrounds are that static plan at the target skip,
-    and the router is shrunk towards it at the end.
+    With `order` (see `baselines.greedy_static_order`) the first backgrounds are that static plan at
+    the target skip, and the router is shrunk towards it at the end.
     """
     explained, pool = [], []
     for round_index in range(config.warm_rounds):
         pool.append(label(model, routing, blocks, config, round_index, folder, order))
-        labels = HarmLabels(torch.cat([p.states for p in pool]), torch.cat([p.harm for p in pool]))
+        labels = _joined(pool)
         explained.append(regress(routing, labels, config.warm_epochs, config.seed))
         _thresholded(routing, labels.states, config.target_skip)
-    found = {"warm_start_explained_variance": explained}
+    notes = {"warm_start_explained_variance": explained}
     if order is not None:
-        found["token_dependent_share"] = shrink(model, routing, blocks, labels, order, config)
-    return found
+        notes["token_dependent_share"] = shrink(model, routing, blocks, labels, order, config)
+    return notes
