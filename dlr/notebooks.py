@@ -10,13 +10,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jupytext
 import nbformat
+import papermill
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 
 from dlr.phases import PHASES
 from dlr.runs import atomic_file, project_root
 from dlr.settings import SettingsError
 
 _BAR = re.compile(r"\d+%\|")                                   # a tqdm bar, whatever it counts
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def folder() -> Path:
@@ -35,44 +40,49 @@ def read_pair(name: str, say=print):
         SettingsError: they differ and were saved at the same time.
         FileNotFoundError: neither half is there.
     """
-    halves = {suffix: folder() / f"{name}{suffix}" for suffix in (".ipynb", ".py")}
-    there = [path for path in halves.values() if path.is_file()]
-    if not there:
+    paths = [folder() / f"{name}{suffix}" for suffix in (".ipynb", ".py")]
+    halves = {path: jupytext.read(path) for path in paths if path.is_file()}
+    if not halves:
         raise FileNotFoundError(f"There is no notebook {name!r} in {str(folder())!r}.")
-    notebooks = {path.suffix: _read(path) for path in there}
-    if len(there) == 1 or _cells(notebooks[".ipynb"]) == _cells(notebooks[".py"]):
-        return notebooks[there[0].suffix]
-    saved = {suffix: path.stat().st_mtime_ns for suffix, path in halves.items()}
-    if saved[".ipynb"] == saved[".py"]:
+    first, *others = halves.values()
+    if all(_cells(other) == _cells(first) for other in others):
+        return first
+    older, newer = sorted(halves, key=lambda path: path.stat().st_mtime_ns)
+    if older.stat().st_mtime_ns == newer.stat().st_mtime_ns:
         raise SettingsError(f"{name}.py and {name}.ipynb differ and were saved at the same time. Save the one that is "
                             f"right again, or make them one: jupytext --to ipynb --update notebooks/{name}.py")
-    newer = max(saved, key=saved.get)
-    say(f"{name}.py and {name}.ipynb differ: {name}{newer}, saved last, is what runs.")
-    return notebooks[newer]
-
-
-def _read(path: Path):
-    if path.suffix == ".py":
-        import jupytext
-        return jupytext.read(path)
-    return nbformat.read(path, as_version=4)
+    say(f"{name}.py and {name}.ipynb differ: {newer.name}, saved last, is what runs.")
+    return halves[newer]
 
 
 def cell_defaults(notebook) -> dict:
     """Name to value of the plain assignments in a notebook's parameters cell."""
     source = next((c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])), "")
-    found = {}
+    defaults = {}
     for node in ast.parse(source).body:
         target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
         with contextlib.suppress(ValueError):
             if isinstance(target, ast.Name):
-                found[target.id] = ast.literal_eval(node.value)
-    return found
+                defaults[target.id] = ast.literal_eval(node.value)
+    return defaults
 
 
 # -- execution -----------------------------------------------------------------------
-def _same_python():
-    """A kernel manager that starts this very Python, whatever kernel is registered as 'python3'.
+class SamePython(AsyncKernelManager):
+    """Starts this very Python, whatever kernel is registered as 'python3'."""
+
+    @property
+    def kernel_spec(self):
+        from ipykernel.kernelspec import get_kernel_dict         # not above: `execute` says what to do where it is missing
+        about = get_kernel_dict()
+        about["argv"].append("--log-level=ERROR")                # else it warns that it talks to us without encryption
+        return KernelSpec(**about)
+
+
+def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Path:
+    """Executes a notebook through papermill's API into `target`, which is kept, tidied, also when a cell failed.
+
+    The kernel runs under this Python, in notebooks/. One that does not start is tried once more.
 
     Raises:
         SettingsError: this Python has no ipykernel.
@@ -80,41 +90,23 @@ def _same_python():
     if importlib.util.find_spec("ipykernel") is None:
         raise SettingsError(f"{sys.executable} has no ipykernel, which runs the notebooks. Install what is missing: "
                             f"{sys.executable} -m pip install -r requirements.txt")
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    class SamePython(AsyncKernelManager):
-        @property
-        def kernel_spec(self):
-            from ipykernel.kernelspec import get_kernel_dict
-            about = get_kernel_dict()
-            about["argv"].append("--log-level=ERROR")            # else it warns that it talks to us without encryption
-            return KernelSpec(**about)
-    return SamePython
-
-
-def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Path:
-    """Executes a notebook through papermill's API into `target`, which is kept, tidied, also when a cell failed.
-
-    The kernel runs under this Python, in notebooks/. One that does not start is tried once more.
-    """
-    import papermill
-    manager = _same_python()
     logging.getLogger("papermill").setLevel(logging.ERROR)     # it warns of settings that are not in the parameters cell
     target.parent.mkdir(parents=True, exist_ok=True)
     streams = {} if quiet else {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     os.environ["DLR_TERMINAL"] = "1"
-    notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
+    notebook.metadata.setdefault("kernelspec", dict(KERNEL))
+
+    def attempt():
+        papermill.execute_notebook(notebook, str(target), parameters=parameters, cwd=str(folder()),
+                                   kernel_name="python3", language="python", progress_bar=False, log_output=False,
+                                   kernel_manager_class=SamePython, **streams)
     try:
-        for attempt in (1, 2):
-            try:
-                papermill.execute_notebook(
-                    notebook, str(target), parameters=parameters, cwd=str(folder()), kernel_name="python3",
-                    language="python", progress_bar=False, log_output=False, kernel_manager_class=manager, **streams)
-                break
-            except (RuntimeError, TimeoutError) as error:
-                if attempt == 2 or "Kernel" not in str(error):
-                    raise
+        try:
+            attempt()
+        except (RuntimeError, TimeoutError) as error:
+            if "Kernel" not in str(error):
+                raise
+            attempt()
     finally:
         if target.is_file():
             write(tidied(nbformat.read(target, as_version=4)), target)
@@ -162,7 +154,7 @@ def refresh(names: list[str], say=print) -> None:
         say(f"{name}: executing", flush=True)
         notebook = read_pair(name, say)
         about = {"jupytext": notebook.metadata.get("jupytext", {}), "language_info": {"name": "python"},
-                 "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+                 "kernelspec": KERNEL}
         with tempfile.TemporaryDirectory() as elsewhere:
             executed = execute(notebook, Path(elsewhere) / f"{name}.ipynb", {}, quiet=True)
             notebook = nbformat.read(executed, as_version=4)
@@ -170,6 +162,5 @@ def refresh(names: list[str], say=print) -> None:
             cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
         notebook.metadata = nbformat.from_dict(about)
         write(notebook, folder() / f"{name}.ipynb")
-        if _cells(_read(folder() / f"{name}.py")) != _cells(notebook):
-            import jupytext
+        if _cells(jupytext.read(folder() / f"{name}.py")) != _cells(notebook):
             jupytext.write(notebook, folder() / f"{name}.py", fmt="py:percent")

@@ -197,10 +197,11 @@ def test_the_half_that_was_saved_last_runs(pair, edited, age):
     assert "differ" in said[0] and f"x{edited if age > 0 else other.suffix}, saved last" in said[0]
 
 
-def test_without_ipykernel_a_sentence_says_what_to_install(monkeypatch):
+def test_without_ipykernel_a_sentence_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="has no ipykernel.*pip install"):
-        notebooks._same_python()
+        notebooks.execute(None, tmp_path / "x.ipynb", {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def test_run_all_with_a_changed_parameter_in_a_clone_writes_to_scratch_alone(nam
     for old, new in CHANGED[name].items():
         assert old in cell.source
         cell.source = cell.source.replace(old, new)
-    client = NotebookClient(notebook, timeout=600, kernel_manager_class=notebooks._same_python(),
+    client = NotebookClient(notebook, timeout=600, kernel_manager_class=notebooks.SamePython,
                             resources={"metadata": {"path": str(project / "notebooks")}})
     client.execute(env=environment(project))
     phase = next(phase for phase, (notebook_name, _) in PHASES.items() if notebook_name == name)
