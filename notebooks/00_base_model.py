@@ -11,23 +11,25 @@
 # %% [markdown]
 # # 00 · The embedded base model
 #
-# **Question.** Is the model that travels with this repository a fair instrument: does it predict text it has not
-# seen, and does each of its layers do something?
+# **Question.** Is the model that travels with this repository a fair instrument: does it predict
+# text it has not seen, and does each of its layers do something?
 #
-# **Method.** `stage="stable"` pretrains at a constant rate and resumes from its newest checkpoint, for as long as
-# there is time; `stage="decay"` takes that checkpoint to a rate of zero; `stage="export"` writes the result to
-# `dlr/nano/` in bfloat16. `stage="report"` (the default) measures what is there:
+# **Method.** `stage="stable"` pretrains at a constant rate and resumes from its newest checkpoint,
+# for as long as there is time; `stage="decay"` takes that checkpoint to a rate of zero;
+# `stage="export"` writes the result to `dlr/nano/` in bfloat16. `stage="report"` (the default)
+# measures what is there:
 #
 #     python -m dlr run base_model --params params/base_model/stable.yaml --set text_dir=FOLDER
 #     python -m dlr run base_model --params params/base_model/decay.yaml --set text_dir=FOLDER
 #     python -m dlr run base_model --params params/base_model/export.yaml
 #
-# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
-# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512
+# tokens of whole test documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40
+# whole test documents under a window of 512 tokens that moves by 256 in 05, and the first 192
+# tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
-# its own if `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`,
+# or to a folder of its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -43,7 +45,7 @@ seed: int = 0
 # %%
 import sys
 
-sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.workbook import notebook_settings
 
@@ -61,16 +63,17 @@ run = open_run("base_model", config)
 # %% [markdown]
 # ## Measuring
 #
-# The loss history of the training, bits per byte, the loss that each single layer's absence adds, and a few
-# continuations.
+# The loss history of the training, bits per byte, the loss that each single layer's absence adds,
+# and a few continuations.
 
 # %% tags=["nbval-ignore-output"]
 if not run.done:
     history = basemodel.history_of(config)
     base, tokenizer = basemodel.load_base()
     scores = basemodel.bits_per_byte(base, tokenizer, config)
-    run.finish(scores, layer_harm=basemodel.layer_harm(base, tokenizer, config),
-               samples=basemodel.continuations(base, tokenizer, config.seed), history=history.to_dict("records"))
+    harm = basemodel.layer_harm(base, tokenizer, config)
+    samples = basemodel.continuations(base, tokenizer, config.seed)
+    run.finish(scores, layer_harm=harm, samples=samples, history=history.to_dict("records"))
 
 # %% [markdown]
 # ## Pretraining
@@ -104,8 +107,9 @@ for sample in run.metrics["samples"]:
 # %% [markdown]
 # ## What it means
 #
-# A layer whose bar is near zero is slack: skipping it costs nothing, for any token, and a static plan will find it. A
-# model with many slack layers flatters static plans. `dlr/nano/README.md` says how many tokens this one has seen.
+# A layer whose bar is near zero is slack: skipping it costs nothing, for any token, and a static
+# plan will find it. A model with many slack layers flatters static plans. `dlr/nano/README.md` says
+# how many tokens this one has seen.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

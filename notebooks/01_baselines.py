@@ -11,19 +11,21 @@
 # %% [markdown]
 # # 01 · Baselines: static LoRA and stochastic depth
 #
-# **Question.** What does a LoRA budget buy at full depth, and how far does stochastic depth, the simplest way to
-# train for missing layers, carry a model whose layers are then dropped at random?
+# **Question.** What does a LoRA budget buy at full depth, and how far does stochastic depth, the
+# simplest way to train for missing layers, carry a model whose layers are then dropped at random?
 #
-# **Method.** Two LoRA runs on the same data, steps and seed. One runs every layer; the other drops each routable
-# layer with probability `layer_drop` per training sequence. Both are evaluated at full depth, the second also with
-# layers dropped per token, so that the mismatch between training and evaluation is visible.
+# **Method.** Two LoRA runs on the same data, steps and seed. One runs every layer; the other drops
+# each routable layer with probability `layer_drop` per training sequence. Both are evaluated at
+# full depth, the second also with layers dropped per token, so that the mismatch between training
+# and evaluation is visible.
 #
-# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
-# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512
+# tokens of whole test documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40
+# whole test documents under a window of 512 tokens that moves by 256 in 05, and the first 192
+# tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
-# its own if `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`,
+# or to a folder of its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -41,7 +43,7 @@ seed: int = 0
 # %%
 import sys
 
-sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.workbook import notebook_settings
 
@@ -75,9 +77,9 @@ run.figure(comparison(run.rows, "Baselines"), "comparison")
 # %% [markdown]
 # ## What it means
 #
-# The dense LoRA row is the quality ceiling of everything that follows: the same steps, with no layer missing. A
-# routed model has to be read against it and against the stochastic-depth rows at the same measured skip, which know
-# nothing about the token.
+# The dense LoRA row is the quality ceiling of everything that follows: the same steps, with no
+# layer missing. A routed model has to be read against it and against the stochastic-depth rows at
+# the same measured skip, which know nothing about the token.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

@@ -13,17 +13,19 @@
 #
 # **Question.** If one plan serves a whole sequence, what does a global price on layers buy?
 #
-# **Method.** The router reads the mean state of the first `pool_tokens` tokens (which run every layer themselves) and
-# decides one plan for the rest, so that no later token has a say in how an earlier one is computed. One run for each
-# penalty $\lambda$; the loss is $(1-w)\,\mathrm{CE} + w\,\mathrm{KD} + \lambda \cdot \text{mean gate}$. There is no
-# target: where the skip ratio ends up is a result.
+# **Method.** The router reads the mean state of the first `pool_tokens` tokens (which run every
+# layer themselves) and decides one plan for the rest, so that no later token has a say in how an
+# earlier one is computed. One run for each penalty $\lambda$; the loss is $(1-w)\,\mathrm{CE} +
+# w\,\mathrm{KD} + \lambda \cdot \text{mean gate}$. There is no target: where the skip ratio ends up
+# is a result.
 #
-# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
-# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512
+# tokens of whole test documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40
+# whole test documents under a window of 512 tokens that moves by 256 in 05, and the first 192
+# tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
-# its own if `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`,
+# or to a folder of its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -41,7 +43,7 @@ seed: int = 0
 # %%
 import sys
 
-sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.workbook import notebook_settings
 

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 03 · Token-level routing
 #
-# **Question.** Which training makes a token-level router hit its budget, and does it then beat plans that do not look
-# at the token?
+# **Question.** Which training makes a token-level router hit its budget, and does it then beat
+# plans that do not look at the token?
 #
 # **Method.** All variants share base, data, steps, LoRA and seed.
 #
@@ -24,19 +24,20 @@
 # | DLR | the default: warm start, then a plan that stays put | LoRA alone by gradients; the router is regressed |
 # | DLR without KD | the default with cross-entropy alone | as DLR |
 #
-# In the default the router gets no gradient: it is regressed on labels of marginal harm, shrunk towards the best static
-# plan, and calibrated (`router_share` above 0 trains it further).
+# In the default the router gets no gradient: it is regressed on labels of marginal harm, shrunk
+# towards the best static plan, and calibrated (`router_share` above 0 trains it further).
 #
-# Every controlled router is calibrated on held-out text and measured on the test split, beside its own plan shuffled
-# across tokens, its mean plan, a random plan at the same skip, and the best static plan healed by the same LoRA
-# budget.
+# Every controlled router is calibrated on held-out text and measured on the test split, beside its
+# own plan shuffled across tokens, its mean plan, a random plan at the same skip, and the best
+# static plan healed by the same LoRA budget.
 #
-# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
-# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512
+# tokens of whole test documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40
+# whole test documents under a window of 512 tokens that moves by 256 in 05, and the first 192
+# tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
-# its own if `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`,
+# or to a folder of its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -57,7 +58,7 @@ seed: int = 0
 # %%
 import sys
 
-sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.settings import SettingsError
 from dlr.workbook import notebook_settings
@@ -66,10 +67,11 @@ config = notebook_settings("token_routing", globals())
 CHANGES = {"v1": {"objective": "global_penalty", "warm_start": False, "router_lr": 1e-2},
            "v2": {"objective": "original", "warm_start": False, "router_lr": 1e-2},
            "cold": {"warm_start": False}, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}}
-configs = {name: config.changed(**changes) for name, changes in CHANGES.items() if name in config.variants}
-unknown = set(config.variants) - CHANGES.keys() - {"best static", "dense LoRA"}
+known = [*CHANGES, "best static", "dense LoRA"]
+unknown = [name for name in config.variants if name not in known]
 if unknown:
-    raise SettingsError(f"variants={sorted(unknown)} are none of {[*CHANGES, 'best static', 'dense LoRA']}")
+    raise SettingsError(f"variants={unknown} are none of {known}")
+configs = {name: config.changed(**CHANGES[name]) for name in CHANGES if name in config.variants}
 
 # %% tags=["nbval-ignore-output"]
 from dlr import study
@@ -116,9 +118,9 @@ run.figure(keep_rates(skipping, config.always_keep), "keep_rates")
 # %% [markdown]
 # ## What it means
 #
-# Whether a router is truly token-dependent shows in its distance to its own shuffled plan, and whether that is worth
-# anything in its distance to the best static plan. A router that scores worse than a random plan on its own weights
-# has learnt a plan that its model was not healed for.
+# Whether a router is truly token-dependent shows in its distance to its own shuffled plan, and
+# whether that is worth anything in its distance to the best static plan. A router that scores worse
+# than a random plan on its own weights has learnt a plan that its model was not healed for.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

@@ -11,21 +11,23 @@
 # %% [markdown]
 # # 04 · The frontier: quality against layers run
 #
-# **Question.** At 20, 40 and 60 % measured skip, is a token-level router better than the best static plan, and than
-# its own shuffled and mean plans?
+# **Question.** At 20, 40 and 60 % measured skip, is a token-level router better than the best
+# static plan, and than its own shuffled and mean plans?
 #
 # **Method.** `point="router"` trains one router and one healed static plan at one target and seed;
-# `point="baselines"` trains dense LoRA and stochastic depth for a seed; `point="summary"` (the default) reads every
-# finished run and draws the frontier. The sweep runs them all:
+# `point="baselines"` trains dense LoRA and stochastic depth for a seed; `point="summary"` (the
+# default) reads every finished run and draws the frontier. The sweep runs them all:
 #
 #     python -m dlr sweep params/pareto/nano.yaml
 #
-# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
-# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512
+# tokens of whole test documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40
+# whole test documents under a window of 512 tokens that moves by 256 in 05, and the first 192
+# tokens of 96 test documents in 07.
 #
-# A point that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of its own if
-# `run_name` is given one. The summary writes nothing; `python -m dlr.figures` keeps its figure.
+# A point that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
+# its own if `run_name` is given one. The summary writes nothing; `python -m dlr.figures` keeps its
+# figure.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -44,7 +46,7 @@ seed: int = 0
 # %%
 import sys
 
-sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.workbook import notebook_settings
 
@@ -68,7 +70,8 @@ if run is not None and not run.done:
         rows.append(study.static_row(bench, config, run.folder / "static", rows[0]["skip"]))
     else:
         rows = [study.base_row(bench), study.dense_row(bench, config, run.folder / "dense")]
-        rows += study.stochastic_rows(bench, config.changed(layer_drop=0.5), run.folder / "stochastic", config.dropped)
+        half = config.changed(layer_drop=0.5)
+        rows += study.stochastic_rows(bench, half, run.folder / "stochastic", config.dropped)
     run.finish(rows, against_static=study.against_static(bench, "DLR"))
 
 # %% tags=["nbval-ignore-output"]
@@ -81,7 +84,7 @@ run.table(shown(run.rows)) if run is not None else None
 
 # %% tags=["nbval-ignore-output"]
 root = results_folder()
-if not finished_runs("pareto", root):        # nothing swept into this folder: show what came with the repository
+if not finished_runs("pareto", root):   # nothing swept here: show what came with the repository
     root = project_root() / "results"
 table = comparable(results_table("pareto", root))
 runs = {name: Run(root / "pareto" / name) for name in table.get("run", [])}
@@ -95,8 +98,8 @@ if runs:
 # %% [markdown]
 # ## DLR against the best static plan
 #
-# Difference of the mean negative log-likelihood on the same documents, with a paired 95 % bootstrap interval;
-# negative favours DLR.
+# Difference of the mean negative log-likelihood on the same documents, with a paired 95 % bootstrap
+# interval; negative favours DLR.
 
 # %% tags=["nbval-ignore-output"]
 differences.round(4)
@@ -104,8 +107,8 @@ differences.round(4)
 # %% [markdown]
 # ## What it means
 #
-# A router earns its place where its line lies below the best static plan's and the intervals above exclude zero.
-# Where they do not, a fixed set of layers does the same work with less machinery.
+# A router earns its place where its line lies below the best static plan's and the intervals above
+# exclude zero. Where they do not, a fixed set of layers does the same work with less machinery.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

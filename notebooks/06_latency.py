@@ -11,21 +11,23 @@
 # %% [markdown]
 # # 06 · Latency: is the time really saved?
 #
-# **Question.** How much faster is a pass that skips 25, 40 or 50 % of the routable layers, against the dense model
-# and against the ceiling, a model cut to the same number of layers?
+# **Question.** How much faster is a pass that skips 25, 40 or 50 % of the routable layers, against
+# the dense model and against the ceiling, a model cut to the same number of layers?
 #
-# **Method.** Five systems take turns in one run, each turn in an order of its own, so that drift of the machine falls
-# on all alike (masked and two-pass, which save nothing, in every second turn). Ratios are taken within a turn;
-# medians and quartiles over the turns are shown. The systems: *dense*; *truncation* (the first layers only, as many
-# as the plan keeps: the ceiling); *masked* (everything computed, then blended); *two-pass* (the original hooks: a
-# pass for the router, then a masked one); and *compact*. The plan is that of a trained router, recorded on test
-# documents; on another shape it is stretched over the layers. Every routed system runs its router as well. Shapes of
-# published models hold random weights: speed does not depend on what the weights are.
+# **Method.** Five systems take turns in one run, each turn in an order of its own, so that drift of
+# the machine falls on all alike (masked and two-pass, which save nothing, in every second turn).
+# Ratios are taken within a turn; medians and quartiles over the turns are shown. The systems:
+# *dense*; *truncation* (the first layers only, as many as the plan keeps: the ceiling); *masked*
+# (everything computed, then blended); *two-pass* (the original hooks: a pass for the router, then a
+# masked one); and *compact*. The plan is that of a trained router, recorded on test documents; on
+# another shape it is stretched over the layers. Every routed system runs its router as well. Shapes
+# of published models hold random weights: speed does not depend on what the weights are.
 #
 #     python -m dlr run latency --params params/latency/tinyllama.yaml
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
-# its own if `run_name` is given one. Times are the machine's: the line below says whose.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`,
+# or to a folder of its own if `run_name` is given one. Times are the machine's: the line below says
+# whose.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -44,7 +46,7 @@ repeats: int = 9
 # %%
 import sys
 
-sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.workbook import notebook_settings
 
@@ -69,21 +71,24 @@ if not run.done:
         config.shape, plan, config.skips, layers=config.layers or None, device=device,
         dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
         model=load_base()[0].to(device) if config.shape == "nano" else None)
-    works = [latency.Prefill(subject, batch, length) for batch in config.batches for length in config.lengths]
+    works = [latency.Prefill(subject, batch, length)
+             for batch in config.batches for length in config.lengths]
     rows = [latency.measure(work, [0.0, *config.skips], repeats=config.repeats) for work in works]
-    rows += [latency.measure(latency.Decode(subject, batch, config.context, config.decode_steps), config.skips,
-                             repeats=config.repeats) for batch in config.decode_batches]
+    for batch in config.decode_batches:
+        work = latency.Decode(subject, batch, config.context, config.decode_steps)
+        rows.append(latency.measure(work, config.skips, repeats=config.repeats))
     short = latency.Prefill(subject, 1, min(config.lengths))
-    extra = {"costs": costs.flops_and_memory(short, config.skips),
-             "products": costs.row_costs(works[0], config.skips),
-             "profile": costs.profile_prefill(works[0], config.skips)}
-    run.finish(pd.concat(rows).to_dict("records"), **{name: frame.to_dict("records") for name, frame in extra.items()})
+    run.finish(pd.concat(rows).to_dict("records"),
+               costs=costs.flops_and_memory(short, config.skips).to_dict("records"),
+               products=costs.row_costs(works[0], config.skips).to_dict("records"),
+               profile=costs.profile_prefill(works[0], config.skips).to_dict("records"))
 
 # %% tags=["nbval-ignore-output"]
-metrics, table = run.metrics, pd.DataFrame(run.rows)
-COLUMNS = ["batch", "length", "part", "system", "skip", "median", "q1", "q3", "speedup", "speedup_q1", "speedup_q3",
-           "bound", "share_of_bound", "share_of_truncation"]
-COLUMNS = [name for name in COLUMNS if name in table]
+metrics = run.metrics
+table = pd.DataFrame(run.rows)
+columns = ["batch", "length", "part", "system", "skip", "median", "q1", "q3", "speedup",
+           "speedup_q1", "speedup_q3", "bound", "share_of_bound", "share_of_truncation"]
+columns = [name for name in columns if name in table]
 first = table.iloc[0]
 print(f"{first['layers']} layers, {first['dtype']}, {run.record['hardware']['threads']} threads")
 
@@ -93,22 +98,23 @@ print(f"{first['layers']} layers, {first['dtype']}, {run.record['hardware']['thr
 # One pass with last-token logits; *layers* is the time from the embedding to the last norm.
 
 # %% tags=["nbval-ignore-output"]
-table[table["work"] == "prefill"][COLUMNS].round(3)
+table[table["work"] == "prefill"][columns].round(3)
 
 # %% [markdown]
-# How near can it come? A product of few rows costs more a row than one of many, whoever asks for it. Timed alone, at
-# the rows the plan keeps, the layer's largest product gives the speed-up that such products allow (`product_bound`),
-# to set beside the layer-count bound and what compact execution reached (`compact`, layers only).
+# How near can it come? A product of few rows costs more a row than one of many, whoever asks for
+# it. Timed alone, at the rows the plan keeps, the layer's largest product gives the speed-up that
+# such products allow (`product_bound`), to set beside the layer-count bound and what compact
+# execution reached (`compact`, layers only).
 
 # %% tags=["nbval-ignore-output"]
 products = pd.DataFrame(metrics["products"])
-same = table[(table["work"] == "prefill") & (table["batch"] == first["batch"]) & (table["length"] == first["length"])]
+same = table.query("work == 'prefill' and batch == @first.batch and length == @first.length")
 reached = same.query("system == 'compact' and part == 'layers'").set_index("skip")["speedup"]
 products.assign(compact=products["skip"].map(reached)).round(3)
 
 # %% [markdown]
-# And where the time goes, by torch's profiler: milliseconds of matrix products, attention and all other operations,
-# each beside what it would be if its time were proportional to the layers run.
+# And where the time goes, by torch's profiler: milliseconds of matrix products, attention and all
+# other operations, each beside what it would be if its time were proportional to the layers run.
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame(metrics["profile"]).round(1)
@@ -119,7 +125,7 @@ pd.DataFrame(metrics["profile"]).round(1)
 # Seconds a step, one token a sequence.
 
 # %% tags=["nbval-ignore-output"]
-table[table["work"] != "prefill"][COLUMNS].round(3)
+table[table["work"] != "prefill"][columns].round(3)
 
 # %% tags=["nbval-ignore-output"]
 run.figure(speedups(run.rows, f"{config.shape}, {first['dtype']}"), "speedups")
@@ -127,10 +133,11 @@ run.figure(speedups(run.rows, f"{config.shape}, {first['dtype']}"), "speedups")
 # %% [markdown]
 # ## Operations and memory
 #
-# FLOPs of the same prefill by torch's counter and in closed form, without the output head; most memory in use,
-# relative to the dense model; bytes of keys and values, which skipping does not change. The counter lies above the
-# closed form, dense model included, because it can count eager attention only, which computes the whole square of
-# scores: the closed form counts the half that a causal model needs.
+# FLOPs of the same prefill by torch's counter and in closed form, without the output head; most
+# memory in use, relative to the dense model; bytes of keys and values, which skipping does not
+# change. The counter lies above the closed form, dense model included, because it can count eager
+# attention only, which computes the whole square of scores: the closed form counts the half that a
+# causal model needs.
 
 # %% tags=["nbval-ignore-output"]
 pd.DataFrame(metrics["costs"]).round(3)
@@ -138,10 +145,10 @@ pd.DataFrame(metrics["costs"]).round(3)
 # %% [markdown]
 # ## What it means
 #
-# `share_of_bound` compares with time proportional to the layers run; `share_of_truncation` with a model that has only
-# so many layers. What compact execution leaves on the table are products of few rows, which cost more a row, the keys
-# and values of skipped tokens, and, on small layers, the time it takes to call a layer's modules twice, whatever the
-# number of rows.
+# `share_of_bound` compares with time proportional to the layers run; `share_of_truncation` with a
+# model that has only so many layers. What compact execution leaves on the table are products of few
+# rows, which cost more a row, the keys and values of skipped tokens, and, on small layers, the time
+# it takes to call a layer's modules twice, whatever the number of rows.
 
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown

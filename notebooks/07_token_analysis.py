@@ -11,23 +11,24 @@
 # %% [markdown]
 # # 07 · What the router has learnt
 #
-# **Question.** Does a trained router's plan depend on the token, on what in the token, and how much of what a
-# per-token plan could save does it save?
+# **Question.** Does a trained router's plan depend on the token, on what in the token, and how much
+# of what a per-token plan could save does it save?
 #
-# **Method.** A trained router (the embedded one unless `checkpoint` names another) is run over test documents, which
-# nothing was trained on, and every token is recorded. Statistics and figures are functions of that record. On smaller
-# samples three instruments run the model again: the plan shuffled among tokens, the greedy per-token oracle beside
-# the best static plan (KL from the dense model, measured on finished plans), and probes that predict each layer's
-# harm.
+# **Method.** A trained router (the embedded one unless `checkpoint` names another) is run over test
+# documents, which nothing was trained on, and every token is recorded. Statistics and figures are
+# functions of that record. On smaller samples three instruments run the model again: the plan
+# shuffled among tokens, the greedy per-token oracle beside the best static plan (KL from the dense
+# model, measured on finished plans), and probes that predict each layer's harm.
 #
 #     python -m dlr run token_analysis --params params/token_analysis/nano.yaml
 #
-# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512 tokens of whole test
-# documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40 whole test documents under a window of
-# 512 tokens that moves by 256 in 05, and the first 192 tokens of 96 test documents in 07.
+# Perplexities of one model differ from notebook to notebook, since the text does: windows of 512
+# tokens of whole test documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40
+# whole test documents under a window of 512 tokens that moves by 256 in 05, and the first 192
+# tokens of 96 test documents in 07.
 #
-# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`, or to a folder of
-# its own if `run_name` is given one.
+# A run of these settings that is recorded already is shown; any other goes to `results/scratch/`,
+# or to a folder of its own if `run_name` is given one.
 
 # %% tags=["parameters"]
 run_name: str = ""
@@ -45,7 +46,7 @@ seed: int = 0
 # %%
 import sys
 
-sys.path.insert(0, "..")          # JupyterLab starts kernels in notebooks/; the package is one folder up
+sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.workbook import notebook_settings
 
@@ -65,16 +66,18 @@ run = open_run("token_analysis", config)
 # %% [markdown]
 # ## The record
 #
-# Tokens, gates, logits and losses, saved as safetensors and JSON. Everything up to the oracle is read off the saved
-# record, without the model.
+# Tokens, gates, logits and losses, saved as safetensors and JSON. Everything up to the oracle is
+# read off the saved record, without the model.
 
 # %% tags=["nbval-ignore-output"]
 if not run.done:
     token_study.measure(config, run)
-metrics, tokens = run.metrics, Record.load(run.folder / "record")
+metrics = run.metrics
+tokens = Record.load(run.folder / "record")
 shape = tokens.meta["always_keep"], tokens.meta["units_per_layer"]
-print(f"{len(tokens):,} tokens, skip {tokens.skip_ratio:.3f}, perplexity {tokens.perplexity('dense'):.2f} dense, "
-      f"{tokens.perplexity():.2f} routed; target {metrics['target']:.0%}")
+print(f"{len(tokens):,} tokens, skip {tokens.skip_ratio:.3f}, "
+      f"perplexity {tokens.perplexity('dense'):.2f} dense, {tokens.perplexity():.2f} routed; "
+      f"target {metrics['target']:.0%}")
 
 # %% [markdown]
 # ## Who gets depth
@@ -93,16 +96,19 @@ run.figure(category_depth(metrics["categories"], *shape), "category_depth")
 # %% [markdown]
 # ## Does the plan depend on the token?
 #
-# The shuffled plan has the same layers' rates and the same numbers of layers, but the tokens' plans are dealt out
-# again among them: what it loses is what token-dependence is worth. Mutual information is given beside chance (depths
-# dealt out again within each document); variance shares say how the plan varies, not whether that serves the tokens.
+# The shuffled plan has the same layers' rates and the same numbers of layers, but the tokens' plans
+# are dealt out again among them: what it loses is what token-dependence is worth. Mutual
+# information is given beside chance (depths dealt out again within each document); variance shares
+# say how the plan varies, not whether that serves the tokens.
 
 # %% tags=["nbval-ignore-output"]
-gap, plans = metrics["shuffled"], metrics["collapse"]
-print(f"perplexity {gap['routed']:.2f}, shuffled {gap['shuffled']:.2f}: {gap['nll_difference']:+.4f} nats a token "
-      f"({gap['low']:+.4f} to {gap['high']:+.4f})")
-print(f"{plans['plans']} different plans, the commonest for {plans['commonest_plan']:.0%} of the tokens; of "
-      f"{tokens.gates.shape[1]} routable units {len(plans['always'])} always run and {len(plans['never'])} never do")
+gap = metrics["shuffled"]
+plans = metrics["collapse"]
+print(f"perplexity {gap['routed']:.2f}, shuffled {gap['shuffled']:.2f}: "
+      f"{gap['nll_difference']:+.4f} nats a token ({gap['low']:+.4f} to {gap['high']:+.4f})")
+print(f"{plans['plans']} different plans, the commonest for {plans['commonest_plan']:.0%} of the "
+      f"tokens; of {tokens.gates.shape[1]} routable units {len(plans['always'])} always run and "
+      f"{len(plans['never'])} never do")
 pd.DataFrame(metrics["information"]).T.round(4)
 
 # %% tags=["nbval-ignore-output"]
@@ -112,17 +118,18 @@ pd.DataFrame([metrics["variance"]], index=["share of the plan's variance"]).roun
 # ## Difficulty, position, context
 
 # %% tags=["nbval-ignore-output"]
-benefit, loss = metrics["benefit"], metrics["benefit_loss"]
-print(f"correlation of active layers with the summed benefit: {benefit[0]['correlation']:+.3f} in KL, "
-      f"{loss[0]['correlation']:+.3f} in loss")
+benefit = metrics["benefit"]
+in_loss = metrics["benefit_loss"][0]["correlation"]
+print(f"correlation of active layers with the summed benefit: "
+      f"{benefit[0]['correlation']:+.3f} in KL, {in_loss:+.3f} in loss")
 run.figure(difficulty(metrics["difficulty"], benefit, *shape), "difficulty")
 
 # %% tags=["nbval-ignore-output"]
 run.figure(position(metrics["position"]), "position")
 
 # %% [markdown]
-# The same token in different contexts, and the shares of the variance of depth that lie between tokens (what a lookup
-# table would decide) and between documents.
+# The same token in different contexts, and the shares of the variance of depth that lie between
+# tokens (what a lookup table would decide) and between documents.
 
 # %% tags=["nbval-ignore-output"]
 run.figure(words(tokens, metrics["least"]), "words")
@@ -131,15 +138,16 @@ pd.DataFrame([metrics["between"]], index=["share of the variance of depth"]).rou
 # %% [markdown]
 # ## How much of the headroom is captured?
 #
-# The oracle closes, token by token, the layer that adds least KL, and again, at one price for all tokens, until it
-# skips as much as the router does. The static plan is the same search with one vector for all tokens, on calibration
-# text. Captured = (static − routed) / (static − oracle). The checkpoint's LoRA was trained under the router's plan,
-# which favours the router; the base model's own weights favour none.
+# The oracle closes, token by token, the layer that adds least KL, and again, at one price for all
+# tokens, until it skips as much as the router does. The static plan is the same search with one
+# vector for all tokens, on calibration text. Captured = (static − routed) / (static − oracle). The
+# checkpoint's LoRA was trained under the router's plan, which favours the router; the base model's
+# own weights favour none.
 
 # %% tags=["nbval-ignore-output"]
-for kind, found in metrics["static"].items():
-    print(f"{kind} weights: {found['passes']} forward passes; the router agrees with the best static plan in "
-          f"{found['agreement']:.1%} of gates")
+for kind, search in metrics["static"].items():
+    print(f"{kind} weights: {search['passes']} forward passes; the router agrees with the best "
+          f"static plan in {search['agreement']:.1%} of gates")
 pd.DataFrame(run.rows).round(3)
 
 # %% tags=["nbval-ignore-output"]
@@ -148,8 +156,9 @@ run.figure(headroom(run.rows), "headroom")
 # %% [markdown]
 # ## How much could any router know?
 #
-# R² of probes that predict, from a token's state in the base model, the KL that skipping one layer adds at full depth
-# (clipped at its 1st and 99th percentile), on documents held out. Depth 0 is the token's embedding alone.
+# R² of probes that predict, from a token's state in the base model, the KL that skipping one layer
+# adds at full depth (clipped at its 1st and 99th percentile), on documents held out. Depth 0 is the
+# token's embedding alone.
 
 # %% tags=["nbval-ignore-output"]
 run.figure(predictability(metrics["probes"], *shape), "predictability")

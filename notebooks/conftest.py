@@ -1,4 +1,4 @@
-"""nbval runs the notebooks on the toy preset, into a folder of its own: the kernels inherit this environment."""
+"""nbval runs the notebooks on the toy preset, in a folder of its own: kernels inherit this."""
 
 import os
 import tempfile
