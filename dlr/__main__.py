@@ -15,23 +15,25 @@ from dlr.settings import validated
 from dlr.sweeps import run_sweep, write_table
 from dlr.workbook import checked_parameters, effective_of
 
-# `dlr.notebooks` is imported by the two commands that need it: its libraries take half as long as all of the above.
+# `dlr.notebooks` is imported by the commands that need it: it takes half as long as all of these.
 
 EXAMPLES = """examples:
-  python -m dlr run                                       train, calibrate and evaluate a router beside its controls
+  python -m dlr run                                       a tour: a router beside its controls
   python -m dlr run token_routing --set target_skip=0.3   the same at another budget
   python -m dlr run token_routing --params params/token_routing/tinyllama.yaml
-  python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are skipped
-  python -m dlr explore "Any text."                       what every token costs, in the terminal; --serve: in a browser
-  python -m dlr eval nano-router --tasks blimp            benchmark tasks through lm-evaluation-harness
-  python -m dlr notebooks 03                              execute a committed notebook anew, in place
+  python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are kept
+  python -m dlr explore "Any text."                       what every token costs; --serve: browser
+  python -m dlr eval nano-router --tasks blimp            tasks of lm-evaluation-harness
+  python -m dlr notebooks 03                              execute a committed notebook in place
 
-DLR_RESULTS and DLR_CACHE name other folders for results and derived data. DLR_DEBUG=1 is --debug for every command.
+DLR_RESULTS and DLR_CACHE name other folders for results and derived data. DLR_DEBUG=1 is --debug
+for every command.
 """
 TOUR = """\
-This regresses a token-level router on how much each layer's absence harms each token, and calibrates it
-on held-out text; trains LoRA three times on the embedded base, under that router, under the best static
-plan and at full depth; and evaluates the router beside its controls on the test split.
+This regresses a token-level router on how much each layer's absence harms each token, and
+calibrates it on held-out text; trains LoRA three times on the embedded base, under that router,
+under the best static plan and at full depth; and evaluates the router beside its controls on the
+test split.
 About 7 minutes on two CPU cores without fast bfloat16, half that on newer ones."""
 TOUR_PARAMS = Path(__file__).resolve().parent.parent / "params" / "token_routing" / "quick.yaml"
 FOLDERS = ("DLR_RESULTS", "DLR_CACHE")
@@ -39,7 +41,8 @@ SHAPE = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpForma
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("python -m dlr", description="Dynamic Layer Routing: run experiments.", **SHAPE)
+    top = argparse.ArgumentParser("python -m dlr", **SHAPE,
+                                  description="Dynamic Layer Routing: run experiments.")
     commands = top.add_subparsers(dest="command", required=True)
     _add_run(commands)
     _add_sweep(commands)
@@ -47,11 +50,14 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["explore"].set_defaults(call=serve.explore)
     evalcommand.add_parser(commands)
     commands.choices["eval"].set_defaults(call=evalcommand.evaluate_command)
-    command = commands.add_parser("notebooks", help="execute committed notebooks anew, in place", **SHAPE)
+    command = commands.add_parser("notebooks", **SHAPE,
+                                  help="execute committed notebooks anew, in place")
     command.set_defaults(call=notebooks)
-    command.add_argument("names", nargs="*", metavar="notebook", help="name, number or phase (default: all)")
+    command.add_argument("names", nargs="*", metavar="notebook",
+                         help="name, number or phase (default: all)")
+    is_debugging = os.environ.get("DLR_DEBUG", "0") not in ("", "0")
     for command in commands.choices.values():
-        command.add_argument("--debug", action="store_true", default=os.environ.get("DLR_DEBUG", "0") not in ("", "0"),
+        command.add_argument("--debug", action="store_true", default=is_debugging,
                              help="show where an error comes from")
     return top
 
@@ -59,12 +65,14 @@ def parser() -> argparse.ArgumentParser:
 def _add_run(commands) -> None:
     command = commands.add_parser("run", help="run notebooks of one or more phases", **SHAPE)
     command.set_defaults(call=run)
-    command.add_argument("phases", nargs="*", metavar="phase", help=f"{', '.join(PHASES)}; none: a tour")
-    command.add_argument("--params", metavar="FILE", help="YAML file of settings that differ from the defaults")
+    command.add_argument("phases", nargs="*", metavar="phase",
+                         help=f"{', '.join(PHASES)}; none: a tour")
+    command.add_argument("--params", metavar="FILE",
+                         help="YAML file of settings that differ from the defaults")
     command.add_argument("--set", action="append", default=[], metavar="name=value",
                          help="one setting; may be repeated")
-    command.add_argument("--name", help="name of the run's folder (default: the params file's, or 'default'; where "
-                                        "that is another run, a name that says what differs)")
+    command.add_argument("--name", help="name of the run's folder (default: the params file's, or "
+                         "'default'; where that is another run, a name that says what differs)")
     command.add_argument("--force", action="store_true",
                          help="run again what is finished; with --name, replace what is there")
 
@@ -73,9 +81,12 @@ def _add_sweep(commands) -> None:
     command = commands.add_parser("sweep", help="run a grid of settings", **SHAPE)
     command.set_defaults(call=sweep)
     command.add_argument("file", help="YAML file with phase, grid and common settings")
-    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    command.add_argument("--name", default="", help="begins the names of the runs: a sweep beside another one")
-    command.add_argument("--force", action="store_true", help="run all of it again, in place of what is there")
+    command.add_argument("--jobs", type=int, default=1, metavar="N",
+                         help="runs at a time (default 1)")
+    command.add_argument("--name", default="",
+                         help="begins the names of the runs: a sweep beside another one")
+    command.add_argument("--force", action="store_true",
+                         help="run all of it again, in place of what is there")
 
 
 # -- the commands -----------------------------------------------------------------------
@@ -83,12 +94,13 @@ def run(arguments) -> int:
     """Runs a phase's notebook after the other; all settings are checked before the first starts."""
     is_tour = not arguments.phases
     params = arguments.params or (str(TOUR_PARAMS) if is_tour else None)
-    chosen = [text.partition("=")[2] for text in arguments.set if text.partition("=")[0].strip() == "run_name"]
-    explicit = arguments.name or (chosen[-1] if chosen else None)
+    assigned = dict(text.replace(" ", "").split("=", 1) for text in arguments.set if "=" in text)
+    explicit = arguments.name or assigned.get("run_name")
     plans = []
     for phase in arguments.phases or ["token_routing"]:
         parameters = checked_parameters(phase, params, arguments.set)
-        name = explicit or parameters.get("run_name") or (Path(params).stem if params else "default")
+        usual = Path(params).stem if params else "default"
+        name = explicit or parameters.get("run_name") or usual
         validated({"run_name": name}, schema_of(phase))
         plans.append((phase, name, parameters))
     if is_tour:
@@ -117,12 +129,14 @@ def _run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: b
     started = time.time()
     print(f"{phase}: running notebook, results in {place.folder}", flush=True)
     try:
-        notebooks.execute(notebook, place.folder / "notebook.ipynb", parameters | {"run_name": place.folder.name})
+        notebooks.execute(notebook, place.folder / "notebook.ipynb",
+                          parameters | {"run_name": place.folder.name})
     except BaseException:
         place.forget_if_empty()
         raise
     print(f"{phase}: done in {(time.time() - started) / 60:.1f} minutes")
-    for label, pattern in (("executed notebook", "notebook.ipynb"), ("results table", "table.md"), ("figure", "*.png")):
+    for label, pattern in (("executed notebook", "notebook.ipynb"), ("results table", "table.md"),
+                           ("figure", "*.png")):
         for path in sorted(place.folder.glob(pattern)):
             print(f"  {label:<18} {path}")
 
@@ -145,18 +159,19 @@ def notebooks(arguments) -> int:
 
 
 # -- errors -----------------------------------------------------------------------
-EXPECTED = ("SettingsError", "NotRoutable", "WrongBase")       # in notebooks, beside built-in errors of values and files
+EXPECTED = ("SettingsError", "NotRoutable", "WrongBase")       # of notebooks, beside built-in ones
 
 
 def _sentence(error: Exception) -> str | None:
-    """What explains an error in one sentence; None for one that nobody foresaw, which is shown with its traceback.
+    """What explains an error; None for one that nobody foresaw, whose traceback is shown.
 
-    Foreseen are errors of files, and of values where this package raises them; in a notebook, which papermill runs
-    elsewhere, by the name of their class.
+    Foreseen are errors of files, and of values where this package raises them; in a notebook, which
+    papermill runs elsewhere, by the name of their class.
     """
     if type(error).__name__ == "PapermillExecutionError":
         kind = getattr(builtins, error.ename, None)
-        is_foreseen = error.ename in EXPECTED or isinstance(kind, type) and issubclass(kind, (OSError, ValueError))
+        is_foreseen = error.ename in EXPECTED or (isinstance(kind, type)
+                                                  and issubclass(kind, (OSError, ValueError)))
         return f"{error.ename}: {error.evalue}" if is_foreseen else None
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     is_ours = frame.f_globals.get("__name__", "").split(".")[0] in ("dlr", "__main__")
@@ -167,7 +182,7 @@ def _sentence(error: Exception) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    for variable in FOLDERS:                 # kernels and sweeps run elsewhere; the caller's folder is what is meant
+    for variable in FOLDERS:             # kernels and sweeps run elsewhere; the caller's is meant
         if os.environ.get(variable):
             os.environ[variable] = str(Path(os.environ[variable]).expanduser().absolute())
     try:

@@ -1,7 +1,7 @@
 """Draws every figure of figures/ from results/ alone (metrics.json and records), as PNG and PDF.
 
-    python -m dlr.figures                                     # redraws figures/
-    python -m dlr.figures results/token_analysis/nano         # redraws one run's figures, in its folder
+    python -m dlr.figures                                     # figures/
+    python -m dlr.figures results/token_analysis/nano         # one run's figures, in its folder
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Figures of the token analysis, drawn from a run's saved records and metrics alone; no model runs."""
+"""Figures of the token analysis, from a run's saved record and metrics alone; no model runs."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,9 +23,9 @@ def _layers(run: Run) -> tuple[int, int]:
 
 
 def _shipped(name: str, reads):
-    """Registers a figure of the run of the router that ships here; `reads` gives its arguments from the run."""
-    return figure("token_analysis", lambda runs: {f"token_analysis_{name}": reads(run) for run in runs.values()},
-                  run="nano")
+    """Registers a figure of the shipped router's run; `reads` gives its arguments from the run."""
+    return figure("token_analysis", run="nano", files=lambda runs: {
+        f"token_analysis_{name}": reads(run) for run in runs.values()})
 
 
 @_shipped("category_depth", lambda run: (run.metrics["categories"], *_layers(run)))
@@ -39,11 +39,13 @@ def category_depth(rows: list[dict], always_keep: int = 4, units_per_layer: int 
                                           gridspec_kw={"width_ratios": [2, 3]})
     places = np.arange(len(table)) + 0.5
     spread = [table["active_layers"] - table["low"], table["high"] - table["active_layers"]]
-    left.errorbar(table["active_layers"], places, xerr=spread, fmt="o", capsize=3, color=COLOURS["routed"])
+    left.errorbar(table["active_layers"], places, xerr=spread, fmt="o", capsize=3,
+                  color=COLOURS["routed"])
     mean = float(table.loc[table["category"] == "all", "active_layers"].iloc[0])
     left.axvline(mean, color="black", lw=0.8, ls=":")
     left.set_xlabel("active layers (95 % interval over documents)")
-    sns.heatmap(keep.to_numpy(), ax=right, vmin=0, vmax=1, cmap="cividis", cbar_kws={"label": "keep rate"},
+    sns.heatmap(keep.to_numpy(), ax=right, vmin=0, vmax=1, cmap="cividis",
+                cbar_kws={"label": "keep rate"},
                 xticklabels=unit_names(keep.shape[1], always_keep, units_per_layer))
     right.set_xlabel("layer")
     left.set_yticks(places, [f"{row.category} ({row.tokens:,})" for row in table.itertuples()])
@@ -51,10 +53,13 @@ def category_depth(rows: list[dict], always_keep: int = 4, units_per_layer: int 
     return picture
 
 
+CONTENDERS = {"static": "best static plan", "routed": "router", "oracle": "per-token oracle"}
+
+
 @_shipped("headroom", lambda run: (run.rows,))
 @drawn
 def headroom(rows: list[dict]):
-    """KL of static plan, router and oracle against skip, and the share of the headroom that the router captures."""
+    """KL of static plan, router and oracle against skip, and the headroom the router captures."""
     table = pd.DataFrame(rows)
     picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     for weights, line, marker in (("checkpoint", "-", "o"), ("base", "--", "s")):
@@ -62,11 +67,11 @@ def headroom(rows: list[dict]):
         if not len(group):
             continue
         skip = 100 * group["skip"]
-        for kind, label in (("static", "best static plan"), ("routed", "router"), ("oracle", "per-token oracle")):
+        for kind, label in CONTENDERS.items():
             left.plot(skip, group[kind], line, marker=marker, ms=4, color=COLOURS[kind],
                       label=f"{label}, {weights} weights")
-        intervals(right, skip, group, "captured", "captured_low", "captured_high", factor=100, fmt=marker + line,
-                  label=f"{weights} weights")
+        intervals(right, skip, group, "captured", "captured_low", "captured_high", factor=100,
+                  fmt=marker + line, label=f"{weights} weights")
     left.set_ylabel("KL from the dense model\n(nats a token)")
     right.axhline(0, color=COLOURS["static"], lw=1)
     right.axhline(100, color=COLOURS["oracle"], lw=1)
@@ -78,7 +83,8 @@ def headroom(rows: list[dict]):
 
 
 def _unit_ticks(axes, count: int, always_keep: int, units_per_layer: int) -> None:
-    axes.set_xticks(range(count), unit_names(count, always_keep, units_per_layer), rotation=90 * (units_per_layer - 1))
+    names = unit_names(count, always_keep, units_per_layer)
+    axes.set_xticks(range(count), names, rotation=90 * (units_per_layer - 1))
 
 
 @_shipped("predictability", lambda run: (run.metrics["probes"], *_layers(run)))
@@ -89,7 +95,8 @@ def predictability(rows: list[dict], always_keep: int, units_per_layer: int = 1)
     picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for probe, colour in (("linear", COLOURS["mean"]), ("MLP", COLOURS["routed"])):
         group = table[table["probe"] == probe].sort_values("depth")
-        intervals(left, group["depth"], group, "r2", "r2_low", "r2_high", fmt="o-", color=colour, label=probe)
+        intervals(left, group["depth"], group, "r2", "r2_low", "r2_high", fmt="o-", color=colour,
+                  label=probe)
         for units in group[group["depth"] == always_keep]["by_unit"]:
             right.plot(range(len(units)), units, "o-", color=colour, label=probe)
             _unit_ticks(right, len(units), always_keep, units_per_layer)
@@ -102,13 +109,16 @@ def predictability(rows: list[dict], always_keep: int, units_per_layer: int = 1)
     return picture
 
 
-@_shipped("difficulty", lambda run: (run.metrics["difficulty"], run.metrics["benefit"], *_layers(run)))
+@_shipped("difficulty",
+          lambda run: (run.metrics["difficulty"], run.metrics["benefit"], *_layers(run)))
 @drawn
-def difficulty(rows: list[dict], by_unit: list[dict], always_keep: int = 4, units_per_layer: int = 1):
-    """Rank correlations of depth with difficulty, and of each gate with the benefit of its own unit."""
-    picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3), gridspec_kw={"width_ratios": [1, 2]}, sharey=True)
+def difficulty(rows: list[dict], by_unit: list[dict], always_keep: int = 4,
+               units_per_layer: int = 1):
+    """Rank correlations of depth with difficulty, and of each gate with its own unit's benefit."""
+    picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=[1, 2], sharey=True)
     units = [row for row in by_unit if row["measure"].startswith("unit")]
-    whole = rows + [{**row, "measure": "benefit"} for row in by_unit if row["measure"] == "all units"]
+    summed = [row | {"measure": "benefit"} for row in by_unit if row["measure"] == "all units"]
+    whole = rows + summed
     for axes, measures in ((left, whole), (right, units)):
         intervals(axes, np.arange(len(measures)), pd.DataFrame(measures), "correlation")
         axes.axhline(0, color="black", lw=0.8)
@@ -126,24 +136,28 @@ def position(rows: list[dict]):
     """Active layers by place in the text."""
     picture, axes = plt.subplots(figsize=(5, 2.8))
     intervals(axes, np.arange(len(rows)), pd.DataFrame(rows), "mean", fmt="o-")
-    names = [str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}" for row in rows]
+    names = [f"{row['first']}-{row['last']}" if row["first"] < row["last"] else str(row["first"])
+             for row in rows]
     axes.set_xticks(range(len(rows)), names)
     axes.set(xlabel="position in the text", ylabel="active layers")
     return picture
 
 
-SIGNS = str.maketrans({" ": "\u00b7", "\n": r"\n", "\t": r"\t", "$": r"\$"})     # $ would begin mathematics
+# Spaces are shown, and $ would begin mathematics.
+SIGNS = str.maketrans({" ": "\u00b7", "\n": r"\n", "\t": r"\t", "$": r"\$"})
 
 
 @_shipped("words", lambda run: (_record(run), run.metrics["least"]))
 @drawn
 def words(record: Record, least: int = 10, shown: int = 30):
     """Depth of frequent tokens in their different contexts: quartiles and mean, deepest first."""
-    table = same_word(record, least)[0].nlargest(shown, "count").sort_values("mean", ascending=False)
+    table = same_word(record, least)[0].nlargest(shown, "count")
+    table = table.sort_values("mean", ascending=False)
     picture, axes = plt.subplots(figsize=(9, 3))
     places = np.arange(len(table))
     axes.vlines(places, table["low"], table["high"], color=COLOURS["random"], lw=4)
     axes.plot(places, table["mean"], "o", color=COLOURS["routed"])
-    axes.set_xticks(places, [token.translate(SIGNS) for token in table["token"]], rotation=70, fontsize=8)
+    tokens = [token.translate(SIGNS) for token in table["token"]]
+    axes.set_xticks(places, tokens, rotation=70, fontsize=8)
     axes.set_ylabel("active layers\n(mean, quartiles)")
     return picture

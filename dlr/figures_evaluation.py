@@ -1,4 +1,4 @@
-"""Figures of the benchmarks: scores by variant, and score against measured skip. Made from metrics.json rows alone."""
+"""Figures of the benchmarks, from metrics.json alone: scores by variant and against skip."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,26 +11,29 @@ CHANCE = {"color": "black", "ls": ":", "lw": 1}
 
 
 def _scores(rows: list[dict]) -> pd.DataFrame:
-    """One line a variant and task, with the halves of 95 % intervals; perplexities are tasks as well."""
+    """One line a variant and task, with half-intervals (95 %); perplexities are tasks as well."""
     lines = []
     for row in rows:
         shared = {"variant": row["variant"], "kind": row["kind"]}
         for score in row["scores"]:
             half = Z * (score["stderr"] or 0.0)
-            lines.append(shared | {"task": score["task"], "skip": score["skip"], "score": score["score"], "low": half,
-                                   "high": half, "metric": score["metric"].split(",")[0], "chance": score["chance"]})
+            lines.append(shared | {"task": score["task"], "skip": score["skip"],
+                                   "metric": score["metric"].split(",")[0], "score": score["score"],
+                                   "low": half, "high": half, "chance": score["chance"]})
         for task, measured in row["perplexity"].items():
             value = measured["token_perplexity"]
-            lines.append(shared | {"task": task, "skip": row["skip"], "score": value, "chance": None,
-                                   "low": value - measured["token_perplexity_low"], "metric": "perplexity a token",
+            lines.append(shared | {"task": task, "skip": row["skip"], "chance": None,
+                                   "metric": "perplexity a token", "score": value,
+                                   "low": value - measured["token_perplexity_low"],
                                    "high": measured["token_perplexity_high"] - value})
     return pd.DataFrame(lines)
 
 
 def _compared(ending: str, title: str):
     """Registers a figure of the rows of every run that compares variants."""
-    return figure("evaluation", lambda runs: {f"evaluation_{name}_{ending}": (run.rows, title.format(name))
-                                              for name, run in runs.items() if len(run.rows) > 1})
+    return figure("evaluation", lambda runs: {
+        f"evaluation_{name}_{ending}": (run.rows, title.format(name))
+        for name, run in runs.items() if len(run.rows) > 1})
 
 
 @_compared("bars", "Benchmarks: {}")
@@ -38,8 +41,8 @@ def _compared(ending: str, title: str):
 def bars(rows: list[dict], title: str = ""):
     """Score of every variant on every task with 95 % intervals; a dotted line marks chance."""
     tasks = list(_scores(rows).groupby("task", sort=False))
-    picture, grid = plt.subplots(len(tasks), 1, figsize=(7, 0.9 + len(tasks) * (0.7 + 0.28 * len(rows))),
-                                 squeeze=False)
+    height = 0.9 + len(tasks) * (0.7 + 0.28 * len(rows))
+    picture, grid = plt.subplots(len(tasks), 1, figsize=(7, height), squeeze=False)
     for axes, (task, part) in zip(grid[:, 0], tasks):
         part = part.iloc[::-1]
         axes.barh(part["variant"], part["score"], xerr=part[["low", "high"]].to_numpy().T,
@@ -63,8 +66,8 @@ def scatter(rows: list[dict], title: str = ""):
     picture, grid = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), squeeze=False)
     for axes, (task, part) in zip(grid[0], tasks):
         for row in part.itertuples():
-            axes.errorbar(100 * row.skip, row.score, yerr=[[row.low], [row.high]], fmt="o", capsize=2,
-                          color=COLOURS[row.kind], label=NAMES[row.kind])
+            axes.errorbar(100 * row.skip, row.score, yerr=[[row.low], [row.high]], fmt="o",
+                          capsize=2, color=COLOURS[row.kind], label=NAMES[row.kind])
         chance = part["chance"].iloc[0]
         if pd.notna(chance):
             axes.axhline(chance, **CHANCE)
@@ -81,29 +84,32 @@ def groups(rows: list[dict]) -> list[str]:
     return [score["task"] for score in rows[0]["scores"] if score.get("tasks", 1) > 1]
 
 
-@figure("evaluation", lambda runs: {f"evaluation_{name}_{group}": (run.rows, run.metrics["harness"], group)
-                                    for name, run in runs.items() if len(run.rows) > 1 for group in groups(run.rows)})
+@figure("evaluation", lambda runs: {
+    f"evaluation_{name}_{group}": (run.rows, run.metrics["harness"], group)
+    for name, run in runs.items() if len(run.rows) > 1 for group in groups(run.rows)})
 @drawn
 def group_tasks(rows: list[dict], harness: dict, group: str):
-    """Every task of a group, sorted by the first row's score: one dot a variant, with 95 % intervals; dotted: chance.
+    """Every task of a group, sorted by the first row's score: one dot a variant; dotted: chance.
 
     Args:
         harness: the harness's whole result by variant, as metrics.json keeps it.
     """
-    first = rows[0]["variant"]
-    metric, chance = next((score["metric"], score["chance"]) for score in rows[0]["scores"] if score["task"] == group)
-    leaves = sorted(harness[first]["group_subtasks"][group], key=lambda leaf: harness[first]["results"][leaf][metric])
+    whole = next(score for score in rows[0]["scores"] if score["task"] == group)
+    metric = whole["metric"]
+    first = harness[rows[0]["variant"]]
+    leaves = sorted(first["group_subtasks"][group], key=lambda leaf: first["results"][leaf][metric])
     common = group + "_" if all(leaf.startswith(group + "_") for leaf in leaves) else ""
     picture, axes = plt.subplots(figsize=(7.5, 0.19 * len(leaves) + 1.4))
     for row, marker in zip(rows, "|o^sDvP*X"):
         results = [harness[row["variant"]]["results"][leaf] for leaf in leaves]
         errors = [Z * result[metric.replace(",", "_stderr,")] for result in results]
-        axes.errorbar([result[metric] for result in results], range(len(leaves)), xerr=errors, fmt=marker,
-                      color=COLOURS[row["kind"]], ms=6 if row is rows[0] else 3.5, elinewidth=0.5, alpha=0.8,
-                      label=row["variant"])
-    if chance is not None:
-        axes.axvline(chance, **CHANCE)
-    axes.set_yticks(range(len(leaves)), [leaf.removeprefix(common) for leaf in leaves], fontsize=6.5)
+        axes.errorbar([result[metric] for result in results], range(len(leaves)), xerr=errors,
+                      fmt=marker, color=COLOURS[row["kind"]], ms=6 if row is rows[0] else 3.5,
+                      elinewidth=0.5, alpha=0.8, label=row["variant"])
+    if whole["chance"] is not None:
+        axes.axvline(whole["chance"], **CHANCE)
+    names = [leaf.removeprefix(common) for leaf in leaves]
+    axes.set_yticks(range(len(leaves)), names, fontsize=6.5)
     axes.set_ylim(-0.8, len(leaves) - 0.2)
     axes.grid(axis="y", lw=0.3)
     axes.set_xlabel(f"{metric.split(',')[0]} (95 % interval; dotted: chance)")
@@ -115,7 +121,7 @@ def group_tasks(rows: list[dict], harness: dict, group: str):
 @_compared("layers", "Layers skipped: {}")
 @drawn
 def layer_skips(rows: list[dict], title: str = "", always_keep: int = 4):
-    """Share of scored tokens that skip each routable unit, one line a variant that skips any; None without those."""
+    """Share of scored tokens that skip each unit, a line a variant that skips any; or None."""
     skipping = [row for row in rows if row["keep_rate"]]
     rates = {row["variant"]: [1 - rate for rate in row["keep_rate"]] for row in skipping}
     return heat(rates, skipping[0], always_keep, "skip rate", title) if rates else None

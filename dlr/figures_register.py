@@ -1,4 +1,4 @@
-"""Which figures there are: a function that returns a matplotlib figure registers itself with `figure`.
+"""Which figures there are: a function that returns a matplotlib figure registers itself.
 
     @figure("latency", lambda runs: {f"mine_{name}": (run.rows,) for name, run in runs.items()})
     @drawn
@@ -7,7 +7,7 @@
         axes.plot([row["skip"] for row in rows], [row["speedup"] for row in rows])
         return picture
 
-A module whose name begins as this one's does is imported by itself, and `python -m dlr.figures` draws what it holds.
+Every module beside this one, named as it is, is imported; `python -m dlr.figures` draws them all.
 """
 
 import importlib
@@ -37,7 +37,8 @@ def figure(phase: str, files: Callable[[dict[str, Run]], dict[str, tuple]], run:
     """Registers a function for `python -m dlr.figures`.
 
     Args:
-        files: from the phase's finished runs, by name (never none), to file name: arguments of the function.
+        files: from the phase's finished runs, by name (never none), to the function's arguments by
+            file name.
         run: the one run that figures/ shows. None: each, which `files` gives names of their own.
     """
     def register(function):
@@ -67,18 +68,19 @@ def redraw(run: Path | None = None, folder: Path | None = None) -> list[Path]:
         FileNotFoundError: that run is not finished.
     """
     if run is not None and not Run(run).done:
-        raise FileNotFoundError(f"{str(run)!r} has no metrics.json, so that run is not finished; give it again: "
-                                f"python -m dlr run {run.absolute().parent.name}")
+        raise FileNotFoundError(f"{str(run)!r} has no metrics.json, so that run is not finished; "
+                                f"give it again: python -m dlr run {run.absolute().parent.name}")
     pictures = {}
     for entry in registered():
         if run is None:
-            runs = {name: Run(results_folder() / entry.phase / name) for name in finished_runs(entry.phase)
-                    if entry.run in (None, name)}
+            runs = {name: Run(results_folder() / entry.phase / name)
+                    for name in finished_runs(entry.phase) if entry.run in (None, name)}
         else:
             runs = {run.name: Run(run)} if run.absolute().parent.name == entry.phase else {}
         for name, arguments in (entry.files(runs) if runs else {}).items():
-            pictures[name if run is None else name.removeprefix(f"{entry.phase}_")] = entry.draw(*arguments)
+            shown = name if run is None else name.removeprefix(f"{entry.phase}_")
+            pictures[shown] = entry.draw(*arguments)
     target = folder or run or project_root() / "figures"
-    paths = [save_figure(picture, target, name) for name, picture in pictures.items() if picture is not None]
+    paths = [save_figure(picture, target, name) for name, picture in pictures.items() if picture]
     plt.close("all")
     return paths

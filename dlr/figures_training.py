@@ -1,4 +1,4 @@
-"""Figures of training runs: variants beside each other, the frontier, what happened over the steps, single layers."""
+"""Figures of training runs: variants side by side, the frontier, the steps, single layers."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,7 +13,8 @@ from dlr.runs import Run, kind_of
 
 def _default(phase: str, ending: str, *arguments):
     """Registers a figure of the rows of a phase's default run."""
-    return figure(phase, lambda runs: {phase + ending: (run.rows, *arguments) for run in runs.values()}, run="default")
+    return figure(phase, run="default", files=lambda runs: {
+        phase + ending: (run.rows, *arguments) for run in runs.values()})
 
 
 @_default("token_routing", "", "Token-level routing")
@@ -57,19 +58,22 @@ def keep_rates(rows: list[dict], always_keep: int = 4, title: str = ""):
 
 
 def verdicts(runs: dict[str, Run]) -> pd.DataFrame:
-    """The paired difference of each run that has a router and a best static plan, with the router's measured skip."""
-    return pd.DataFrame([{"run": name, "skip": run.rows[0]["skip"], **difference} for name, run in runs.items()
+    """Router against best static plan, paired, of each run with both; `skip` is the router's."""
+    return pd.DataFrame([{"run": name, "skip": run.rows[0]["skip"], **difference}
+                         for name, run in runs.items()
                          if (difference := run.metrics.get("against_static"))])
 
 
 def _lines(axes, table: pd.DataFrame) -> None:
-    """Mean perplexity over seeds by measured skip, a line a kind of row, with one standard deviation."""
-    data = table.assign(kind=[kind_of(row) for row in table.to_dict("records")], budget=table["skip"].round(1))
+    """Mean perplexity over seeds by measured skip, a line a kind, with one standard deviation."""
+    kinds = [kind_of(row) for row in table.to_dict("records")]
+    data = table.assign(kind=kinds, budget=table["skip"].round(1))
     for kind, group in data.groupby("kind", sort=False):
         points = group.groupby("budget").agg(skip=("skip", "mean"), mean=("perplexity", "mean"),
                                              spread=("perplexity", "std")).fillna(0.0)
-        axes.errorbar(100 * points["skip"], points["mean"], yerr=points["spread"], label=NAMES[kind],
-                      color=COLOURS[kind], marker="o", capsize=3, lw=2 if kind in ("routed", "static") else 1,
+        axes.errorbar(100 * points["skip"], points["mean"], yerr=points["spread"],
+                      label=NAMES[kind], color=COLOURS[kind], marker="o", capsize=3,
+                      lw=2 if kind in ("routed", "static") else 1,
                       ls="-" if len(points) > 1 else "none")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
@@ -77,20 +81,23 @@ def _lines(axes, table: pd.DataFrame) -> None:
     axes.set_ylabel("test perplexity")
 
 
-@figure("pareto", lambda runs: {"pareto": (pd.DataFrame([row for run in runs.values() for row in run.rows]),
-                                           verdicts(runs), "Embedded model")})
+@figure("pareto", lambda runs: {"pareto": (
+    pd.DataFrame([row for run in runs.values() for row in run.rows]), verdicts(runs),
+    "Embedded model")})
 @drawn
 def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
     """Perplexity against measured skip, and below it the router against the best static plan.
 
     Args:
         table: rows of all runs; lines are means over seeds, with one standard deviation.
-        differences: of `verdicts`; each point is one run with its paired 95 % interval over documents.
+        differences: of `verdicts`; a point is a run, with its paired 95 % interval over documents.
     """
-    picture, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 6.2), sharex=True, height_ratios=[5, 2])
+    picture, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 6.2), sharex=True,
+                                             height_ratios=[5, 2])
     if len(differences):
         shift = differences.groupby(differences["skip"].round(1)).cumcount() * 0.8
-        intervals(lower, 100 * differences["skip"] + shift, differences, "nll_difference", ms=4, capsize=2)
+        intervals(lower, 100 * differences["skip"] + shift, differences, "nll_difference", ms=4,
+                  capsize=2)
     lower.axhline(0, color=COLOURS["static"], lw=1)
     lower.set_xlabel("measured skip on the test split (%)")
     lower.set_ylabel("DLR - best static\n(nats a token)")
@@ -102,7 +109,7 @@ def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
 
 @drawn
 def training(logs: dict[str, pd.DataFrame], title: str = ""):
-    """Cross-entropy and skip over the steps of each variant, with the budget asked for; None without logs."""
+    """Cross-entropy and skip over each variant's steps, with the budget; None without logs."""
     if not logs:
         return None
     picture, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
@@ -136,7 +143,8 @@ def layer_harm(harm: list[float], title: str = ""):
 def pretraining(history: pd.DataFrame):
     """Training loss by tokens seen, stage by stage."""
     picture, axes = plt.subplots(figsize=(6, 3))
-    for (stage, group), colour in zip(history.groupby("stage", sort=False), (COLOURS["routed"], COLOURS["static"])):
+    colours = COLOURS["routed"], COLOURS["static"]
+    for (stage, group), colour in zip(history.groupby("stage", sort=False), colours):
         axes.plot(group["tokens"] / 1e6, group["loss"], label=stage, color=colour)
     axes.set(xlabel="tokens seen (millions)", ylabel="training loss (nats a token)")
     axes.legend(frameon=False)

@@ -1,9 +1,10 @@
-"""What a run found, in sentences computed from its rows, so that a notebook's last words agree with its table."""
+"""What a run shows, in sentences computed from its rows: a notebook's last words fit its table."""
 
 import pandas as pd
 
 from dlr.runs import KINDS as NAMES, kind_of
 
+NOTHING = "No row of this run says more than the table."
 # Of two perplexities or losses, lower is better; of two accuracies, higher.
 REVERSED = {"better than": "worse than", "worse than": "better than"}
 
@@ -20,13 +21,13 @@ def _side(value: float, other: float) -> str:
 
 
 def against(interval: dict) -> str:
-    """Where an interval of differences lies (lower is better): better than, worse than, not distinguishable from."""
+    """Where an interval of differences lies, of which lower ones are better."""
     if interval["high"] < 0:
         return "better than"
     return "worse than" if interval["low"] > 0 else "not distinguishable from"
 
 
-def _text(paragraphs: list[str], nothing: str = "No row of this run says more than the table.") -> str:
+def _text(paragraphs: list[str], nothing: str = NOTHING) -> str:
     return "\n\n".join(paragraphs) or nothing
 
 
@@ -37,22 +38,24 @@ def base_model(scores: list[dict], harm: list[float], slack: float = 0.01) -> st
     idle = [str(layer) for layer, value in enumerate(harm) if value < slack]
     said = f"No layer is slack (less than {slack} nats)."
     if idle:
-        said = (f"Slack, adding less than {slack} nats: layers {', '.join(idle)}; a static plan will find them, "
-                "which flatters static plans.")
-    lines.append(f"Skipping a single layer adds {min(harm):.3f} to {max(harm):.3f} nats a token, most at layer "
-                 f"{harm.index(max(harm))}. {said}")
+        said = (f"Slack, adding less than {slack} nats: layers {', '.join(idle)}; a static plan "
+                "will find them, which flatters static plans.")
+    lines.append(f"Skipping a single layer adds {min(harm):.3f} to {max(harm):.3f} nats a token, "
+                 f"most at layer {harm.index(max(harm))}. {said}")
     return _text(lines)
 
 
 def baselines(rows: list[dict]) -> str:
     """Notebook 01: what LoRA buys, and what stochastic depth costs with and without layers."""
     full = {kind_of(row): row["perplexity"] for row in rows if not row["skip"]}
-    lines = [f"LoRA at full depth takes perplexity from {full['base']:.2f} to {full['dense']:.2f}, the ceiling of all "
-             f"that follows. Trained with layers missing it is {full['stochastic']:.2f} at full depth, "
-             f"{_side(full['stochastic'], full['base'])} the untrained base."]
+    lines = [f"LoRA at full depth takes perplexity from {full['base']:.2f} to {full['dense']:.2f}, "
+             "the ceiling of all that follows. Trained with layers missing it is "
+             f"{full['stochastic']:.2f} at full depth, {_side(full['stochastic'], full['base'])} "
+             "the untrained base."]
     dropped = [f"{row['perplexity']:.2f} at {_percent(row['skip'])}" for row in rows if row["skip"]]
     if dropped:
-        lines.append(f"With layers dropped at random, whatever the token: {', '.join(dropped)} measured skip.")
+        lines.append(f"With layers dropped at random, whatever the token: {', '.join(dropped)} "
+                     "measured skip.")
     return _text(lines)
 
 
@@ -61,20 +64,22 @@ def sequence(rows: list[dict]) -> str:
     routed = [row for row in rows if kind_of(row) == "routed"]
     if not routed:
         return _text([])
-    listed = ", ".join(f"{row['variant']} at {_percent(row['skip'])} (perplexity {row['perplexity']:.2f})"
-                       for row in routed)
+    listed = ", ".join(f"{row['variant']} at {_percent(row['skip'])} "
+                       f"(perplexity {row['perplexity']:.2f})" for row in routed)
     line = f"The skip ratio is a result of the price, not a setting: {listed}."
     skips = [row["skip"] for row in routed]
     if len(skips) > 1:
-        line += (" A higher price skipped more each time." if skips == sorted(skips) and len(set(skips)) > 1 else
+        always = skips == sorted(skips) and len(set(skips)) > 1
+        line += (" A higher price skipped more each time." if always else
                  " A higher price did not always skip more.")
-    return _text([line, "To reach a budget this way means training once for every price; the controlled budget of "
-                        "notebook 03 chooses the price on held-out text instead."])
+    return _text([line, "To reach a budget this way means training once for every price; the "
+                        "controlled budget of notebook 03 chooses the price on held-out text "
+                        "instead."])
 
 
 # -- notebook 03 ------------------------------------------------------------------------------
 def _by_router(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """Router to its own row and those of its controls, by kind; without routers that have no controls."""
+    """Router to its own row and its controls', by kind; without routers that have no controls."""
     routers = {row["variant"]: {"routed": row} for row in rows if kind_of(row) == "routed"}
     for row in rows:
         kind = kind_of(row)
@@ -88,14 +93,15 @@ def _beside_controls(name: str, kinds: dict[str, dict]) -> str:
     """A routed row beside the plans that are given the same weights and the same skip."""
     value = kinds["routed"]["perplexity"]
     words = {"shuffled": "plan shuffled", "mean": "mean plan", "random": "random plan"}
-    sides = [f"{_side(value, kinds[kind]['perplexity'])} its {word} ({kinds[kind]['perplexity']:.1f})"
-             for kind, word in words.items() if kind in kinds]
+    others = {word: kinds[kind]["perplexity"] for kind, word in words.items() if kind in kinds}
+    sides = [f"{_side(value, other)} its {word} ({other:.1f})" for word, other in others.items()]
     how = ", whose router was trained end to end," if name == "cold" else ""
     return f"**{name}**{how} at perplexity {value:.1f} is {', '.join(sides)}."
 
 
-def token_routing(rows: list[dict], target: float, verdict: dict | None, free: tuple = ("v1", "v2")) -> str:
-    """Notebook 03: who landed on the target, who beats plans that do not look at the token, and by how much.
+def token_routing(rows: list[dict], target: float, verdict: dict | None,
+                  free: tuple = ("v1", "v2")) -> str:
+    """Notebook 03: who landed on the target, and who beats plans that do not look at the token.
 
     `free` names the variants whose budget is a price: they have no target to meet.
     """
@@ -104,18 +110,19 @@ def token_routing(rows: list[dict], target: float, verdict: dict | None, free: t
     lines = []
     priced = [f"{_percent(skip)} ({name})" for name, skip in skips.items() if name in free]
     if priced:
-        lines.append(f"Under a price alone the skip ratio ended at {', '.join(priced)}, of {_percent(target)} wished "
-                     "for.")
+        lines.append(f"Under a price alone the skip ratio ended at {', '.join(priced)}, of "
+                     f"{_percent(target)} wished for.")
     missed = {name: abs(skip - target) for name, skip in skips.items() if name not in free}
     if missed:
         *others, last = missed
         names = f"{', '.join(others)} and {last}" if others else last
-        lines.append(f"Calibrated on held-out text, {names} came within {100 * max(missed.values()):.1f} points of the "
-                     "target.")
+        lines.append(f"Calibrated on held-out text, {names} came within "
+                     f"{100 * max(missed.values()):.1f} points of the target.")
     lines += [_beside_controls(name, kinds) for name, kinds in routers.items()]
     if verdict:
-        lines.append(f"DLR is {against(verdict)} the best static plan: {verdict['nll_difference']:+.4f} nats a token "
-                     f"({verdict['low']:+.4f} to {verdict['high']:+.4f}, paired; negative favours DLR).")
+        lines.append(f"DLR is {against(verdict)} the best static plan: "
+                     f"{verdict['nll_difference']:+.4f} nats a token ({verdict['low']:+.4f} to "
+                     f"{verdict['high']:+.4f}, paired; negative favours DLR).")
     return _text(lines)
 
 
@@ -126,30 +133,31 @@ def frontier(differences: pd.DataFrame) -> str:
         return _text([], "No finished run compares a router with a static plan.")
     lines = ["Against the best static plan, with paired 95 % intervals:"]
     for _, runs in differences.groupby(differences["skip"].round(1)):
+        mean = runs["nll_difference"].mean()
         sides = [against(row) for row in runs.to_dict("records")]
         counted = [f"{side} it in {sides.count(side)}" for side in dict.fromkeys(sides)]
-        lines.append(f"At {_percent(runs['skip'].mean())} skip the router is {', '.join(counted)} of {len(runs)} seeds "
-                     f"(mean {runs['nll_difference'].mean():+.4f} nats a token).")
+        lines.append(f"At {_percent(runs['skip'].mean())} skip the router is {', '.join(counted)} "
+                     f"of {len(runs)} seeds (mean {mean:+.4f} nats a token).")
     return _text(lines)
 
 
 def evaluation(rows: list[dict], differences: list[dict]) -> str:
-    """Notebook 05: the router against the static plan on the same items, and where a model of this size is guessing."""
+    """Notebook 05: the router against the static plan on the same items, and who is guessing."""
     lines = []
     for pair in differences:
         side = against(pair)
-        lines.append(f"{pair['routed']} is {REVERSED.get(side, side)} {pair['static']} by {abs(pair['difference']):.4f} "
-                     f"in mean accuracy over {pair['tasks']} tasks ({pair['low']:+.4f} to {pair['high']:+.4f}, router "
-                     "minus static).")
+        lines.append(f"{pair['routed']} is {REVERSED.get(side, side)} {pair['static']} by "
+                     f"{abs(pair['difference']):.4f} in mean accuracy over {pair['tasks']} tasks "
+                     f"({pair['low']:+.4f} to {pair['high']:+.4f}, router minus static).")
     for task in dict.fromkeys(task for row in rows for task in row["perplexity"]):
-        parts = [f"{row['variant']} {row['perplexity'][task]['token_perplexity']:.2f} at {_percent(row['skip'])} skip"
-                 for row in rows if task in row["perplexity"]]
+        parts = [f"{row['variant']} {row['perplexity'][task]['token_perplexity']:.2f} at "
+                 f"{_percent(row['skip'])} skip" for row in rows if task in row["perplexity"]]
         lines.append(f"Perplexity a token on {task}: {', '.join(parts)}.")
     for row in rows:
         guessed = [score["task"] for score in row["scores"] if score.get("above_chance") is False]
         if guessed:
-            lines.append(f"{row['variant']} is not above chance on {', '.join(guessed)}, which says nothing about "
-                         "routing.")
+            lines.append(f"{row['variant']} is not above chance on {', '.join(guessed)}, which "
+                         "says nothing about routing.")
     return _text(lines)
 
 
@@ -160,11 +168,11 @@ def latency(table: pd.DataFrame) -> str:
     for (work, batch, length), rows in skipping.groupby(["work", "batch", "length"], sort=False):
         parts = [f"{row.speedup:.2f} at {_percent(row.skip)} (bound {row.bound:.2f})"
                  for row in rows[rows["system"] == "compact"].itertuples()]
-        line = (f"{work.capitalize()}, batch {batch}, {length} tokens: compact runs {', '.join(parts)} times as fast as "
-                "dense.")
-        references = rows.loc[rows["system"].isin(["masked", "two-pass"]), "speedup"]
-        if len(references):
-            line += f" Masked and two-pass execution: {references.min():.2f} to {references.max():.2f}."
+        line = (f"{work.capitalize()}, batch {batch}, {length} tokens: compact runs "
+                f"{', '.join(parts)} times as fast as dense.")
+        slow = rows.loc[rows["system"].isin(["masked", "two-pass"]), "speedup"]
+        if len(slow):
+            line += f" Masked and two-pass execution: {slow.min():.2f} to {slow.max():.2f}."
         lines.append(line)
     return _text(lines)
 

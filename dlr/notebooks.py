@@ -1,4 +1,4 @@
-"""Notebooks as programs: which half of a pair runs, in which Python, and what is kept of an executed one."""
+"""Notebooks as programs: which half of a pair runs, in which Python, and what of it is kept."""
 
 import ast
 import contextlib
@@ -30,11 +30,12 @@ def folder() -> Path:
 
 # -- the pair -----------------------------------------------------------------------
 def _cells(notebook) -> list[tuple]:
-    return [(cell.cell_type, cell.source.strip(), tuple(cell.metadata.get("tags", []))) for cell in notebook.cells]
+    return [(cell.cell_type, cell.source.strip(), tuple(cell.metadata.get("tags", [])))
+            for cell in notebook.cells]
 
 
 def read_pair(name: str, say=print):
-    """The notebook `name` as it is to run: where its two halves differ, the half that was saved last; says so.
+    """The notebook `name` as it is to run: where its halves differ, the one saved last; says so.
 
     Raises:
         SettingsError: they differ and were saved at the same time.
@@ -49,18 +50,20 @@ def read_pair(name: str, say=print):
         return first
     older, newer = sorted(halves, key=lambda path: path.stat().st_mtime_ns)
     if older.stat().st_mtime_ns == newer.stat().st_mtime_ns:
-        raise SettingsError(f"{name}.py and {name}.ipynb differ and were saved at the same time. Save the one that is "
-                            f"right again, or make them one: jupytext --to ipynb --update notebooks/{name}.py")
+        raise SettingsError(f"{name}.py and {name}.ipynb differ and were saved at the same time. Save "
+                            "the one that is right again, or make them one: "
+                            f"jupytext --to ipynb --update notebooks/{name}.py")
     say(f"{name}.py and {name}.ipynb differ: {newer.name}, saved last, is what runs.")
     return halves[newer]
 
 
 def cell_defaults(notebook) -> dict:
     """Name to value of the plain assignments in a notebook's parameters cell."""
-    source = next((c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])), "")
+    tagged = [cell.source for cell in notebook.cells
+              if "parameters" in cell.metadata.get("tags", [])]
     defaults = {}
-    for node in ast.parse(source).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+    for node in ast.parse("".join(tagged[:1])).body:
+        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
         with contextlib.suppress(ValueError):
             if isinstance(target, ast.Name):
                 defaults[target.id] = ast.literal_eval(node.value)
@@ -73,14 +76,14 @@ class SamePython(AsyncKernelManager):
 
     @property
     def kernel_spec(self):
-        from ipykernel.kernelspec import get_kernel_dict         # not above: `execute` says what to do where it is missing
+        from ipykernel.kernelspec import get_kernel_dict  # `execute` says what to do without it
         about = get_kernel_dict()
-        about["argv"].append("--log-level=ERROR")                # else it warns that it talks to us without encryption
+        about["argv"].append("--log-level=ERROR")         # else it warns of no encryption
         return KernelSpec(**about)
 
 
 def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Path:
-    """Executes a notebook through papermill's API into `target`, which is kept, tidied, also when a cell failed.
+    """Executes a notebook through papermill into `target`, which is kept, tidied, if a cell fails.
 
     The kernel runs under this Python, in notebooks/. One that does not start is tried once more.
 
@@ -88,18 +91,19 @@ def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Pa
         SettingsError: this Python has no ipykernel.
     """
     if importlib.util.find_spec("ipykernel") is None:
-        raise SettingsError(f"{sys.executable} has no ipykernel, which runs the notebooks. Install what is missing: "
-                            f"{sys.executable} -m pip install -r requirements.txt")
-    logging.getLogger("papermill").setLevel(logging.ERROR)     # it warns of settings that are not in the parameters cell
+        raise SettingsError(f"{sys.executable} has no ipykernel, which runs the notebooks. Install "
+                            f"what is missing: {sys.executable} -m pip install -r requirements.txt")
+    logging.getLogger("papermill").setLevel(logging.ERROR)   # it warns of settings not in the cell
     target.parent.mkdir(parents=True, exist_ok=True)
     streams = {} if quiet else {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     os.environ["DLR_TERMINAL"] = "1"
     notebook.metadata.setdefault("kernelspec", dict(KERNEL))
 
     def attempt():
-        papermill.execute_notebook(notebook, str(target), parameters=parameters, cwd=str(folder()),
-                                   kernel_name="python3", language="python", progress_bar=False, log_output=False,
-                                   kernel_manager_class=SamePython, **streams)
+        papermill.execute_notebook(
+            notebook, str(target), parameters=parameters, cwd=str(folder()), kernel_name="python3",
+            language="python", progress_bar=False, log_output=False,
+            kernel_manager_class=SamePython, **streams)
     try:
         try:
             attempt()
@@ -138,7 +142,7 @@ def write(notebook, path: Path) -> None:
 
 
 def refresh(names: list[str], say=print) -> None:
-    """Executes committed notebooks anew, in place, with their defaults: recorded runs that fit are shown.
+    """Executes committed notebooks anew, in place, by their defaults: recorded runs are shown.
 
     Args:
         names: notebooks by name, number or phase; none: all.
@@ -149,17 +153,19 @@ def refresh(names: list[str], say=print) -> None:
     known = {key: name for phase, (name, _) in PHASES.items() for key in (phase, name, name[:2])}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise SettingsError(f"no notebook {unknown[0]!r}; there are: {', '.join(name for name, _ in PHASES.values())}")
+        raise SettingsError(f"no notebook {unknown[0]!r}; there are: "
+                            + ", ".join(name for name, _ in PHASES.values()))
     for name in dict.fromkeys(known[name] for name in names or list(PHASES)):
         say(f"{name}: executing", flush=True)
         notebook = read_pair(name, say)
-        about = {"jupytext": notebook.metadata.get("jupytext", {}), "language_info": {"name": "python"},
-                 "kernelspec": KERNEL}
+        about = {"jupytext": notebook.metadata.get("jupytext", {}),
+                 "language_info": {"name": "python"}, "kernelspec": KERNEL}
         with tempfile.TemporaryDirectory() as elsewhere:
             executed = execute(notebook, Path(elsewhere) / f"{name}.ipynb", {}, quiet=True)
             notebook = nbformat.read(executed, as_version=4)
         for cell in notebook.cells:
-            cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
+            tags = cell.metadata.get("tags")
+            cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         notebook.metadata = nbformat.from_dict(about)
         write(notebook, folder() / f"{name}.ipynb")
         if _cells(jupytext.read(folder() / f"{name}.py")) != _cells(notebook):

@@ -1,4 +1,4 @@
-"""Sweeps: a grid of settings, run point by point. What is finished with these settings and data is not run again."""
+"""Sweeps: a grid of settings, run point by point; what is finished is not run again."""
 
 import hashlib
 import itertools
@@ -25,8 +25,8 @@ from dlr.workbook import effective_of, results_table, seeds_table
 def expand(sweep: dict) -> list[tuple[str, dict]]:
     """(run name, parameters) of every point of a sweep file; no two points share a name.
 
-    A sweep file holds `phase`, optional `common` settings, and `grid`: mappings whose lists are multiplied out. Lists
-    of a setting that is itself a list are written as lists of lists.
+    A sweep file holds `phase`, optional `common` settings, and `grid`: mappings whose lists are
+    multiplied out. Values of a setting that is itself a list are written as lists of lists.
 
     Raises:
         SettingsError: the file is none of a sweep, or a point no notebook takes.
@@ -37,25 +37,29 @@ def expand(sweep: dict) -> list[tuple[str, dict]]:
                             + (f"; unknown: {', '.join(unknown)}" if unknown else ""))
     schema, common = schema_of(str(sweep["phase"])), sweep.get("common") or {}
     grid = sweep["grid"] if isinstance(sweep["grid"], list) else [sweep["grid"]]
-    if not isinstance(common, dict) or not grid or not all(isinstance(axes, dict) and axes for axes in grid):
-        raise SettingsError("common is a mapping of settings, and grid one (or a list of them) of lists to multiply out")
+    is_grid = grid and all(isinstance(axes, dict) and axes for axes in grid)
+    if not is_grid or not isinstance(common, dict):
+        raise SettingsError("common is a mapping of settings, and grid one (or a list of them) of "
+                            "lists to multiply out")
     points = []
     for axes in grid:
-        lists = {name: value if isinstance(value, list) else [value] for name, value in axes.items()}
+        lists = {name: value if isinstance(value, list) else [value]
+                 for name, value in axes.items()}
         points += [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
     points = [point for place, point in enumerate(points) if point not in points[:place]]
     for point in points:
         effective(common | point, schema)
     names = [_point_name(point) for point in points]
-    lower = [name.casefold() for name in names]              # model: [a/b, a-b] would share a folder, and so would a, A
-    names = [_hashed(name, point) if lower.count(name.casefold()) > 1 or len(name.encode()) > 120 else name
-             for name, point in zip(names, points)]
+    lower = [name.casefold() for name in names]       # model: [a/b, a-b] would share a folder
+    names = [_hashed(name, point) if lower.count(name.casefold()) > 1 or len(name.encode()) > 120
+             else name for name, point in zip(names, points)]
     return [(name, common | point | {"run_name": name}) for name, point in zip(names, points)]
 
 
 def _point_name(point: dict) -> str:
     """A point's settings as a folder's name: 'router-target_skip=0.2-seed=0'."""
-    return slug("-".join(value if isinstance(value, str) else f"{name}={value}" for name, value in point.items()))
+    return slug("-".join(value if isinstance(value, str) else f"{name}={value}"
+                         for name, value in point.items()))
 
 
 def _hashed(name: str, point: dict) -> str:
@@ -67,7 +71,7 @@ def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
     """The points that are still to run.
 
     Raises:
-        SettingsError: some are there under other settings or data, and `force` does not replace them.
+        SettingsError: some hold other settings or data, and `force` does not replace them.
     """
     waiting = []
     other = {}
@@ -81,39 +85,48 @@ def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
             waiting.append((name, parameters))
     if other:
         raise SettingsError(
-            f"{len(points)} runs, {len(other)} hold other settings or data ({said(next(iter(other.values())))}): "
-            f"{', '.join(list(other)[:4])}{' ...' if len(other) > 4 else ''}. Nothing was run. --name NAME puts this "
-            "sweep beside them, --force replaces them.")
+            f"{len(points)} runs, {len(other)} hold other settings or data "
+            f"({said(next(iter(other.values())))}): {', '.join(list(other)[:4])}"
+            f"{' ...' if len(other) > 4 else ''}. Nothing was run. --name NAME puts this sweep "
+            "beside them, --force replaces them.")
     return waiting
 
 
-def run_sweep(path: str | Path, jobs: int = 1, prefix: str = "", force: bool = False) -> tuple[pd.DataFrame, list[str]]:
-    """Runs what a sweep file asks for and is not there yet, `jobs` at a time; returns the table and the failed runs.
+def run_sweep(path: str | Path, jobs: int = 1, prefix: str = "",
+              force: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """Runs what a sweep file asks for and is not there yet, `jobs` at a time.
 
     Args:
         prefix: begins the names of this sweep's runs, so that it stands beside another one.
         force: run all of it again, in place of what is there.
+
+    Returns:
+        The rows of all runs of the sweep, and the names of those that failed.
     """
     sweep = read_params(path)
     phase, points = str(sweep.get("phase")), expand(sweep)
-    beginning = f"{checked_name(prefix)}-" if prefix else ""
-    points = [(beginning + name, resolved(parameters, schema_of(phase)) | {"run_name": beginning + name})
+    if prefix:
+        points = [(f"{checked_name(prefix)}-{name}", parameters) for name, parameters in points]
+    points = [(name, resolved(parameters, schema_of(phase)) | {"run_name": name})
               for name, parameters in points]
     waiting = _standing(phase, points, force)
-    print(f"{len(points)} runs, {len(points) - len(waiting)} finished already, {jobs} at a time", flush=True)
+    print(f"{len(points)} runs, {len(points) - len(waiting)} finished already, {jobs} at a time",
+          flush=True)
     failed = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(waiting), desc="sweep", unit="run") as bar:
+    with (ThreadPoolExecutor(jobs) as pool,
+          tqdm(total=len(waiting), desc="sweep", unit="run") as bar):
         try:
             runs = {}
             for place, (name, parameters) in enumerate(waiting):
                 if 0 < place < jobs:
-                    time.sleep(3)                          # kernels that start together race for ports
+                    time.sleep(3)                      # kernels that start together race for ports
                 runs[pool.submit(_run_point, phase, name, parameters, jobs, force)] = name
             for run in as_completed(runs):
                 bar.update()
                 if run.result():
                     failed.append(runs[run])
-                    bar.write(f"{runs[run]} failed; see {results_folder() / phase / runs[run] / 'output.txt'}")
+                    output = results_folder() / phase / runs[run] / "output.txt"
+                    bar.write(f"{runs[run]} failed; see {output}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -126,22 +139,25 @@ def _run_point(phase: str, name: str, parameters: dict, jobs: int, force: bool) 
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DLR_TERMINAL": "1"}
-    with tempfile.TemporaryDirectory() as scratch, (folder / "output.txt").open("w", encoding="utf-8") as output:
+    with (tempfile.TemporaryDirectory() as scratch,
+          (folder / "output.txt").open("w", encoding="utf-8") as output):
         file = Path(scratch) / f"{name}.yaml"
         file.write_text(json.dumps(parameters), encoding="utf-8")
         command = [sys.executable, "-m", "dlr", "run", phase, "--params", str(file), "--name", name]
-        return subprocess.run(command + ["--force"] * force, stdout=output, stderr=subprocess.STDOUT, env=environment,
-                              cwd=project_root()).returncode
+        return subprocess.run(command + ["--force"] * force, stdout=output, env=environment,
+                              stderr=subprocess.STDOUT, cwd=project_root()).returncode
 
 
 def write_table(path: str | Path, table: pd.DataFrame, prefix: str = "") -> tuple[str, Path]:
     """A sweep's means over seeds as markdown, and the file that keeps them.
 
-    That is table.md of the phase while this sweep's runs are all there are; beside others it gets a name of its own.
+    That is table.md of the phase while this sweep's runs are all there are; beside others it gets a
+    name of its own.
     """
     phase = str(read_params(path)["phase"])
     text = seeds_table(table).to_markdown(index=False)
     alone = finished_runs(phase).keys() <= set(table["run"])
-    file = results_folder() / phase / ("table.md" if alone else f"table-{prefix or slug(Path(path).stem)}.md")
+    name = "table" if alone else f"table-{prefix or slug(Path(path).stem)}"
+    file = results_folder() / phase / f"{name}.md"
     write_atomically(file, text + "\n")
     return text, file
