@@ -94,7 +94,8 @@ def run(arguments) -> int:
     """Runs a phase's notebook after the other; all settings are checked before the first starts."""
     is_tour = not arguments.phases
     params = arguments.params or (str(TOUR_PARAMS) if is_tour else None)
-    assigned = dict(text.replace(" ", "").split("=", 1) for text in arguments.set if "=" in text)
+    assigned = {name.strip(): value
+                for name, _, value in (text.partition("=") for text in arguments.set)}
     explicit = arguments.name or assigned.get("run_name")
     plans = []
     for phase in arguments.phases or ["token_routing"]:

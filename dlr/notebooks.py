@@ -50,8 +50,8 @@ def read_pair(name: str, say=print):
         return first
     older, newer = sorted(halves, key=lambda path: path.stat().st_mtime_ns)
     if older.stat().st_mtime_ns == newer.stat().st_mtime_ns:
-        raise SettingsError(f"{name}.py and {name}.ipynb differ and were saved at the same time. Save "
-                            "the one that is right again, or make them one: "
+        raise SettingsError(f"{name}.py and {name}.ipynb differ and were saved at the same time. "
+                            "Save the one that is right again, or make them one: "
                             f"jupytext --to ipynb --update notebooks/{name}.py")
     say(f"{name}.py and {name}.ipynb differ: {newer.name}, saved last, is what runs.")
     return halves[newer]
