@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from dlr.figures_register import figure
-from dlr.figures_style import COLOURS, NAMES, drawn, heat
+from dlr.figures_style import COLOURS, drawn, heat
+from dlr.runs import KINDS
 
 Z = 1.96                                      # standard errors in half a 95 % interval
 CHANCE = {"color": "black", "ls": ":", "lw": 1}
@@ -67,7 +68,7 @@ def scatter(rows: list[dict], title: str = ""):
     for axes, (task, part) in zip(grid[0], tasks):
         for row in part.itertuples():
             axes.errorbar(100 * row.skip, row.score, yerr=[[row.low], [row.high]], fmt="o",
-                          capsize=2, color=COLOURS[row.kind], label=NAMES[row.kind])
+                          capsize=2, color=COLOURS[row.kind], label=KINDS[row.kind])
         chance = part["chance"].iloc[0]
         if pd.notna(chance):
             axes.axhline(chance, **CHANCE)

@@ -1,4 +1,4 @@
-"""The look that all figures share: colours by kind of row, layer numbers, and how a figure is saved."""
+"""The look that all figures share: colours by kind of row, intervals, layer numbers, heat maps."""
 
 import functools
 
@@ -7,8 +7,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from dlr.runs import KINDS as NAMES  # noqa: F401  (how figures call the kinds of rows)
-
 # Okabe-Ito colours of the kinds of rows, told apart without red-green vision.
 COLOURS = {"routed": "#0072B2", "static": "#D55E00", "mean": "#E69F00", "shuffled": "#009E73",
            "random": "#999999", "stochastic": "#CC79A7", "dense": "#000000", "base": "#666666",
@@ -16,7 +14,7 @@ COLOURS = {"routed": "#0072B2", "static": "#D55E00", "mean": "#E69F00", "shuffle
 
 
 def drawn(function):
-    """Decorates a function that makes a figure: the shared look before it draws, a tight layout after."""
+    """Decorates a function that makes a figure: the shared look before, a tight layout after."""
     @functools.wraps(function)
     def styled(*arguments, **options):
         sns.set_theme(context="paper", style="ticks", font_scale=1.1)
@@ -29,16 +27,17 @@ def drawn(function):
     return styled
 
 
-def intervals(axes, places, table: pd.DataFrame, middle: str, low: str = "low", high: str = "high", *, factor: float = 1,
-              **options) -> None:
-    """Points with their intervals, from three columns of a table; `factor` turns shares into per cent."""
-    spread = [(table[middle] - table[low]).clip(lower=0), (table[high] - table[middle]).clip(lower=0)]
+def intervals(axes, places, table: pd.DataFrame, middle: str, low: str = "low",
+              high: str = "high", *, factor: float = 1, **options) -> None:
+    """Points with their intervals, from three columns of a table, multiplied by `factor`."""
+    spread = [factor * (table[middle] - table[low]).clip(lower=0),
+              factor * (table[high] - table[middle]).clip(lower=0)]
     look = {"fmt": "o", "capsize": 3, "color": COLOURS["routed"]} | options
-    axes.errorbar(places, factor * table[middle], yerr=[factor * part for part in spread], **look)
+    axes.errorbar(places, factor * table[middle], yerr=spread, **look)
 
 
 def unit_names(count: int, always_keep: int, units_per_layer: int = 1) -> list[str]:
-    """What `count` units' gates decide on: the model's layer numbers, with the part where layers have two."""
+    """What `count` units' gates decide on: layer numbers, and the part where layers have two."""
     parts = ("",) if units_per_layer == 1 else (" attention", " MLP")
     return [f"{always_keep + unit // units_per_layer}{parts[unit % units_per_layer]}"
             for unit in range(count)]

@@ -7,8 +7,8 @@ import pandas as pd
 import seaborn as sns
 
 from dlr.figures_register import figure
-from dlr.figures_style import COLOURS, NAMES, drawn, heat, intervals
-from dlr.runs import Run, kind_of
+from dlr.figures_style import COLOURS, drawn, heat, intervals
+from dlr.runs import KINDS, Run, kind_of
 
 
 def _default(phase: str, ending: str, *arguments):
@@ -72,7 +72,7 @@ def _lines(axes, table: pd.DataFrame) -> None:
         points = group.groupby("budget").agg(skip=("skip", "mean"), mean=("perplexity", "mean"),
                                              spread=("perplexity", "std")).fillna(0.0)
         axes.errorbar(100 * points["skip"], points["mean"], yerr=points["spread"],
-                      label=NAMES[kind], color=COLOURS[kind], marker="o", capsize=3,
+                      label=KINDS[kind], color=COLOURS[kind], marker="o", capsize=3,
                       lw=2 if kind in ("routed", "static") else 1,
                       ls="-" if len(points) > 1 else "none")
     axes.set_yscale("log")

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from dlr.runs import KINDS as NAMES, kind_of
+from dlr.runs import KINDS, kind_of
 
 NOTHING = "No row of this run says more than the table."
 # Of two perplexities or losses, lower is better; of two accuracies, higher.
@@ -83,7 +83,7 @@ def _by_router(rows: list[dict]) -> dict[str, dict[str, dict]]:
     routers = {row["variant"]: {"routed": row} for row in rows if kind_of(row) == "routed"}
     for row in rows:
         kind = kind_of(row)
-        of = row.get("of") or row["variant"].removesuffix(f", {NAMES[kind]}")
+        of = row.get("of") or row["variant"].removesuffix(f", {KINDS[kind]}")
         if kind in ("shuffled", "mean", "random") and of in routers:
             routers[of][kind] = row
     return {name: kinds for name, kinds in routers.items() if len(kinds) > 1}
