@@ -1,4 +1,4 @@
-"""Numbers in the texts are those of the files in results/: each row and sentence is built from the files and looked for."""
+"""Numbers in the texts are those of results/: each sentence is built from files and looked for."""
 
 import json
 import re
@@ -44,14 +44,18 @@ def test_the_frontier(target):
     each = {name: [rows(run)[name]["perplexity"] for run in runs] for name in rows(runs[0])}
     skips = [100 * rows(run)["DLR"]["skip"] for run in runs]
     against = [metrics(run)["against_static"] for run in runs]
-    differences = "; ".join(f"{d['nll_difference']:+.4f} ({d['low']:.4f}, {d['high']:.4f})" for d in against)
-    says(f"| {100 * target:.0f} % | {np.mean(skips):.1f} ± {np.std(skips, ddof=1):.1f} % | {spread(each['DLR'])} | "
-         f"{spread(each['best static'])} | {np.mean(each['DLR, mean plan']):.2f} | {np.mean(each['DLR, shuffled']):.2f} | "
+    differences = "; ".join(
+        f"{d['nll_difference']:+.4f} ({d['low']:.4f}, {d['high']:.4f})" for d in against)
+    says(f"| {100 * target:.0f} % | {np.mean(skips):.1f} ± {np.std(skips, ddof=1):.1f} % | "
+         f"{spread(each['DLR'])} | "
+         f"{spread(each['best static'])} | {np.mean(each['DLR, mean plan']):.2f} | "
+         f"{np.mean(each['DLR, shuffled']):.2f} | "
          f"{np.mean(each['DLR, random plan']):.2f} | {differences} |")
     assert all(abs(skip - 100 * target) < 0.25 for skip in skips)
     assert all(shuffled > own for shuffled, own in zip(each["DLR, shuffled"], each["DLR"]))
     wins, losses = sum(d["high"] < 0 for d in against), sum(d["low"] > 0 for d in against)
-    assert (wins, losses) == {0.2: (1, 0), 0.4: (3, 0), 0.6: (0, 3)}[target], "at which budgets the router beats the static plan"
+    assert (wins, losses) == {0.2: (1, 0), 0.4: (3, 0),
+                              0.6: (0, 3)}[target], "where the router wins"
 
 
 def test_what_stands_beside_the_frontier():
@@ -60,16 +64,20 @@ def test_what_stands_beside_the_frontier():
     dropped = [np.mean([seed[f"stochastic depth, {name}"]["perplexity"] for seed in seeds])
                for name in ("full", "20% dropped", "40% dropped", "60% dropped")]
     says(f"base {seeds[0]['base']['perplexity']:.2f}, dense LoRA {spread(dense)}.",
-         f"{dropped[0]:.2f} at full depth, {dropped[1]:.2f}, {dropped[2]:.2f} and {dropped[3]:.2f} with 20, 40 and 60 % dropped")
+         f"{dropped[0]:.2f} at full depth, {dropped[1]:.2f}, {dropped[2]:.2f} and "
+         f"{dropped[3]:.2f} with 20, 40 and 60 % dropped")
     found = rows("token_routing/default")
-    says(f"scores {found['cold']['perplexity']:.1f} at {100 * found['cold']['skip']:.1f} % skip, where a random plan on its weights "
-         f"scores {found['cold, random plan']['perplexity']:.1f} and its own mean plan {found['cold, mean plan']['perplexity']:.1f}; "
-         f"DLR scores {found['DLR']['perplexity']:.1f} there and one global penalty (`v1`, {100 * found['v1']['skip']:.1f} % skip) "
+    says(f"scores {found['cold']['perplexity']:.1f} at {100 * found['cold']['skip']:.1f} % skip, "
+         "where a random plan on its weights "
+         f"scores {found['cold, random plan']['perplexity']:.1f} and its own mean plan "
+         f"{found['cold, mean plan']['perplexity']:.1f}; "
+         f"DLR scores {found['DLR']['perplexity']:.1f} there and one global penalty (`v1`, "
+         f"{100 * found['v1']['skip']:.1f} % skip) "
          f"{found['v1']['perplexity']:.1f}")
 
 
 def test_the_threshold_of_the_reported_routers_never_moved():
-    """LoRA alone was trained by gradients: routers keep the threshold that their warm start gave them."""
+    """Gradients trained LoRA alone: routers keep the threshold that their warm start gave them."""
     logs = sorted((ROOT / "results" / "pareto").glob("router-*/router/log.csv"))
     assert len(logs) == 9
     assert all(pd.read_csv(path)["threshold"].nunique() == 1 for path in logs)
@@ -78,15 +86,23 @@ def test_the_threshold_of_the_reported_routers_never_moved():
 def test_what_the_shipped_router_knows():
     found = metrics("token_analysis/nano")
     collapse = found["collapse"]
-    says(f"of 12 routable layers the router that ships here (40 %) always runs {len(collapse['always'])} and never runs "
-         f"{len(collapse['never'])}, {100 * found['static']['checkpoint']['agreement']:.1f} % of its gates are the best static "
-         f"plan's, and {100 * collapse['commonest_plan']:.0f} % of tokens share one of its {collapse['plans']} distinct plans",
-         f"costs {found['shuffled']['nll_difference']:.3f} nats a token ({found['shuffled']['low']:.3f} to "
-         f"{found['shuffled']['high']:.3f}); {100 * found['variance']['layers']:.0f} % of the plan's variance lies between layers")
+    says("of 12 routable layers the router that ships here (40 %) always runs "
+         f"{len(collapse['always'])} and never runs "
+         f"{len(collapse['never'])}, {100 * found['static']['checkpoint']['agreement']:.1f} % of "
+         "its gates are the best static "
+         f"plan's, and {100 * collapse['commonest_plan']:.0f} % of tokens share one of its "
+         f"{collapse['plans']} distinct plans",
+         f"costs {found['shuffled']['nll_difference']:.3f} nats a token "
+         f"({found['shuffled']['low']:.3f} to "
+         f"{found['shuffled']['high']:.3f}); {100 * found['variance']['layers']:.0f} % of the "
+         "plan's variance lies between layers")
     twenty, forty, sixty = (row for row in found["rows"] if row["weights"] == "checkpoint")
-    says(f"at 40 % skip its KL from the dense model is {forty['oracle']:.3f}, against {forty['static']:.3f} for the best static plan "
-         f"and {forty['routed']:.3f} for the router, which so captures {100 * forty['captured']:.0f} % of that headroom "
-         f"({100 * forty['captured_low']:.0f} to {100 * forty['captured_high']:.0f} %; {forty['tokens']:,} tokens of "
+    says(f"at 40 % skip its KL from the dense model is {forty['oracle']:.3f}, against "
+         f"{forty['static']:.3f} for the best static plan "
+         f"and {forty['routed']:.3f} for the router, which so captures "
+         f"{100 * forty['captured']:.0f} % of that headroom "
+         f"({100 * forty['captured_low']:.0f} to {100 * forty['captured_high']:.0f} %; "
+         f"{forty['tokens']:,} tokens of "
          f"{forty['documents']} documents)")
     assert all(row["captured_low"] < 0 < row["captured_high"] for row in (twenty, sixty))
     r2 = {(row["depth"], row["probe"]): 100 * row["r2"] for row in found["probes"]}
@@ -96,15 +112,18 @@ def test_what_the_shipped_router_knows():
 
 def test_four_perplexities_of_one_model():
     own = metrics("base_model/default")["rows"][0]["perplexity"]
-    recorded = Record.load(ROOT / "results" / "token_analysis" / "nano" / "record").perplexity("dense")
-    says(f"{own:.2f} in notebook 00", f"{rows('token_routing/default')['base']['perplexity']:.2f} in 01 to 04",
+    recorded = Record.load(
+        ROOT / "results" / "token_analysis" / "nano" / "record").perplexity("dense")
+    base = rows("token_routing/default")["base"]["perplexity"]
+    says(f"{own:.2f} in notebook 00", f"{base:.2f} in 01 to 04",
          f"{recorded:.2f} in 07 (96 documents cut to 192)")
     shown = (ROOT / "notebooks" / "05_evaluation.ipynb").read_text(encoding="utf-8")
-    assert re.search(r"0 +base +0\.0% .* 21\.34 \(", shown), "what notebook 05 shows for the base model"
+    assert re.search(r"0 +base +0\.0% .* 21\.34 \(", shown), "what 05 shows of the base"
     says("21.34 in 05")
 
 
-LATENCY = [("TinyLlama-1.1B shapes", "tinyllama"), ("embedded model", "default"), ("Qwen2.5-3B shapes, 12 of 36 layers", "qwen2.5-3b")]
+LATENCY = [("TinyLlama-1.1B shapes", "tinyllama"), ("embedded model", "default"),
+           ("Qwen2.5-3B shapes, 12 of 36 layers", "qwen2.5-3b")]
 
 
 def timed(run: str) -> pd.DataFrame:
@@ -113,7 +132,8 @@ def timed(run: str) -> pd.DataFrame:
 
 
 def speedups(table: pd.DataFrame, work: str, system: str, column: str = "speedup") -> str:
-    part = table[(table["work"] == work) & (table["system"] == system) & (table["skip"] > 0)].sort_values("skip")
+    part = table[(table["work"] == work) & (table["system"] == system) &
+                 (table["skip"] > 0)].sort_values("skip")
     return ", ".join(f"{value:.2f}" for value in part[column]) or "–"
 
 
@@ -122,37 +142,54 @@ def test_every_latency_row_is_one_run(name, run):
     table = timed(run)
     budgets = ", 40 and 50 %" if run == "qwen2.5-3b" else ""
     for work in ("decode", "prefill"):
-        cells = [speedups(table, work, "compact", "bound"), *(speedups(table, work, system) for system in
-                 ("truncation", "compact", "masked", "two-pass"))]
-        says(f"| {name}, {work}{' 512' if work == 'prefill' else ''}{budgets} | {' | '.join(cells)} |")
+        cells = [
+            speedups(table, work, "compact", "bound"),
+            *(speedups(table, work, system)
+              for system in ("truncation", "compact", "masked", "two-pass"))
+        ]
+        says(f"| {name}, {work}{' 512' if work == 'prefill' else ''}{budgets} | "
+             f"{' | '.join(cells)} |")
 
 
 def test_what_is_said_about_latency():
     tiny, own, again = timed("tinyllama"), timed("default"), timed("nano")
     def share(table, column, work):
-        part = table[(table["system"] == "compact") & (table["work"] == work) & (table["skip"] > 0)].sort_values("skip")
+        part = table[(table["system"] == "compact") & (table["work"] == work) &
+                     (table["skip"] > 0)].sort_values("skip")
         return part[column].tolist()
     reached = [f"{100 * value:.0f}" for value in share(tiny, "share_of_bound", "prefill")]
-    says(f"TinyLlama's prefill reaches {reached[0]}, {reached[1]} and {reached[2]} % of the layer-count bound")
+    says(f"TinyLlama's prefill reaches {reached[0]}, {reached[1]} and {reached[2]} % of the "
+         "layer-count bound")
     assert share(tiny, "share_of_truncation", "decode") == pytest.approx([1.0] * 3, abs=0.01)
-    free = [table[(table["system"] == "compact") & (table["skip"] == 0)]["speedup"].iloc[0] for table in (tiny, own)]
-    says(f"compact execution runs at {free[0]:.2f} (TinyLlama) and {free[1]:.2f} (embedded model) of dense")
+    free = [
+        table[(table["system"] == "compact") & (table["skip"] == 0)]["speedup"].iloc[0]
+        for table in (tiny, own)
+    ]
+    says(f"compact execution runs at {free[0]:.2f} (TinyLlama) and {free[1]:.2f} (embedded model) "
+         "of dense")
     def listed(work):
         first, second, third = speedups(again, work, "compact").split(", ")
         return f"{first}, {second} and {third} in {work}"
     says(f"gives {listed('decode')} and {listed('prefill')}")
     products = [row["product_bound"] for row in metrics("latency/tinyllama")["products"]]
-    says(f"would allow {products[0]:.2f}, {products[1]:.2f} and {products[2]:.2f}, within 3 % of what was measured")
-    assert np.array(products) == pytest.approx(np.array(share(tiny, "speedup", "prefill")), rel=0.03)
-    memory = max(row["memory_over_dense"] for _, run in LATENCY for row in metrics(f"latency/{run}")["costs"])
+    says(f"would allow {products[0]:.2f}, {products[1]:.2f} and {products[2]:.2f}, within 3 % of "
+         "what was measured")
+    assert np.array(products) == pytest.approx(np.array(share(tiny, "speedup", "prefill")),
+                                               rel=0.03)
+    memory = max(row["memory_over_dense"] for _, run in LATENCY
+                 for row in metrics(f"latency/{run}")["costs"])
     says(f"Extra memory is at most {100 * memory:.1f} %")
     worst = [max(abs(table[q] / table["median"] - 1).max() for q in ("q1", "q3"))
              for table in (own, tiny, timed("qwen2.5-3b"))]
     bounds = [int(np.ceil(100 * value)) for value in worst]
-    says(f"within {bounds[0]} % of the medians for the embedded model, {bounds[1]} % for TinyLlama and {bounds[2]} % for Qwen")
-    records = {run: json.loads((ROOT / "results" / "latency" / run / "run.json").read_text(encoding="utf-8"))
-               for run in ("default", "nano")}
-    assert len({record["started"][:10] for record in records.values()}) == 1, "measured again on the same day"
+    says(f"within {bounds[0]} % of the medians for the embedded model, {bounds[1]} % for "
+         f"TinyLlama and {bounds[2]} % for Qwen")
+    records = {
+        run: json.loads(
+            (ROOT / "results" / "latency" / run / "run.json").read_text(encoding="utf-8"))
+        for run in ("default", "nano")
+    }
+    assert len({record["started"][:10] for record in records.values()}) == 1, "measured on one day"
 
 
 def test_blimp():
@@ -161,21 +198,27 @@ def test_blimp():
     skips = ["0" if not row["skip"] else f"{100 * row['skip']:.1f} %" for row in found["rows"]]
     accuracy = [f"{score['score']:.3f} ± {score['stderr']:.3f}" for score in scores]
     short = [str(len(score["tasks_not_above_chance"])) for score in scores]
-    says("| | " + " | ".join(row["variant"] for row in found["rows"]) + " |", f"| accuracy (chance 0.5) | {' | '.join(accuracy)} |",
-         f"| measured skip on the scored tokens | {' | '.join(skips)} |", f"| paradigms of 67 not above chance | {' | '.join(short)} |")
+    says("| | " + " | ".join(row["variant"] for row in found["rows"]) + " |",
+         f"| accuracy (chance 0.5) | {' | '.join(accuracy)} |",
+         f"| measured skip on the scored tokens | {' | '.join(skips)} |",
+         f"| paradigms of 67 not above chance | {' | '.join(short)} |")
     first, second = found["against_static"]
-    says(f"by {-first['difference']:.4f} ({-first['high']:.4f} to {-first['low']:.4f}) at 20 % and {-second['difference']:.4f} "
+    says(f"by {-first['difference']:.4f} ({-first['high']:.4f} to {-first['low']:.4f}) at 20 % "
+         f"and {-second['difference']:.4f} "
          f"({-second['high']:.4f} to {-second['low']:.4f}) at 40 %")
     row = metrics("evaluation/nano-router-5-shot-limit-2")["rows"][0]
-    says(f"{100 * row['skip']:.1f} % skipped on the scored tokens, {100 * row['context_skip']:.1f} % on prompts and examples")
+    says(f"{100 * row['skip']:.1f} % skipped on the scored tokens, "
+         f"{100 * row['context_skip']:.1f} % on prompts and examples")
 
 
 def test_the_embedded_models_own_page():
     page = plain((ROOT / "dlr" / "nano" / "README.md").read_text(encoding="utf-8"))
     found = metrics("base_model/scores")
     for row in found["rows"]:
-        says(f"| {row['text']} | {row['bits_per_byte']:.3f} ({row['low']:.3f}, {row['high']:.3f}) | {row['perplexity']:.2f} | "
+        says(f"| {row['text']} | {row['bits_per_byte']:.3f} ({row['low']:.3f}, {row['high']:.3f}) "
+             f"| {row['perplexity']:.2f} | "
              f"{row['tokens']:,} |", text=page)
     harm = found["layer_harm"]
-    says(f"skipping layer 0 adds {harm[0]:.2f} nats a token on the embedded test split, the last layer {harm[-1]:.2f}, each other layer "
+    says(f"skipping layer 0 adds {harm[0]:.2f} nats a token on the embedded test split, the last "
+         f"layer {harm[-1]:.2f}, each other layer "
          f"between {min(harm[1:-1]):.3f} and {max(harm[1:-1]):.3f}", text=page)
