@@ -147,7 +147,8 @@ def test_one_sentence_tells_the_perplexities_apart():
     numbers = [int(number) for number in re.findall(r"\b[1-9]\d+\b", said.pop())]
     lengths, study, rows = RunConfig(), PHASES["token_analysis"][1](), PHASES["evaluation"][1]()
     assert numbers == [basemodel.CONTEXT, lengths.eval_len, PHASES["baselines"][1]().eval_docs,
-                       rows.limit, wikitext.WINDOW, wikitext.STRIDE, study.eval_len, study.record_docs]
+                       rows.limit, wikitext.WINDOW, wikitext.STRIDE, study.eval_len,
+                       study.record_docs]
 
 
 # -- what they say -------------------------------------------------------------------------------
@@ -251,7 +252,8 @@ def test_an_edited_script_runs_under_the_python_that_was_called(project, tmp_pat
 
 # Changes that alter what a notebook does; nbval runs all nine under the toy preset's.
 CHANGED = {"02_sequence_routing": {"penalties: list = [0.3, 1.0, 3.0]": "penalties: list = []"},
-           "03_token_routing": {'["v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]':
+           "03_token_routing": {'["v1", "v2", "cold", "DLR", "DLR without KD", "best static", '
+                                '"dense LoRA"]':
                                 '["dense LoRA"]'},
            "06_latency": {"skips: list = [0.25, 0.4, 0.5]": "skips: list = [0.6]"}}
 
