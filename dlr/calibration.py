@@ -34,7 +34,7 @@ class Controller:
         return threshold + self.rate * (self.goal(step) - measured_skip) / max(slope, LEAST_SLOPE)
 
 
-def calibrate(logits: torch.Tensor, target_skip: float, forced: int = 0) -> float:
+def threshold_for(logits: torch.Tensor, target_skip: float, forced: int = 0) -> float:
     """The threshold at which the skip ratio over `logits` `[n, U]` is as near `target_skip` as their values allow.
 
     `forced` counts gates outside `logits` that always run (kept first tokens); they are part of the ratio.
@@ -67,7 +67,7 @@ DIAL = tuple(percent / 100 for percent in range(81))       # skip ratios the cal
 
 
 def calibration_curve(logits: torch.Tensor, forced: int = 0) -> list[float]:
-    """The threshold for each skip ratio of DIAL over `logits` `[n, U]`; `forced` as in `calibrate`. Never falls."""
+    """The threshold for each skip ratio of DIAL over `logits` `[n, U]`; `forced` as in `threshold_for`. Never falls."""
     values, total = logits.detach().flatten().double().sort().values, logits.numel() + forced
     return [_between(values, min(round(skip * total), len(values))) for skip in DIAL]
 
@@ -80,7 +80,7 @@ def threshold_at(curve: list[float], skip: float) -> float:
     """
     if not curve:
         raise ValueError("This router has no calibration curve, so its budget cannot be dialled: calibrate it first "
-                         "(dlr.evaluate.calibrate_router).")
+                         "(dlr.calibrate).")
     if not 0.0 <= skip <= DIAL[-1]:
         raise ValueError(f"skip={skip} is outside the dial: give a ratio from 0 to {DIAL[-1]}.")
     if skip == 0.0:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dlr.adapters import (NotSaveable, active_adapter, adapted, adapted_already, as_it_was, load_adapter,
                           refuse_unsaveable_adapter, write_adapter)
-from dlr.router_config import RouterConfig
+from dlr.router_config import RouterRecord
 from dlr.settings import validated
 from dlr.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder, digests, has_adapter,
                         refuse_incomplete)
@@ -46,7 +46,7 @@ def refuse_unsaveable(model, routing: Routing) -> str | None:
     carrier = adapted(model, routing)
     name = None if carrier is None else refuse_unsaveable_adapter(carrier)
     base = base_record(model)
-    changed, _ = differences(routing.config.base, base, _trains_biases(carrier))
+    changed, _ = differences(routing.base, base, _trains_biases(carrier))
     if changed:
         raise NotSaveable("The base model's own weights are no longer those the router was attached to "
                           f"({', '.join(changed)}): an adapter was merged into them, or they were trained. Save "
@@ -88,11 +88,11 @@ def write_router(routing: Routing, folder: Path, model=None) -> None:
     name = None if carrier is None else active_adapter(carrier)
     base = base_record(model)
     if _trains_biases(carrier):
-        base["fingerprint"] = routing.config.base.get("fingerprint", "")      # of the biases before they were trained
+        base["fingerprint"] = routing.base.get("fingerprint", "")      # of the biases before they were trained
     if name is not None and not (folder / ADAPTER_CONFIG).exists():
         write_adapter(carrier, name, folder, base["name"])
     save_tensors(routing.router.weights(), folder / WEIGHTS)
-    settings = routing.config.model_copy(update={"base": base}).model_dump()
+    settings = RouterRecord.of(routing.config, routing.calibration, base)
     write_atomically(folder / CONFIG, as_json(settings | {"adapter": name, "files": digests(folder)}))
 
 
@@ -252,14 +252,14 @@ def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, 
     return routed.eval()
 
 
-def load_onto(model, folder: Path, record: dict, config: RouterConfig, is_trainable: bool = False):
+def load_onto(model, folder: Path, record: dict, config: RouterRecord, is_trainable: bool = False):
     """`model` with a checkpoint's adapter, where it has one, and a fresh router; the base was compared."""
     if has_adapter(folder, record):
         model = load_adapter(model, folder, is_trainable, record.get("adapter") or "default")
     elif adapted_already(model):
         raise ValueError(f"This {type(causal_lm(model)).__name__} carries adapters and the checkpoint {str(folder)!r} "
                          "has none; give the base model without them (model.unload()).")
-    base = config.base
-    routing = attach(model, config)
-    routing.config.base["name"] = base.get("name") or routing.config.base["name"]
+    routing = attach(model, config.config)
+    routing.calibration = config.calibration
+    routing.base["name"] = config.base.get("name") or routing.base["name"]
     return model

@@ -14,7 +14,7 @@ from dlr.routed import routing_of
 def budget(model, skip: float):
     """Moves the router's threshold along its calibration curve for the duration, in this thread; yields the routing handle.
 
-    `routing.threshold` is the threshold in force; `routing.config.threshold`, which `save_pretrained` writes, stays.
+    `routing.threshold` is the threshold in force; `routing.calibration.threshold`, which `save_pretrained` writes, stays.
 
     Args:
         skip: skip ratio asked for, 0 to 0.8. 0 keeps every layer.
@@ -23,5 +23,5 @@ def budget(model, skip: float):
         NotRoutable: no router is attached; ValueError: `skip` is outside the dial, or the router was never calibrated.
     """
     routing = routing_of(model)
-    with routing.at(threshold=threshold_at(routing.config.curve, skip)):
+    with routing.at(threshold=threshold_at(routing.calibration.curve, skip)):
         yield routing

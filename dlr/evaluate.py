@@ -7,13 +7,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dlr.calibration import calibrate, calibration_curve
+from dlr.calibration import calibration_curve, threshold_for
+from dlr.data import Documents, padded_batches
 from dlr.device import autocast, device_of
 from dlr.logits import last_only
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
-from dlr.routed import Routing
+from dlr.routed import Routing, routing_of
+from dlr.router_config import Calibration
 
 BOOTSTRAP = 1000
 
@@ -128,9 +130,18 @@ def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: 
     The logits depend on the first K layers only, which every plan runs: one pass is exact.
     """
     logits, forced = router_logits(model, routing, batches, bf16=bf16)
-    threshold = calibrate(logits, target_skip, forced)
-    skipped = (logits <= threshold).sum().item()
-    routing.config.threshold = threshold
-    routing.config.curve = calibration_curve(logits, forced)
-    routing.config.calibrated_skip = skipped / (logits.numel() + forced)
-    return routing.config.calibrated_skip
+    threshold = threshold_for(logits, target_skip, forced)
+    skip = (logits <= threshold).sum().item() / (logits.numel() + forced)
+    routing.calibration = Calibration(threshold, skip, calibration_curve(logits, forced))
+    return skip
+
+
+def calibrate(model, tokenizer, texts: list[str], skip: float, max_len: int = 256) -> float:
+    """Calibrates the router of `model` on `texts`, each cut to `max_len` tokens, so that it skips a share `skip` of
+    routable layers there, and so that `dlr.budget` can dial; returns the skip ratio it gives.
+
+    Raises:
+        NotRoutable: no router is attached. ValueError: no text, or a skip ratio that cannot be reached.
+    """
+    batches = padded_batches(Documents("given", "calibration", texts, ""), tokenizer, max_len, 8)
+    return calibrate_router(model, routing_of(model), batches, skip)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from dlr.compact import NotCompactable, compact_layers
-from dlr.router_config import RouterConfig
 from dlr.decoder import NotRoutable, causal_lm, refuse_layerdrop, sublayers
 from dlr.execution import BlendLayer, FirstPassDone, GateSublayer, HideSkippedKeys, argument_names, run_first_pass
 from dlr.families import CACHES
@@ -25,12 +24,29 @@ from dlr.passes import Pass, asked_of_model, pass_of, records_more
 from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router
+from dlr.router_config import Calibration, RouterConfig
 from dlr.rows import plan_rows
 from dlr.threads import ThreadState
+from dlr.weights import base_record
 
-EXECUTIONS, DECODE_PLANS = ("masked", "compact"), ("exact", "consensus", "prompt")
+CHOICES = {"execution": ("masked", "compact"), "decode_plan": ("exact", "consensus", "prompt"),
+           "strategy": ("single_pass", "two_pass")}
 HANDLE = "_dlr_routing"           # entry in the base model's __dict__
 _UNSET = object()
+
+
+class _Setting:
+    """A setting of a `Routing`: one value for all threads, in whose place `Routing.at` puts another for one thread."""
+
+    def __set_name__(self, owner, name: str):
+        self.name = name
+
+    def __get__(self, routing, owner=None):
+        value = routing._threads.changed(self.name, routing.settings[self.name])
+        return routing.calibration.threshold if self.name == "threshold" and value is None else value
+
+    def __set__(self, routing, value):
+        routing.settings[self.name] = routing.checked(self.name, value)
 
 
 class RunsMasked(UserWarning):
@@ -43,31 +59,39 @@ class Routing:
     Attributes:
         execution: 'compact' or 'masked', outside training; training is always masked.
         decode_plan: how a step with a cache is planned, see `policy.RouterPolicy`.
-        policy: the source of gates, None for the dense model. `using` puts another in its place in this thread.
-        dialled: a threshold to follow instead of the calibrated one, which `save_pretrained` still writes; None: that one.
+        policy: the source of gates, None for the dense model.
+        strategy: 'single_pass' or 'two_pass'.
+        threshold: a gate is open where its logit lies above; set to None, it is the calibrated one.
+        calibration: what `save_pretrained` writes of the router's budget, whatever `threshold` is in force.
+        base: the base model the router was attached to, see `weights.base_record`.
+        handles: of hooks that `detach` removes.
+
+    `at` gives the five settings other values for the duration of a block, in one thread.
     """
+    policy, execution, decode_plan, strategy, threshold = (_Setting() for _ in range(5))
 
     def __init__(self, model: nn.Module, config: RouterConfig, router: Router, decoder: nn.Module, layers: nn.ModuleList):
         self.model, self.config, self.router, self.decoder, self.layers = model, config, router, decoder, layers
-        self._policy, self._execution, self._decode_plan = RouterPolicy(), "masked", "exact"
+        self.base, self.calibration = base_record(model), Calibration()
+        self.settings = {"policy": RouterPolicy(), "execution": "masked", "decode_plan": "exact",
+                         "strategy": config.strategy, "threshold": None}
         self._compact: list | None = None
-        self._handles: list = []
+        self.handles: list = []
         self._said: set[str] = set()
-        self.dialled: float | None = None
         self._threads, self.owner = ThreadState(), Owner()
 
     def __setstate__(self, state):
         self.__dict__.update(state | {"owner": Owner()})          # a copy's caches are not the original's
 
     # -- settings ---------------------------------------------------------------------------------------------------
-    @property
-    def execution(self) -> str:
-        return self._execution
+    def checked(self, name: str, value):
+        """`value` if the setting `name` can have it.
 
-    @execution.setter
-    def execution(self, value: str) -> None:
-        if value not in EXECUTIONS:
-            raise ValueError(f"execution={value!r} is not one of {', '.join(EXECUTIONS)}.")
+        Raises:
+            ValueError: it is none of the choices. NotRoutable: plans of this model cannot run compacted.
+        """
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(CHOICES[name])}.")
         if value == "compact" and self.config.kv == "drop":
             raise NotRoutable("kv='drop' runs masked only: compact execution keeps every token's keys and values. Use "
                               "execution='masked', or kv='complete'.")
@@ -76,37 +100,20 @@ class Routing:
                 self._compact = compact_layers(self)
             except NotCompactable as error:
                 raise NotRoutable(str(error)) from None
-        self._execution = value
-
-    @property
-    def decode_plan(self) -> str:
-        return self._decode_plan
-
-    @decode_plan.setter
-    def decode_plan(self, value: str) -> None:
-        if value not in DECODE_PLANS:
-            raise ValueError(f"decode_plan={value!r} is not one of {', '.join(DECODE_PLANS)}.")
-        self._decode_plan = value
-
-    @property
-    def policy(self) -> Policy | None:
-        return self._threads.changed("policy", self._policy)
-
-    @policy.setter
-    def policy(self, value: Policy | None) -> None:
-        self._policy = value
-
-    @property
-    def threshold(self) -> float:
-        """The threshold in force: the router's own, unless `dialled`, or `at` in this thread, puts another in its place."""
-        own = self.config.threshold if self.dialled is None else self.dialled
-        return self._threads.changed("threshold", own)
+        return value
 
     @contextlib.contextmanager
-    def at(self, *, policy: Policy | None = _UNSET, threshold: float = _UNSET):
-        """Another policy (None: the dense model) or threshold for the duration, in this thread alone."""
-        change = {name: value for name, value in (("policy", policy), ("threshold", threshold)) if value is not _UNSET}
-        with self._threads.at(change):
+    def at(self, *, policy: Policy | None = _UNSET, threshold: float | None = None, strategy: str | None = None,
+           execution: str | None = None, decode_plan: str | None = None):
+        """Other settings for the duration, in this thread alone. What is None stays, but for the policy, where None is
+        the dense model.
+
+        Raises:
+            ValueError, NotRoutable: as `checked`.
+        """
+        given = {"threshold": threshold, "strategy": strategy, "execution": execution, "decode_plan": decode_plan}
+        change = {name: self.checked(name, value) for name, value in given.items() if value is not None}
+        with self._threads.at(change if policy is _UNSET else change | {"policy": policy}):
             yield self
 
     def using(self, policy: Policy | None):
@@ -167,7 +174,7 @@ class Routing:
     # -- install, remove --------------------------------------------------------------------------------------------
     def install(self) -> None:
         """Puts the hooks on the model."""
-        keep, base = self._handles.append, causal_lm(self.model)
+        keep, base = self.handles.append, causal_lm(self.model)
         keep(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         keep(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         keep(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
@@ -187,9 +194,9 @@ class Routing:
 
     def detach(self) -> nn.Module:
         """Removes every hook and the router; the model is what it was before `attach`, whatever happened in between."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles.clear()
+        self.handles.clear()
         self._threads.passes.clear()
         self._stand_aside()
         base = causal_lm(self.model)
@@ -226,7 +233,7 @@ class Routing:
         self._check(current, kwargs)
         current.compact = self._runs_compact(records_more(module, kwargs))
         self._begin_pass(current)
-        if self.config.strategy == "two_pass" and self.policy.reads_hidden:
+        if self.strategy == "two_pass" and self.policy.reads_hidden:
             run_first_pass(current, module, args, kwargs)
 
     def _check(self, current: Pass, kwargs: dict) -> None:

@@ -201,15 +201,12 @@ class DLRLM(HFLM):
         return ids, mask
 
     def _model_generate(self, context, max_length, stop, **options):
-        routing, strategy = self.loaded.routing, None
+        one_pass = contextlib.nullcontext()
         if self.watch is not None:
             self.watch.begin(None, [self._key_of_context.get(c) or _digest(list(c.encode())) for c in self._contexts])
-            strategy, routing.config.strategy = routing.config.strategy, "single_pass"     # two passes have no cache
-        try:
+            one_pass = self.loaded.routing.at(strategy="single_pass")                      # two passes have no cache
+        with one_pass:
             made = super()._model_generate(context, max_length, stop, **options)
-        finally:
-            if strategy is not None:
-                routing.config.strategy = strategy
         self._measure_generation(made, options["attention_mask"].cpu().bool(), context.shape[1], stop)
         return made
 

@@ -60,15 +60,15 @@ class Subject:
     def as_system(self, system: str, skip: float, tokens: int | None = None):
         """The model set up as one of SYSTEMS at one skip ratio, for a piece of work of so many tokens."""
         routing, config = self.routing, self.model.config
-        before = routing.execution, routing.config.strategy, config.num_hidden_layers
+        depth = config.num_hidden_layers
         policy = None if system in ("dense", "truncation") else RecordedPlan(self.plan(skip, tokens))
-        routing.execution = "compact" if system == "compact" else "masked"
-        routing.config.strategy = "two_pass" if system == "two-pass" else "single_pass"
+        execution = "compact" if system == "compact" else "masked"
+        strategy = "two_pass" if system == "two-pass" else "single_pass"
         try:
-            with routing.using(policy), torch.no_grad():
+            with routing.at(policy=policy, execution=execution, strategy=strategy), torch.no_grad():
                 yield
         finally:
-            routing.execution, routing.config.strategy, config.num_hidden_layers = before
+            config.num_hidden_layers = depth
 
 
 def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int | None = None,

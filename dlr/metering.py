@@ -40,7 +40,7 @@ class Watch:
         self.passes: list[torch.Tensor] = []
         routing.policy, self._seen = self.policy, routing.plan
         self._handle = routing.decoder.register_forward_hook(self._after)
-        routing._handles.append(self._handle)       # detaching leaves no hook behind; `taken` then finds no pass
+        routing.handles.append(self._handle)       # detaching leaves no hook behind; `taken` then finds no pass
         routing.watch = self
 
     def _after(self, module, args, output):

@@ -12,7 +12,7 @@ from dlr.device import execution_device
 from dlr.handle import HANDLE, Routing, RunsMasked
 from dlr.packed import keep_differentiable
 from dlr.router import Router
-from dlr.weights import NANO_NAME, base_record, describe_base
+from dlr.weights import NANO_NAME, describe_base
 
 __all__ = ["NANO_NAME", "NotRoutable", "Routing", "RunsMasked", "attach", "causal_lm", "decoder_and_layers", "describe_base",
            "routing_of"]
@@ -48,7 +48,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
     units = (len(layers) - config.always_keep - config.keep_last) * per_layer
     router = Router(base.config.get_text_config().hidden_size, units, config)
     router.to(execution_device(layers[config.always_keep]))
-    routing = Routing(model, config.model_copy(update={"base": base_record(model)}), router, decoder, layers)
+    routing = Routing(model, config, router, decoder, layers)
     try:
         routing.execution = execution or "compact"
     except NotRoutable as error:

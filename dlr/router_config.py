@@ -1,11 +1,42 @@
-"""The settings of a router, stored beside its weights."""
+"""The settings of a router, what calibration finds for it, and both as `router_config.json` holds them."""
 
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from typing_extensions import TypedDict          # pydantic asks for this one below Python 3.12
 
 from dlr.settings import Settings
+
+
+class RouterConfig(Settings):
+    """What a router is."""
+
+    level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
+    unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
+    kv: Literal["complete", "drop"] = "complete"       # skipped tokens leave keys and values, or none (no cache)
+    strategy: Literal["single_pass", "two_pass"] = "single_pass"
+    always_keep: int = Field(4, ge=1)                  # layers, the prefix every token runs (K)
+    keep_last: int = Field(0, ge=0)                    # layers at the end that every token runs
+    keep_first_tokens: int = Field(1, ge=0, lt=2**31)  # tokens at the start of a sequence that run every layer
+    pool_tokens: int = Field(16, ge=1, le=2**16)       # tokens whose mean state decides a sequence-level plan
+    router_hidden: int = Field(128, ge=1, le=2**16)    # width of the router's two hidden layers
+    keep_bias: float = 2.0                             # initial logit: routers start by keeping layers
+    skip_adapter_rank: int = Field(0, ge=0, le=2**16)  # rank of a low-rank path for skipped tokens, 0 = none
+
+
+@dataclass
+class Calibration:
+    """The state of a router's budget, found on held-out text.
+
+    Attributes:
+        threshold: a unit runs where its logit lies above.
+        skip: the skip ratio measured at that threshold; None: it was never calibrated.
+        curve: the thresholds at skips of 0, 1, ... 80 %, for the dial; empty: not known.
+    """
+    threshold: float = 0.0
+    skip: float | None = None
+    curve: list[float] = field(default_factory=list)
 
 
 class Base(TypedDict, total=False):
@@ -21,24 +52,12 @@ class Base(TypedDict, total=False):
     quantisation: dict[str, Any] | None
 
 
-class RouterConfig(Settings):
-    """What a router is, stored beside its weights (`router_config.json`)."""
-
-    level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
-    unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
-    kv: Literal["complete", "drop"] = "complete"       # skipped tokens leave keys and values, or none (no cache)
-    strategy: Literal["single_pass", "two_pass"] = "single_pass"
-    always_keep: int = Field(4, ge=1)                  # layers, the prefix every token runs (K)
-    keep_last: int = Field(0, ge=0)                    # layers at the end that every token runs
-    keep_first_tokens: int = Field(1, ge=0, lt=2**31)  # tokens at the start of a sequence that run every layer
-    pool_tokens: int = Field(16, ge=1, le=2**16)       # tokens whose mean state decides a sequence-level plan
-    router_hidden: int = Field(128, ge=1, le=2**16)    # width of the router's two hidden layers
-    keep_bias: float = 2.0                             # initial logit: routers start by keeping layers
-    skip_adapter_rank: int = Field(0, ge=0, le=2**16)  # rank of a low-rank path for skipped tokens, 0 = none
-    threshold: float = 0.0                             # gate = logit > threshold at evaluation
-    calibrated_skip: float | None = None               # skip ratio measured on the calibration split
-    curve: list[float] = []                            # thresholds at calibrated skips of 0, 1, ... 80 %: the dial
-    base: Base = {}                                    # the model the router was made for
+class RouterRecord(RouterConfig):
+    """What `router_config.json` holds: the router's settings, its calibration, and the base model it was made for."""
+    threshold: float = 0.0
+    calibrated_skip: float | None = None
+    curve: list[float] = []
+    base: Base = {}
 
     @field_validator("curve")
     @classmethod
@@ -46,3 +65,17 @@ class RouterConfig(Settings):
         if curve and (len(curve) != 81 or curve != sorted(curve)):
             raise ValueError("a calibration curve has 81 thresholds, which never fall")
         return curve
+
+    @staticmethod
+    def of(config: RouterConfig, calibration: Calibration, base: dict) -> dict:
+        """The record as a mapping, ready to be written."""
+        return config.model_dump() | {"threshold": calibration.threshold, "calibrated_skip": calibration.skip,
+                                      "curve": calibration.curve, "base": base}
+
+    @property
+    def config(self) -> RouterConfig:
+        return RouterConfig(**{name: getattr(self, name) for name in RouterConfig.model_fields})
+
+    @property
+    def calibration(self) -> Calibration:
+        return Calibration(self.threshold, self.calibrated_skip, list(self.curve))

@@ -32,7 +32,7 @@ from dlr.likelihood import frozen_base
 from dlr.opened import load
 from dlr.policy import GivenPlan, Policy, RecordedPlan, StaticPlan
 from dlr.record import Record, record
-from dlr.routed import NANO_NAME, NotRoutable, causal_lm, routing_of
+from dlr.routed import NANO_NAME, NotRoutable, Routing, causal_lm, routing_of
 from dlr.runs import finished_runs, project_root, results_folder
 from dlr.tokens import piece_bytes
 from dlr.layout import Cost
@@ -41,9 +41,10 @@ TURNS = 3                        # runs whose median time is shown
 CURVE_DOCUMENTS = 12            # calibration documents that make up for a missing curve
 
 
-def static_order(config: RouterConfig) -> list[int] | None:
+def static_order(routing: Routing) -> list[int] | None:
     """Units in the order in which the best static plan drops them, from any finished run with this base and these units."""
-    name, units = config.base.get("name") or "nano", ("always_keep", "keep_last", "unit")
+    config = routing.config
+    name, units = routing.base.get("name") or "nano", ("always_keep", "keep_last", "unit")
     for phase in ("pareto", "token_routing"):
         for root in (results_folder(), project_root() / "results"):
             for run in finished_runs(phase, root).values():
@@ -90,7 +91,7 @@ class Session:
         self.model, self.tokenizer, self.routing = model, tokenizer, routing_of(model)
         with contextlib.suppress(NotRoutable):              # where it cannot run compact, it stays masked
             self.routing.execution = "compact"
-        self._curve: list[float] = list(self.routing.config.curve)
+        self._curve: list[float] = list(self.routing.calibration.curve)
 
     @property
     def context(self) -> int:
@@ -100,9 +101,9 @@ class Session:
     @property
     def calibrated(self) -> float:
         """The skip ratio the stored threshold was calibrated to, within the dial."""
-        known = self.routing.config.calibrated_skip
+        known = self.routing.calibration.skip
         if known is None:                                   # the ratio that the threshold it was left with gives
-            distance = [abs(at - self.routing.config.threshold) for at in self.curve()]
+            distance = [abs(at - self.routing.calibration.threshold) for at in self.curve()]
             known = DIAL[distance.index(min(distance))]
         return min(known, DIAL[-1])
 
@@ -123,7 +124,7 @@ class Session:
              longest: int | None = None) -> Record:
         """The record of one text (two forward passes), cut to the model's context, or to `longest` tokens if fewer."""
         longest = min(self.context, longest or self.context)
-        with self.routing.at(threshold=self.routing.threshold if threshold is None else threshold):
+        with self.routing.at(threshold=threshold):
             found = record(self.model, self.routing, self.tokenizer, [text], max_len=longest, policy=policy,
                            name=self.name, bar=False)
         likely = [*found.ids.tolist(), *map(int, found.meta["top_tokens"])]
@@ -132,9 +133,9 @@ class Session:
 
     def threshold(self, skip: float) -> float:
         """The threshold for a skip ratio: the stored one at the calibrated ratio, else along the calibration curve."""
-        config = self.routing.config
-        if config.calibrated_skip is not None and abs(skip - config.calibrated_skip) < 0.005:
-            return config.threshold
+        stored = self.routing.calibration
+        if stored.skip is not None and abs(skip - stored.skip) < 0.005:
+            return stored.threshold
         return threshold_at(self.curve() if skip > 0 else self._curve or [0.0] * len(DIAL), skip)
 
     def curve(self) -> list[float]:
@@ -165,7 +166,7 @@ class Session:
 
         The plan runs on this checkpoint's own weights, which were healed under the router's plans.
         """
-        units, order = self.routing.units, static_order(self.routing.config)
+        units, order = self.routing.units, static_order(self.routing)
         what = "best static plan (greedy order of a finished run on this base)"
         if order is None or sorted(order) != list(range(units)):
             order = found.gates.float().mean(0).argsort(stable=True).tolist()

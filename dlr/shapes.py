@@ -64,4 +64,4 @@ def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tenso
     """
     wide = torch.nn.functional.interpolate(logits.float().unsqueeze(1), size=units, mode="linear", align_corners=True)[:, 0]
     wide = wide + 1e-4 * torch.rand(wide.shape, generator=torch.Generator().manual_seed(0))      # no ties
-    return (wide > calibrate(wide, skip)).float()
+    return (wide > threshold_for(wide, skip)).float()

@@ -120,7 +120,7 @@ def generate(session: Session, prompt: str, tokens: int = 60, threshold: float |
                         routing.execution)
     going = [True] * len(streams)
     for _ in range(min(tokens, room)):
-        with routing.at(threshold=routing.threshold if threshold is None else threshold):
+        with routing.at(threshold=threshold):
             going = [alive and stream.step() for alive, stream in zip(going, streams)]
         progress.bytes |= piece_bytes(session.tokenizer, [s.side.ids[-1] for s in streams])
         yield progress

@@ -69,9 +69,9 @@ def open_study(config: TokenAnalysisConfig) -> Study:
         load(config.checkpoint or "nano-router", variant="routed", device=device)
     study = Study(config, model, routing, tokenizer, load_documents(config.dataset, "test"),
                   load_documents(config.dataset, "calibration"))
-    if not routing.config.curve or routing.config.calibrated_skip is None:
+    if not routing.calibration.curve or routing.calibration.skip is None:
         batches = study.batches(study.calibration, config.calibration_docs, config.eval_len)
-        calibrate_router(model, routing, batches, routing.config.calibrated_skip or 0.4, bf16=False)
+        calibrate_router(model, routing, batches, routing.calibration.skip or 0.4, bf16=False)
     return study
 
 

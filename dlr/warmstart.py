@@ -177,7 +177,7 @@ def _thresholded(routing: Routing, states: torch.Tensor, target_skip: float) -> 
     device = next(routing.router.parameters()).device
     with torch.no_grad():
         logits = torch.cat([routing.router(part.to(device)).cpu() for part in states.split(4096)])
-    routing.config.threshold = calibrate(logits, target_skip)
+    routing.calibration.threshold = threshold_for(logits, target_skip)
 
 
 @torch.no_grad()

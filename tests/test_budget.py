@@ -1,5 +1,7 @@
 """Budgets are hit: calibration, the controller, static plans at an exact ratio."""
 
+import threading
+
 import pytest
 import torch
 from tiny_models import tiny
@@ -12,6 +14,7 @@ from dlr.evaluate import bootstrap, calibrate_router, evaluate, paired_differenc
 from dlr.plan import static_gates, static_pair
 from dlr.router_config import RouterConfig
 from dlr.policy import LayerDrop, RandomPlan, RouterPolicy, StaticPlan
+from dlr.router_config import RouterConfig
 
 
 def batches(count=12, length=16, seed=0):
@@ -28,19 +31,19 @@ def batches(count=12, length=16, seed=0):
 @pytest.mark.parametrize("target", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 def test_calibration_meets_its_target_on_its_own_text(target):
     logits = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
-    threshold = calibrate(logits, target)
+    threshold = threshold_for(logits, target)
     assert (logits <= threshold).float().mean().item() == pytest.approx(target, abs=1e-4)
 
 
 def test_forced_gates_count_and_can_make_a_target_unreachable():
     logits = torch.randn(90, 1, generator=torch.Generator().manual_seed(0))
-    assert (logits <= calibrate(logits, 0.5, forced=10)).sum() == 50
+    assert (logits <= threshold_for(logits, 0.5, forced=10)).sum() == 50
     with pytest.raises(ValueError, match="10 of 100 gates always run"):
-        calibrate(logits, 0.95, forced=10)
+        threshold_for(logits, 0.95, forced=10)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        calibrate(logits, 1.4)
+        threshold_for(logits, 1.4)
     with pytest.raises(ValueError, match="at least one document"):
-        calibrate(torch.zeros(0, 3), 0.4)
+        threshold_for(torch.zeros(0, 3), 0.4)
 
 
 def test_raising_the_target_never_lowers_the_measured_skip():
@@ -66,6 +69,40 @@ def test_the_dial_follows_its_curve_and_never_turns_back():
         assert measured[-1] == pytest.approx(skip, abs=0.01)
     assert measured == sorted(measured) and measured[0] == 0.0
     assert routing.threshold == own
+
+
+def test_texts_alone_are_enough_to_calibrate():
+    model, tokenizer = load_base()
+    routing = half_skipping(model)
+    texts = load_documents("embedded", "calibration").texts[:4]
+    with pytest.raises(ValueError, match=r"dlr\.calibrate"), dlr.budget(model, skip=0.3):
+        pass
+    skip = dlr.calibrate(model, tokenizer, texts, 0.3, max_len=48)
+    assert skip == routing.calibration.skip == pytest.approx(0.3, abs=0.02)
+    with dlr.budget(model, skip=0.3) as dialled:
+        assert dialled.threshold == pytest.approx(routing.calibration.threshold, abs=0.05)
+
+
+def test_settings_hold_for_the_block_and_the_thread():
+    routing = half_skipping(tiny())
+    before = [getattr(routing, name) for name in ("policy", "threshold", "strategy", "execution", "decode_plan")]
+    change = {"policy": None, "threshold": 3.0, "strategy": "two_pass", "execution": "compact", "decode_plan": "prompt"}
+    seen = []
+    with pytest.raises(KeyError), routing.at(**change):
+        assert [getattr(routing, name) for name in change] == list(change.values())
+        with routing.at(threshold=1.0):
+            assert routing.threshold == 1.0 and routing.strategy == "two_pass"
+        thread = threading.Thread(target=lambda: seen.extend(getattr(routing, name) for name in change))
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert seen == before == [getattr(routing, name) for name in change]
+    with pytest.raises(ValueError, match="strategy='both' is not one of single_pass, two_pass"), routing.at(strategy="both"):
+        pass
+    routing.threshold = 2.0
+    assert routing.threshold == 2.0 and routing.calibration.threshold == before[1]
+    routing.threshold = None
+    assert routing.threshold == before[1]
 
 
 def test_the_dial_says_what_it_cannot_do():

@@ -32,7 +32,7 @@ def routed(seed=0):
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "dlr_router.up" in name:
                 parameter.normal_(std=0.1)
-    routing.config.threshold = 0.125
+    routing.calibration.threshold = 0.125
     return model.eval()
 
 
@@ -44,7 +44,7 @@ def test_round_trip_is_exact_and_free_of_pickle(tmp_path, ids):
     assert names == {"adapter_config.json", "adapter_model.safetensors", "router.safetensors", "router_config.json"}
     loaded = dlr.from_pretrained(tmp_path / "c", tiny())
     assert torch.equal(loaded(input_ids=ids).logits, before)
-    assert dlr.routing_of(loaded).config.threshold == 0.125
+    assert dlr.routing_of(loaded).calibration.threshold == 0.125
 
 
 def test_peft_reads_the_adapter_on_its_own(tmp_path, ids):
@@ -113,7 +113,7 @@ def test_the_embedded_router_fits_the_embedded_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = dlr.from_pretrained(NANO_ROUTER)
-    assert model.dtype == torch.float32 and dlr.routing_of(model).config.base["name"] == "dlr-nano"
+    assert model.dtype == torch.float32 and dlr.routing_of(model).base["name"] == "dlr-nano"
 
 
 def test_another_precision_is_said_aloud(tmp_path):
@@ -203,13 +203,13 @@ def test_files_of_two_saves_are_not_one_checkpoint(tmp_path):
 
 def test_a_dialled_budget_is_not_saved_for_the_calibrated_one(tmp_path):
     model = routed()
-    config = dlr.routing_of(model).config
-    config.curve = [skip / 100 for skip in range(81)]
+    calibration = dlr.routing_of(model).calibration
+    calibration.curve = [skip / 100 for skip in range(81)]
     with dlr.budget(model, 0), dlr.budget(model, 0.3):
         dlr.save_pretrained(model, tmp_path / "c")
     record = json.loads((tmp_path / "c" / "router_config.json").read_text(), parse_constant=pytest.fail)
-    assert record["threshold"] == 0.125 == config.threshold
-    config.threshold = float("-inf")
+    assert record["threshold"] == 0.125 == calibration.threshold
+    calibration.threshold = float("-inf")
     with pytest.raises(ValueError, match="infinite"):
         dlr.save_pretrained(model, tmp_path / "d")
     assert not (tmp_path / "d").exists()
@@ -285,9 +285,11 @@ def test_a_merged_adapter_is_refused_naming_the_remedy(tmp_path, ids):
     with pytest.raises(NotSaveable, match="Save before merging.*attach a router to that"):
         dlr.save_pretrained(flat, tmp_path / "c")
     flat.save_pretrained(tmp_path / "merged")            # the remedy, as the message says
-    weights, config = dlr.routing_of(flat).router.weights(), dlr.routing_of(flat).config
+    old = dlr.routing_of(flat)
     flat = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
-    dlr.attach(flat, config).router.load_weights(weights)
+    routing = dlr.attach(flat, old.config)
+    routing.router.load_weights(old.router.weights())
+    routing.calibration = old.calibration
     dlr.save_pretrained(flat, tmp_path / "c")
     assert torch.allclose(dlr.from_pretrained(tmp_path / "c")(ids).logits, want, atol=1e-4)
     with pytest.raises(WrongBase):
@@ -399,7 +401,7 @@ def test_a_refused_load_leaves_the_model_as_it_was(tmp_path, ids, monkeypatch):
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert torch.equal(model(ids).logits, dense)
-    assert dlr.routing_of(dlr.from_pretrained(tmp_path / "c", model)).config.threshold == 0.125
+    assert dlr.routing_of(dlr.from_pretrained(tmp_path / "c", model)).calibration.threshold == 0.125
     with pytest.raises(ValueError, match="carries adapters already"):
         dlr.from_pretrained(tmp_path / "c", add_lora(tiny(), rank=2))
 

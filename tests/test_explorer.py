@@ -38,10 +38,10 @@ def small_session(seed=0):
         routing.router.net[-1].bias.zero_()
     tokenizer = AutoTokenizer.from_pretrained(NANO)
     session = Session(model=model, tokenizer=tokenizer)
-    routing.config.calibrated_skip, routing.config.threshold = 0.4, 0.0
+    routing.calibration.skip, routing.calibration.threshold = 0.4, 0.0
     logits = session.read("Some words to calibrate on, and a few more of them. " * 5).logits
-    routing.config.curve = session._curve = calibration_curve(logits)
-    routing.config.threshold = routing.config.curve[40]
+    routing.calibration.curve = session._curve = calibration_curve(logits)
+    routing.calibration.threshold = routing.calibration.curve[40]
     return session
 
 
@@ -221,8 +221,8 @@ def test_a_router_without_a_curve_says_where_its_thresholds_come_from():
     explorer = Explorer(session=session, text="Some text.")
     explorer.budget.value = 35
     assert "no stored calibration curve" in explorer.view.value
-    session.routing.config.calibrated_skip = None
-    assert abs(session.threshold(session.calibrated) - session.routing.config.threshold) < 0.2, "opens where it was left"
+    session.routing.calibration.skip = None
+    assert abs(session.threshold(session.calibrated) - session.routing.calibration.threshold) < 0.2, "opens where it was left"
 
 
 def test_views_need_no_model(session):

@@ -90,7 +90,7 @@ def test_all_gates_open_give_the_dense_scores_exactly(nano, routed, data):
     dense = responses(DLRLM(loaded=dense_of(routed), batch_size=3), data)
     plain = HFLM(pretrained=nano[0], tokenizer=nano[1], backend="causal", batch_size=3, logits_cache=False)
     assert dense == responses(plain, data)
-    routed.routing.config.threshold = -1e9
+    routed.routing.calibration.threshold = -1e9
     lm = DLRLM(loaded=routed, batch_size=3)
     assert responses(lm, data) == dense
     assert lm.meter.skip == 0.0 and lm.meter.kept == [lm.meter.scored] * routed.routing.units
@@ -249,7 +249,7 @@ def test_arguments_that_are_known_act(nano):
                    add_bos_token=True, trust_remote_code=False)
     assert lm.model.dtype == torch.bfloat16 and lm.model.config._attn_implementation == "eager" and lm.add_bos_token
     routing = lm.loaded.routing
-    assert routing.threshold == pytest.approx(routing.config.curve[20]) != routing.config.threshold
+    assert routing.threshold == pytest.approx(routing.calibration.curve[20]) != routing.calibration.threshold
     lm = DLRLM(load_in_4bit="no", max_length="64")                   # as a command line gives them
     assert "4bit" not in type(lm.model.model.layers[0].mlp.up_proj).__name__ and lm.max_length == 64
     with pytest.raises(ValueError, match="give a checkpoint's name"):

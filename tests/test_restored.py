@@ -153,7 +153,7 @@ def test_a_copy_of_an_adapted_model_in_training_follows_its_own_plan(ids):
 def test_threads_share_a_model_each_with_its_own_text_plan_and_budget():
     model = tiny()
     routing = half(model)
-    routing.config.curve = [-20.0 + 0.5 * i for i in range(81)]
+    routing.calibration.curve = [-20.0 + 0.5 * i for i in range(81)]
     texts = [torch.randint(2, 97, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 17, 12, 30)]
 
     def dense(x):

@@ -198,7 +198,7 @@ def checkpoint(tmp_path):
     run = tmp_path / "results" / "pareto" / "run"
     model, _ = load_base()
     model = add_lora(model, rank=2)
-    attach(model, RouterConfig(calibrated_skip=0.25))
+    attach(model).calibration.skip = 0.25
     dlr.save_pretrained(model, run / "router" / "checkpoint")
     rows = [{"variant": "DLR", "skip": 0.3}, {"variant": "best static", "order": list(range(11, -1, -1))}]
     (run / "metrics.json").write_text(json.dumps({"rows": rows}))

@@ -36,7 +36,7 @@ def test_a_missing_embedded_router_is_named_with_the_remedy(tmp_path, monkeypatc
 def test_an_untrained_router_spreads_its_gates():
     study = token_study.open_study(validated({"untrained": True, "calibration_docs": 2, "eval_len": 24, "record_docs": 4},
                                              PHASES["token_analysis"][1]))
-    assert study.routing.config.calibrated_skip == pytest.approx(0.4, abs=0.02)
+    assert study.routing.calibration.skip == pytest.approx(0.4, abs=0.02)
     gates = record(study.model, study.routing, study.tokenizer, study.test.texts[:2], max_len=48, bar=False).gates.float()
     assert gates.mean(0).std() > 0.02 and 0.3 < gates.mean() < 0.9 and len(gates.unique(dim=0)) > 40
     found = token_study.shuffled_gap(study)

@@ -38,7 +38,7 @@ def train(folder: Path, batch_size: int) -> None:
     thresholds, step_done = [], DLRTrainer.step_done
     def noted(trainer, step):
         row = step_done(trainer, step)
-        thresholds.append(trainer.routing.config.threshold)
+        thresholds.append(trainer.routing.calibration.threshold)
         return row
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DLRTrainer, "step_done", noted)

@@ -76,7 +76,7 @@ def test_shrinking_keeps_the_static_order_and_meets_the_target():
     regress(routing, labels, 4, 0)
     assert shrink(model, routing, blocks, labels, order, CONFIG) in SHARES
     logits = routing.router(labels.states)
-    assert (logits <= routing.config.threshold).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert (logits <= routing.calibration.threshold).float().mean().item() == pytest.approx(0.5, abs=0.01)
     assert logits.mean(0).argsort().tolist() == order
 
 
@@ -124,7 +124,7 @@ def test_labels_are_cached_and_the_whole_is_repeatable(tmp_path):
     for folder in (tmp_path, tmp_path, None):
         torch.manual_seed(0)
         model, routing = routed()
-        found.append((warm_start(model, routing, Blocks(), CONFIG, folder, [3, 1, 0, 2]), routing.config.threshold))
+        found.append((warm_start(model, routing, Blocks(), CONFIG, folder, [3, 1, 0, 2]), routing.calibration.threshold))
     assert found[0] == found[1] == found[2]
     assert {p.name for p in tmp_path.iterdir()} == {"harm-0.safetensors", "harm-1.safetensors"}
     assert set(found[0][0]) == {"warm_start_explained_variance", "token_dependent_share"}
