@@ -1,14 +1,19 @@
-"""Budgets that are hit: the controller used in training and the calibration that follows it.
+"""Budgets that are hit: the controller used in training, the calibration that follows it, and the dial at inference.
+
+    with dlr.budget(model, skip=0.3):
+        model.generate(...)
 
 At the optimum of "least loss at a given mean gate", a unit runs exactly where its worth exceeds one price, the dual
 variable of the budget. So the gate's threshold is that dual variable, and the controller moves it by the skip missed.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 
+from dlr.decoder import routing_of
 
 LEAST_SLOPE = 0.05         # no step is longer than twenty logits a unit of missed skip
 
@@ -88,3 +93,20 @@ def threshold_at(curve: list[float], skip: float) -> float:
     place = skip * 100
     low = min(int(place), len(DIAL) - 2)
     return curve[low] + (place - low) * (curve[low + 1] - curve[low])
+
+
+@contextlib.contextmanager
+def budget(model, skip: float):
+    """Moves the router's threshold along its calibration curve for the duration, in this thread; yields the routing handle.
+
+    `routing.threshold` is the threshold in force; `routing.calibration.threshold`, which `save_pretrained` writes, stays.
+
+    Args:
+        skip: skip ratio asked for, 0 to 0.8. 0 keeps every layer.
+
+    Raises:
+        NotRoutable: no router is attached; ValueError: `skip` is outside the dial, or the router was never calibrated.
+    """
+    routing = routing_of(model)
+    with routing.at(threshold=threshold_at(routing.calibration.curve, skip)):
+        yield routing

@@ -21,7 +21,7 @@ from dlr.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomi
                         refuse_incomplete)
 from dlr.weights import NANO_NAME, base_record, differences, fingerprint, said_of  # noqa: F401
 from dlr.models import NF4, open_model, source_of
-from dlr.router import ROUTER_NAME, Router
+from dlr.router import ROUTER_NAME, router_class
 from dlr.routed import Routing, attach, causal_lm, routing_of
 from dlr.runs import from_project, save_tensors, write_atomically
 
@@ -38,7 +38,7 @@ def refuse_unsaveable(model, routing: Routing) -> str | None:
         NotSaveable: adapters on the router, several active ones, trained base weights, or a base that was changed or
             merged since the router was attached.
     """
-    expected = {name for name, _ in Router(1, routing.units, routing.config).named_parameters()}
+    expected = {name for name, _ in type(routing.router)(1, routing.units, routing.config).named_parameters()}
     if getattr(causal_lm(model), ROUTER_NAME, None) is not routing.router or \
             {name for name, _ in routing.router.named_parameters()} != expected:
         raise NotSaveable("An adapter took in the router, whose weights have files of their own; leave 'dlr_router' "
@@ -121,8 +121,8 @@ def save_control(model, routing: Routing, folder: str | Path, variant: str, orde
         NotSaveable: the model holds something trained that the files would not hold.
     """
     name = refuse_unsaveable(model, routing)
-    record = {"variant": variant, "base": base_record(model), "router": routing.config.model_dump(), "order": order,
-              "skip": skip, "forced": forced, "adapter": name}
+    router = RouterRecord.of(routing.config, routing.calibration, routing.base)
+    record = {"variant": variant, "base": base_record(model), "router": router, "order": order, "skip": skip, "forced": forced, "adapter": name}
     with atomic_folder(Path(folder)) as temporary:
         if name is not None:
             write_adapter(adapted(model, routing), name, temporary, record["base"]["name"])
@@ -131,11 +131,11 @@ def save_control(model, routing: Routing, folder: str | Path, variant: str, orde
 
 
 # -- loading ------------------------------------------------------------------------------------------------------------
-def read_config(record: dict) -> RouterConfig:
-    """The router's settings in a checkpoint's record."""
+def read_config(record: dict) -> RouterRecord:
+    """A checkpoint's record of its router."""
     if "variant" in record:                                  # a control's
         record = record["router"] | {"base": record["base"]}
-    return validated({name: value for name, value in record.items() if name not in ("files", "adapter")}, RouterConfig)
+    return validated({name: value for name, value in record.items() if name not in ("files", "adapter")}, RouterRecord)
 
 
 def named_base(stored: dict, where: str, model: str | None = None, **loading) -> dict:
@@ -231,7 +231,7 @@ def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, 
     config, weights = read_config(record), None
     if "variant" not in record:
         weights = load_file(folder / WEIGHTS)
-        Router.refuse_unfit(weights, config)
+        router_class(config.router_class).refuse_unfit(weights, config)
     if model is None or isinstance(model, str):
         where = str(folder / (CONFIG if weights is not None else CONTROL))
         model = open_model(**named_base(config.base, where, model, **loading))

@@ -297,7 +297,7 @@ class CompactLayer:
         """The output of a layer run by parts, with what is skipped in place of the rows not kept."""
         if self.routing.units_per_layer == 2 or current.rows[self.place] is None:
             return out
-        kept = torch.where(current.keep[..., self.place:self.place + 1], out[0] if self.returns_tuple else out,
+        kept = torch.where(current.runs[..., self.place:self.place + 1], out[0] if self.returns_tuple else out,
                            self.routing.router.skipped(self.place, hidden))
         return (kept, *out[1:]) if self.returns_tuple else kept
 

@@ -6,8 +6,20 @@ from dlr.families import names
 from dlr.weights import causal_lm
 
 
+HANDLE = "_dlr_routing"           # entry in the base model's __dict__
+
+
 class NotRoutable(ValueError):
     """The model cannot be routed as asked; the message says why and what to do."""
+
+
+def routing_of(model: nn.Module):
+    """The `handle.Routing` of a model that has a router; raises NotRoutable where it has none."""
+    try:
+        return causal_lm(model).__dict__[HANDLE]
+    except KeyError:
+        name = type(causal_lm(model)).__name__
+        raise NotRoutable(f"No router is attached to this {name}; call dlr.attach(model).") from None
 
 
 def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

@@ -12,7 +12,7 @@ from dlr.data import Documents, padded_batches
 from dlr.device import autocast, device_of
 from dlr.logits import last_only
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
-from dlr.policy import Policy, RouterPolicy
+from dlr.policy import Policy, RouterPolicy, refuse_without_plan
 from dlr.progress import tqdm
 from dlr.routed import Routing, routing_of
 from dlr.router_config import Calibration
@@ -109,7 +109,12 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
 
 @torch.no_grad()
 def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool | None = None) -> tuple[torch.Tensor, int]:
-    """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced to run."""
+    """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced to run.
+
+    Raises:
+        ValueError: the router decides layer by layer, so that its logits depend on the gates before.
+    """
+    refuse_without_plan(routing, "A calibration curve")
     found, forced, device = [], 0, device_of(model)
     config = routing.config
     first = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
@@ -127,13 +132,29 @@ def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool | 
 def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float, *, bf16: bool | None = None) -> float:
     """Sets the threshold that gives `target_skip` on `batches`, and the dial's curve; returns the ratio it gives there.
 
-    The logits depend on the first K layers only, which every plan runs: one pass is exact.
+    The logits depend on the first K layers only, which every plan runs: one pass is exact. A router that decides layer
+    by layer gets its threshold by bisection, and no dial.
     """
+    if not routing.router.ahead:
+        routing.calibration = _bisected(model, routing, batches, target_skip, bf16)
+        return routing.calibration.skip
     logits, forced = router_logits(model, routing, batches, bf16=bf16)
     threshold = threshold_for(logits, target_skip, forced)
     skip = (logits <= threshold).sum().item() / (logits.numel() + forced)
     routing.calibration = Calibration(threshold, skip, calibration_curve(logits, forced))
     return skip
+
+
+def _bisected(model, routing: Routing, batches: list[dict], target_skip: float, bf16: bool | None) -> Calibration:
+    """The threshold, to a thousandth of a logit, whose measured skip ratio came nearest to the target."""
+    low, high, tried = -30.0, 30.0, []
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        with routing.at(threshold=middle):
+            skip = skip_ratio(evaluate(model, routing, batches, RouterPolicy(), bf16=bf16, bar=False))
+        tried.append(Calibration(middle, skip))
+        low, high = (middle, high) if skip < target_skip else (low, middle)
+    return min(tried, key=lambda found: abs(found.skip - target_skip))
 
 
 def calibrate(model, tokenizer, texts: list[str], skip: float, max_len: int = 256) -> float:

@@ -37,11 +37,12 @@ class BlendLayer:
     unit: int
 
     def __call__(self, module, args, kwargs, output):
-        gate = self.routing.gate(self.unit)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        gate = self.routing.gate(self.unit, hidden)
         if gate is None:
             return None
         ran = _first(output)
-        kept = self.routing.router.skipped(self.unit, args[0] if args else kwargs["hidden_states"])
+        kept = self.routing.router.skipped(self.unit, hidden)
         gate = gate.to(ran.device)
         if gate.requires_grad:
             gate = gate.to(ran.dtype)
@@ -56,7 +57,7 @@ class GateSublayer:
     unit: int
 
     def __call__(self, module, args, output):
-        gate = self.routing.gate(self.unit)
+        gate = self.routing.gate(self.unit, output)        # such routers plan ahead: the input is not looked at
         if gate is None:
             return None
         ran = _first(output)
@@ -74,10 +75,10 @@ class HideSkippedKeys:
     names: list[str]                  # of the layer's arguments
 
     def __call__(self, module, args, kwargs):
-        gate = self.routing.gate(self.unit)
+        kwargs = dict(zip(self.names, args)) | kwargs
+        gate = self.routing.gate(self.unit, kwargs[self.names[0]])
         if gate is None:
             return None
-        kwargs = dict(zip(self.names, args)) | kwargs
         mask, length = kwargs.get("attention_mask"), gate.shape[1]
         seen = (gate.detach() > 0.5).transpose(1, 2).unsqueeze(1)                          # [b, 1, 1, s]
         seen = seen | torch.eye(length, dtype=torch.bool, device=gate.device)
@@ -90,19 +91,19 @@ class HideSkippedKeys:
         return (kwargs.pop(self.names[0]),), kwargs | {"attention_mask": mask}
 
 
-def run_first_pass(current, decoder, args, kwargs) -> None:
+def run_first_pass(plan, decoder, args, kwargs) -> None:
     """Runs the decoder up to layer K, where the policy makes the plan, and stops.
 
     Raises:
         ValueError: a key/value cache was given; the second pass would find the first one's keys in it.
     """
-    if current.cache is not None:
+    if plan.cache is not None:
         raise ValueError("strategy='two_pass' has no cached form: pass use_cache=False, or use strategy='single_pass', "
                          "which gives the same result.")
-    current.first_pass = True
+    plan.first_pass = True
     try:
         decoder(*args, **{**kwargs, "use_cache": False})
     except FirstPassDone:
         pass
     finally:
-        current.first_pass = False
+        plan.first_pass = False

@@ -7,6 +7,7 @@ Scoring is the harness's own code (HFLM). This class feeds it batches whose rows
 be told from scored tokens, and fails closed: a routed request on which the router did not run is an error.
 """
 
+import contextlib
 import hashlib
 import logging
 from typing import NamedTuple

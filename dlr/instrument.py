@@ -87,12 +87,9 @@ class Instrument:
     def setting(self):
         """No gradients, the adapters asked for, and masked execution, whose results are the reference."""
         off = contextlib.nullcontext() if self.adapters else without_adapters(self.model, self.routing)
-        before, self.routing.execution = self.routing.execution, "masked"
-        try:
-            with torch.no_grad(), autocast(self.sample.ids.device, self.sample.bf16), off:
-                yield
-        finally:
-            self.routing.execution = before
+        precision = autocast(self.sample.ids.device, self.sample.bf16)
+        with self.routing.at(execution="masked"), torch.no_grad(), precision, off:
+            yield
 
     @contextlib.contextmanager
     def _reusing(self, layers: int):

@@ -184,17 +184,17 @@ def _put_under_plan(opened: Opened, record: dict, skip: float | None, order: str
     if opened.kind == "routed":
         opened.policy = RouterPolicy()
         if skip is not None:
-            routing.dialled = threshold_at(routing.config.curve, skip)
+            routing.threshold = threshold_at(routing.calibration.curve, skip)
     elif opened.kind == "static":
         if "variant" in record:
             opened.order = record["order"]
             forced = record["forced"] if skip is None else 0.0
         else:
             opened.order, measured = _order_near(opened.folder, order)
-        skip = _needed(skip, measured, routing.config.calibrated_skip)
+        skip = _needed(skip, measured, routing.calibration.skip)
         opened.policy = StaticByDocument(*static_pair(opened.order, routing.units, skip, forced))
     elif opened.kind == "stochastic":
-        opened.policy = RandomByDocument(_needed(skip, measured, routing.config.calibrated_skip))
+        opened.policy = RandomByDocument(_needed(skip, measured, routing.calibration.skip))
     routing.policy = opened.policy
 
 

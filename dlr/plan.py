@@ -1,6 +1,6 @@
-"""The record of one forward pass: which tokens ran which layers.
+"""The plan of one forward pass: what is known of the pass, and which tokens run which layers.
 
-Notation: b batch, s sequence, R routable layers (U = R units, or 2R where attention and MLP are gated apart).
+Notation: b batch, s sequence, U routable units (one a layer, or two where attention and MLP are gated apart).
 """
 
 from dataclasses import dataclass
@@ -8,26 +8,85 @@ from typing import NamedTuple
 
 import torch
 
+from dlr.families import CACHES
+from dlr.memory import Memory, memory_of
 
-@dataclass
+
+@dataclass(repr=False)
 class Plan:
-    """Gates of one forward pass.
+    """One forward pass, from the decoder's call to its end, and the gates of its tokens.
 
     Attributes:
-        gates: `[b, s, U]`, 1 = run. In training they carry gradients (straight-through).
+        gates: `[b, s, U]`, 1 = run; None until they are decided. In training they carry gradients (straight-through).
         logits: `[b, s, U]` router logits, or None for plans that no router made.
         real: `[b, s]` bool, False at padding; padding never counts.
-        always_keep: layers every token ran before the routable ones.
+        always_keep: layers every token ran before or after the routable ones.
+        position: `[b, s]` place among the real tokens of the row, from 0.
+        steps: (gate, logit) `[b, s, 1]` of each unit so far, where the router decides layer by layer; else None.
+        first_pass: whether this is the first of two passes. compact: whether only what the gates keep is computed.
+
+    Of the pass in progress alone; `end` lets go of it:
+        cache: the key/value cache, or None. past: whether it holds anything (None: only the device knows).
+        seen: tokens in the cache after this pass.
+        new: tokens in front that are no candidates of assisted decoding, which are there to be verified.
+        memory: what the cache remembers, and is to remember after this pass.
+        runs, rows: of a compact pass, the gates of real tokens as bool, and a `rows.Rows` a unit (None: all run it).
     """
-    gates: torch.Tensor
+    gates: torch.Tensor | None
     logits: torch.Tensor | None
     real: torch.Tensor
     always_keep: int
     units_per_layer: int = 1
+    position: torch.Tensor | None = None
+    cache: object = None
+    past: bool | None = False
+    seen: int | torch.Tensor = 0
+    new: int = 0
+    memory: Memory | None = None
+    first_pass: bool = False
+    compact: bool = False
+    steps: list | None = None
+    runs: torch.Tensor | None = None
+    rows: list | None = None
 
     def __repr__(self) -> str:
+        if self.gates is None:
+            return "Plan(not decided yet)"
         batch, length, units = self.gates.shape
         return f"Plan({batch} x {length} tokens, {units} units, {self.skip_ratio:.1%} skipped)"
+
+    @classmethod
+    def begin(cls, args: tuple, kwargs: dict, asked: dict, always_keep: int, units_per_layer: int) -> "Plan":
+        """The plan that a decoder's call begins; `asked` is what `asked_of_model` read in the model's own call."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = ids if ids is not None else kwargs.get("inputs_embeds")    # or states: BERT's decoder gets those
+        (batch, length), device = given.shape[:2], given.device
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        past = _tokens_in(cache)                           # a tensor in static caches: not brought to the host
+        place = torch.arange(length, device=device) + past
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            mask = asked.get("mask")
+            if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
+                mask = None
+        if mask is not None:
+            mask, place = mask.to(device), place.clamp(max=mask.shape[1] - 1)
+            real, position = mask[:, place].bool(), mask.long().cumsum(1)[:, place] - 1
+        else:
+            real = torch.ones(batch, length, dtype=torch.bool, device=device)
+            position = place.expand(batch, length)
+        wanted = asked.get("wanted", 0)
+        new = length - (wanted - 1) if 0 < wanted <= length else length
+        return cls(None, None, real, always_keep, units_per_layer, position, cache,
+                   past > 0 if isinstance(past, int) else None, past + length, new)
+
+    def end(self) -> None:
+        """Lets go of what only the pass in progress needs: a plan that is kept must not keep a cache."""
+        self.cache = self.memory = self.runs = self.rows = None
+
+    def opened(self, gates: torch.Tensor, tokens: int) -> torch.Tensor:
+        """`gates` `[b, s, ...]`, open for the first `tokens` of every sequence."""
+        return torch.where((self.position < tokens).unsqueeze(-1), torch.ones_like(gates), gates)
 
     @property
     def kept(self) -> torch.Tensor:
@@ -53,6 +112,23 @@ class Plan:
     def budget(self) -> torch.Tensor:
         """Mean gate over real tokens and units, a scalar with gradients."""
         return self.gates[self.real].mean()
+
+
+def _tokens_in(cache) -> int | torch.Tensor:
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:                                     # recurrent states alone (Mamba): no layer of it counts
+        memory = memory_of(cache)
+        return 0 if memory is None else memory.seen
+
+
+def asked_of_model(kwargs: dict) -> dict:
+    """What the decoder is not told, of a causal LM's arguments: the plain padding mask, and whose logits are wanted."""
+    mask, wanted = kwargs.get("attention_mask"), kwargs.get("logits_to_keep")
+    return {"mask": mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
+            "wanted": wanted if isinstance(wanted, int) else 0}
 
 
 def gate_entropy(probabilities: torch.Tensor) -> float:

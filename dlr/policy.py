@@ -14,11 +14,22 @@ class Policy:
     """A source of gates. `reads_hidden` tells the two-pass strategy whether a first pass is needed."""
     reads_hidden = False
 
-    def check(self, routing, current) -> None:
-        """Raises ValueError, before anything is computed, where this plan does not fit a pass (see `passes.Pass`)."""
+    def check(self, routing, plan) -> None:
+        """Raises ValueError, before anything is computed, where this plan does not fit a pass (a `Plan` without gates)."""
 
-    def __call__(self, routing, hidden: torch.Tensor, current) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def ahead(self, routing) -> bool:
+        """Whether all gates are decided before layer K; otherwise `step` is asked for each unit."""
+        return True
+
+    def __call__(self, routing, hidden: torch.Tensor, plan) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError
+
+
+def refuse_without_plan(routing, what: str) -> None:
+    """Raises ValueError where the router decides layer by layer, for `what` needs all its decisions before layer K."""
+    if not routing.router.ahead:
+        raise ValueError(f"{what} needs all decisions before the first routable layer, and {type(routing.router).__name__} "
+                         "decides on each layer from the state before it.")
 
 
 class RouterPolicy(Policy):
@@ -37,64 +48,74 @@ class RouterPolicy(Policy):
     def __init__(self, training: bool = False, temperature: float = 1.0, noise: bool = True):
         self.training, self.temperature, self.noise = training, temperature, noise
 
-    def check(self, routing, current) -> None:
+    def check(self, routing, plan) -> None:
         pools = routing.config.level == "sequence"
-        if current.cache is None or not (pools or routing.decode_plan == "prompt"):
+        if plan.cache is None or not (pools or routing.decode_plan == "prompt"):
             return
-        known = current.memory.pool if pools else current.memory.prompt
-        if known is not None or (not pools and current.new > 1):
+        known = plan.memory.pool if pools else plan.memory.prompt
+        if known is not None or (not pools and plan.new > 1):
             return
-        past = bool(current.cache.get_seq_length() > 0) if current.past is None else current.past
+        past = bool(plan.cache.get_seq_length() > 0) if plan.past is None else plan.past
         if past:
             what = "level='sequence' decides by a sequence's first tokens" if pools else \
                 "decode_plan='prompt' fixes the plan at prefill"
             raise ValueError(f"{what}, and this key/value cache was filled without that (by the dense model, or under another "
                              "decode_plan). Start again with an empty cache.")
 
-    def __call__(self, routing, hidden, current):
-        config, threshold = routing.config, routing.threshold
-        logits = routing.router(hidden) if config.level == "token" else self._pooled(routing, hidden, current)
+    def ahead(self, routing):
+        return routing.router.ahead
+
+    def step(self, routing, hidden: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate, logit) `[b, s, 1]` of one unit from the state before its layer."""
+        logit = routing.router(hidden, unit)
+        return self._gates(logit, routing.threshold), logit
+
+    def _gates(self, logits: torch.Tensor, threshold: float) -> torch.Tensor:
         if self.training:
-            gates = straight_through_gates(logits, threshold, self.temperature, self.noise)
-            if config.level == "sequence":
-                gates = gates[:, :1].expand_as(gates)         # one draw a sequence
-        else:
-            gates = hard_gates(logits, threshold)
+            return straight_through_gates(logits, threshold, self.temperature, self.noise)
+        return hard_gates(logits, threshold)
+
+    def __call__(self, routing, hidden, plan):
+        config = routing.config
+        logits = routing.router(hidden) if config.level == "token" else self._pooled(routing, hidden, plan)
+        gates = self._gates(logits, routing.threshold)
+        if self.training and config.level == "sequence":
+            gates = gates[:, :1].expand_as(gates)             # one draw a sequence
         if config.level == "sequence":
-            pooled = (current.position < config.pool_tokens).unsqueeze(-1)
+            pooled = (plan.position < config.pool_tokens).unsqueeze(-1)
             gates = torch.where(pooled, torch.ones_like(gates), gates)
         elif routing.decode_plan != "exact" and not self.training:
-            gates = self._together(routing, logits, gates, current)
+            gates = self._together(routing, logits, gates, plan)
         return gates, logits
 
-    def _pooled(self, routing, hidden, current) -> torch.Tensor:
+    def _pooled(self, routing, hidden, plan) -> torch.Tensor:
         """Sequence level: logits from the mean state of the first tokens, which therefore run every layer themselves.
 
         Pooling the whole sequence, as the original did, would let later tokens decide how earlier ones are computed. A
         cache keeps the states of the first tokens, so that a prompt shorter than the pool is completed by what follows.
         """
         size, (batch, length, width) = routing.config.pool_tokens, hidden.shape
-        place = torch.where(current.real, current.position, size).clamp(0, size)          # `size`: none of the first tokens
-        earlier = current.memory.pool
+        place = torch.where(plan.real, plan.position, size).clamp(0, size)          # `size`: none of the first tokens
+        earlier = plan.memory.pool
         if earlier is None:
             earlier = hidden.new_zeros(batch, size + 1, width)
         states = earlier.scatter(1, place.unsqueeze(-1).expand(-1, -1, width), hidden)
-        current.memory.pool = states.detach()
-        count = (torch.where(current.real, current.position, 0).amax(1) + 1).clamp(1, size)
+        plan.memory.pool = states.detach()
+        count = (torch.where(plan.real, plan.position, 0).amax(1) + 1).clamp(1, size)
         within = (torch.arange(size, device=hidden.device) < count.unsqueeze(1)).unsqueeze(-1)
         mean = (states[:, :size].float() * within).sum(1) / count.unsqueeze(1)
         return routing.router(mean.to(hidden.dtype)).unsqueeze(1).expand(-1, length, -1)
 
-    def _together(self, routing, logits, gates, current) -> torch.Tensor:
+    def _together(self, routing, logits, gates, plan) -> torch.Tensor:
         """Gates of a decode step that the batch shares; a longer pass keeps its own and, for 'prompt', notes the sum."""
-        new, memory = current.new, current.memory
+        new, memory = plan.new, plan.memory
         if routing.decode_plan == "consensus":
-            step = current.cache is not None and logits.shape[1] == 1
-            return _shared_gates(logits, gates, current.real).expand_as(gates) if step else gates
+            step = plan.cache is not None and logits.shape[1] == 1
+            return _shared_gates(logits, gates, plan.real).expand_as(gates) if step else gates
         if memory.prompt is not None and new == 1:
             return memory.prompt.expand_as(gates)
         own = gates[:, :new]
-        memory.prompt = _shared_gates(logits[:, :new], own, current.real[:, :new])
+        memory.prompt = _shared_gates(logits[:, :new], own, plan.real[:, :new])
         return torch.cat([own, memory.prompt.expand_as(gates[:, new:])], 1)
 
 
@@ -113,11 +134,11 @@ class StaticPlan(Policy):
     def __init__(self, gates: torch.Tensor):
         self.gates = gates.float()
 
-    def check(self, routing, current):
+    def check(self, routing, plan):
         if self.gates.shape != (routing.units,):
             raise ValueError(f"A static plan for this model has {routing.units} gates; {tuple(self.gates.shape)} given.")
 
-    def __call__(self, routing, hidden, current):
+    def __call__(self, routing, hidden, plan):
         return self.gates.to(hidden.device).expand(*hidden.shape[:2], -1), None
 
 
@@ -127,7 +148,7 @@ class MixedStaticPlan(Policy):
     def __init__(self, fewer: torch.Tensor, more: torch.Tensor, share_more: float):
         self.plans, self.share_more = torch.stack([fewer, more]).float(), share_more
 
-    def __call__(self, routing, hidden, current):
+    def __call__(self, routing, hidden, plan):
         draw = (torch.rand(hidden.shape[0], device=hidden.device) < self.share_more).long()
         gates = self.plans.to(hidden.device)[draw]
         return gates.unsqueeze(1).expand(-1, hidden.shape[1], -1), None
@@ -139,7 +160,7 @@ class RandomPlan(Policy):
     def __init__(self, skip: float | torch.Tensor, seed: int = 0):
         self.skip, self.generator = skip, torch.Generator().manual_seed(seed)
 
-    def __call__(self, routing, hidden, current):
+    def __call__(self, routing, hidden, plan):
         draw = torch.rand(*hidden.shape[:2], routing.units, generator=self.generator)
         return (draw >= self.skip).float().to(hidden.device), None
 
@@ -150,7 +171,7 @@ class LayerDrop(Policy):
     def __init__(self, probability: float):
         self.probability = probability
 
-    def __call__(self, routing, hidden, current):
+    def __call__(self, routing, hidden, plan):
         gates = (torch.rand(hidden.shape[0], 1, routing.units, device=hidden.device) >= self.probability).float()
         return gates.expand(-1, hidden.shape[1], -1), None
 
@@ -162,12 +183,13 @@ class ShuffledPlan(Policy):
     def __init__(self, seed: int = 0):
         self.router, self.generator = RouterPolicy(), torch.Generator().manual_seed(seed)
 
-    def check(self, routing, current):
-        self.router.check(routing, current)
+    def check(self, routing, plan):
+        refuse_without_plan(routing, "A shuffled plan")
+        self.router.check(routing, plan)
 
-    def __call__(self, routing, hidden, current):
-        gates, logits = self.router(routing, hidden, current)
-        movable = current.real & (current.position >= routing.config.keep_first_tokens)
+    def __call__(self, routing, hidden, plan):
+        gates, logits = self.router(routing, hidden, plan)
+        movable = plan.real & (plan.position >= routing.config.keep_first_tokens)
         gates = gates.clone()
         rows = gates[movable]
         gates[movable] = rows[torch.randperm(len(rows), generator=self.generator).to(rows.device)]
@@ -180,13 +202,13 @@ class GivenPlan(Policy):
     def __init__(self, gates: torch.Tensor):
         self.gates = gates.float()
 
-    def check(self, routing, current):
-        expected = (*current.real.shape, routing.units)
+    def check(self, routing, plan):
+        expected = (*plan.real.shape, routing.units)
         if tuple(self.gates.shape) != expected:
             raise ValueError(f"This plan has shape {tuple(self.gates.shape)}; the pass needs [b, s, units] = {expected}. A "
                              "pass that goes on from a cache needs the gates of its new tokens only.")
 
-    def __call__(self, routing, hidden, current):
+    def __call__(self, routing, hidden, plan):
         return self.gates.to(hidden.device), None
 
 
@@ -197,11 +219,14 @@ class RecordedPlan(Policy):
     def __init__(self, gates: torch.Tensor):
         self.gates, self.next = gates.float(), 0
 
-    def __call__(self, routing, hidden, current):
+    def check(self, routing, plan):
+        refuse_without_plan(routing, "A recorded plan")
+
+    def __call__(self, routing, hidden, plan):
         logits = routing.router(hidden)
         batch, length = hidden.shape[:2]
         index = (self.next + torch.arange(batch * length)) % len(self.gates)
-        if not current.first_pass:
+        if not plan.first_pass:
             self.next = int(index[-1]) + 1
         return self.gates[index].view(batch, length, -1).to(hidden.device), logits
 
@@ -220,7 +245,7 @@ class StaticByDocument(Policy):
     def __init__(self, fewer: torch.Tensor, more: torch.Tensor, share_more: float):
         self.plans, self.share_more, self.keys = torch.stack([fewer, more]).float(), share_more, []
 
-    def __call__(self, routing, hidden, current):
+    def __call__(self, routing, hidden, plan):
         chosen = torch.tensor([int(uniform_from(key) < self.share_more) for key in self.keys])
         return self.plans[chosen].to(hidden.device).unsqueeze(1).expand(-1, hidden.shape[1], -1), None
 
@@ -240,8 +265,8 @@ class RandomByDocument(Policy):
     def keys(self, names: list[str]) -> None:
         self._keys, self._uniform = names, None
 
-    def __call__(self, routing, hidden, current):
-        place = current.position.clamp(min=0).cpu()
+    def __call__(self, routing, hidden, plan):
+        place = plan.position.clamp(min=0).cpu()
         longest = int(place.max()) + 1
         if self._uniform is None or self._uniform.shape[1] < longest:
             length = 64 * -(-longest // 64)

@@ -80,7 +80,14 @@ class Record:
         return float(torch.exp(torch.nanmean(getattr(self, f"loss_{which}").double())))
 
     def at_threshold(self, threshold: float) -> "Record":
-        """The plan at another threshold, from the logits alone; routed losses and predictions are unknown (NaN, -1)."""
+        """The plan at another threshold, from the logits alone; routed losses and predictions are unknown (NaN, -1).
+
+        Raises:
+            ValueError: the router decided layer by layer, so that its logits would have been others.
+        """
+        if not self.meta.get("replannable", True):
+            raise ValueError("This record's router decides on each layer from the state before it: its plan at another "
+                             "threshold cannot be read off its logits. Record the text anew.")
         gates = (self.logits > threshold) | (self.position < self.meta["keep_first_tokens"]).unsqueeze(1)
         unknown = torch.full_like(self.loss_routed, NAN)
         return replace(self, gates=gates, loss_routed=unknown, kl=unknown.clone(),
@@ -224,4 +231,6 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
             "keep_first_tokens": forced, "units_per_layer": routing.units_per_layer,
             "text_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}
+    if not routing.router.ahead:
+        meta["replannable"] = False
     return Record(**tensors, tokens=pieces(tokenizer, tensors["ids"].tolist()), meta=meta)

@@ -7,11 +7,12 @@ import torch._dynamo
 from torch import nn
 
 from dlr.router_config import RouterConfig
-from dlr.decoder import NotRoutable, causal_lm, decoder_and_layers, refuse_layerdrop
+from dlr.decoder import HANDLE, NotRoutable, causal_lm, decoder_and_layers, refuse_layerdrop, routing_of
 from dlr.device import execution_device
-from dlr.handle import HANDLE, Routing, RunsMasked
+from dlr.handle import Routing
+from dlr.hooks import RunsMasked
 from dlr.packed import keep_differentiable
-from dlr.router import Router
+from dlr.router import router_class
 from dlr.weights import NANO_NAME, describe_base
 
 __all__ = ["NANO_NAME", "NotRoutable", "Routing", "RunsMasked", "attach", "causal_lm", "decoder_and_layers", "describe_base",
@@ -46,7 +47,10 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
     per_layer = 2 if config.unit == "sublayer" else 1
     keep_differentiable(base)
     units = (len(layers) - config.always_keep - config.keep_last) * per_layer
-    router = Router(base.config.get_text_config().hidden_size, units, config)
+    kind = router_class(config.router_class)
+    if not kind.ahead:
+        _refuse_unplannable(kind.__name__, config)
+    router = kind(base.config.get_text_config().hidden_size, units, config)
     router.to(execution_device(layers[config.always_keep]))
     routing = Routing(model, config, router, decoder, layers)
     try:
@@ -63,17 +67,16 @@ def attach(model: nn.Module, config: RouterConfig | None = None, execution: str 
     return routing
 
 
+def _refuse_unplannable(name: str, config: RouterConfig) -> None:
+    """Refuses settings that need a plan before layer K, of a router that decides layer by layer."""
+    for setting, value in (("level", "token"), ("unit", "layer"), ("strategy", "single_pass")):
+        if getattr(config, setting) != value:
+            raise NotRoutable(f"{name} decides on each layer from the state before it, so that no plan is known ahead, "
+                              f"which {setting}={getattr(config, setting)!r} needs. Use {setting}={value!r}.")
+
+
 def _compile_with_hooks() -> None:
     """torch.compile takes hooks for unchanging: a graph made without them would run a routed model dense."""
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         torch.compiler.reset()                                      # graphs made before
-
-
-def routing_of(model: nn.Module) -> Routing:
-    """The handle of a model that has a router; raises NotRoutable where it has none."""
-    try:
-        return causal_lm(model).__dict__[HANDLE]
-    except KeyError:
-        raise NotRoutable(f"No router is attached to this {type(causal_lm(model)).__name__}; call dlr.attach(model).") \
-            from None

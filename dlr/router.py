@@ -4,11 +4,16 @@ Notation: b batch, s sequence, d width, U routable units. Gumbel straight-throug
 al. 2017; straight-through estimator: Bengio et al. 2013.
 """
 
+import importlib
+from pathlib import Path
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dlr.router_config import RouterConfig
+from dlr.settings import SettingsError
 
 
 ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds it
@@ -29,9 +34,16 @@ class Dense(nn.Module):
 class Router(nn.Module):
     """RMSNorm, three linear layers with GELU between them, and (optionally) low-rank paths for skipped tokens.
 
+    Another router is a subclass, named by `RouterConfig.router_class`, in a file `router_*.py` beside this one or
+    anywhere that is imported first. With `ahead = False` it is asked layer by layer: `forward(hidden, unit)` gets the
+    state `[b, s, d]` before the unit's layer and returns that unit's logits `[b, s, 1]`. No plan is known ahead then,
+    so such a router runs masked only.
+
     It lives inside the base model's module tree, so that optimizers, clipping and DDP see its parameters, but keeps out
     of the base model's `state_dict`: its weights belong to router files (see `weights`).
     """
+
+    ahead: ClassVar[bool] = True
 
     def __init__(self, width: int, units: int, config: RouterConfig):
         super().__init__()
@@ -74,12 +86,17 @@ class Router(nn.Module):
         """Name to tensor, contiguous on the CPU: what a router file holds."""
         return {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
 
-    @staticmethod
-    def refuse_unfit(tensors: dict[str, torch.Tensor], config: RouterConfig) -> None:
-        """Raises ValueError where `tensors` are no weights of a router of these settings, before one is built."""
+    @classmethod
+    def sizes(cls, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """(width, units) of the router whose weights `tensors` are; a subclass with another network has its own."""
         first, last = (tensors.get(name, torch.empty(1)).shape[-1:] for name in ("net.0.weight", "net.4.bias"))
+        return (*(first or (1,)), *(last or (1,)))
+
+    @classmethod
+    def refuse_unfit(cls, tensors: dict[str, torch.Tensor], config: RouterConfig) -> None:
+        """Raises ValueError where `tensors` are no weights of a router of these settings, before one is built."""
         with torch.device("meta"):
-            Router(*first or (1,), *last or (1,), config)._fits(tensors)
+            cls(*cls.sizes(tensors), config)._fits(tensors)
         odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if odd:
             raise ValueError(f"These router weights hold infinite or undefined numbers ({odd[0]!r}): the training that "
@@ -97,6 +114,26 @@ class Router(nn.Module):
         with torch.no_grad():
             for name, parameter in self._fits(tensors).items():
                 parameter.copy_(tensors[name])
+
+
+def router_class(name: str) -> type[Router]:
+    """The class that `RouterConfig.router_class` names.
+
+    Raises:
+        SettingsError: there is none of that name; the message names those there are.
+    """
+    def known() -> dict[str, type[Router]]:
+        classes = [Router]
+        for each in classes:                               # grows meanwhile: subclasses of subclasses too
+            classes += each.__subclasses__()
+        return {each.__name__: each for each in classes}
+    if name not in known():
+        for file in sorted(Path(__file__).parent.glob("router_*.py")):
+            importlib.import_module(f"{__package__}.{file.stem}")
+    if name not in known():
+        raise SettingsError(f"router_class={name!r} is no router; there are {', '.join(sorted(known()))}. Import the file "
+                            "that defines it first, or put it beside dlr's own as router_NAME.py.")
+    return known()[name]
 
 
 def hard_gates(logits: torch.Tensor, threshold: float) -> torch.Tensor:

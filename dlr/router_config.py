@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer
 from typing_extensions import TypedDict          # pydantic asks for this one below Python 3.12
 
 from dlr.settings import Settings
@@ -12,6 +12,7 @@ from dlr.settings import Settings
 class RouterConfig(Settings):
     """What a router is."""
 
+    router_class: str = "Router"                       # `router.Router`, or a subclass by its name
     level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
     unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
     kv: Literal["complete", "drop"] = "complete"       # skipped tokens leave keys and values, or none (no cache)
@@ -23,6 +24,11 @@ class RouterConfig(Settings):
     router_hidden: int = Field(128, ge=1, le=2**16)    # width of the router's two hidden layers
     keep_bias: float = 2.0                             # initial logit: routers start by keeping layers
     skip_adapter_rank: int = Field(0, ge=0, le=2**16)  # rank of a low-rank path for skipped tokens, 0 = none
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, written):
+        """The usual router is not named: files and identities are those from before there were others."""
+        return {name: value for name, value in written(self).items() if (name, value) != ("router_class", "Router")}
 
 
 @dataclass

@@ -88,15 +88,14 @@ class Rows:
 
 
 @torch.compiler.disable
-def plan_rows(gates: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
+def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
     """Kept rows of each unit; None where every real token runs the unit. The forward pass's only host sync is here.
 
     Args:
-        gates: `[b, s, U]`, 1 = run; real: `[b, s]` bool, False at padding, whose rows nobody needs.
+        runs: `[b, s, U]` bool, False at padding, whose rows nobody needs; real: `[b, s]` bool, False there too.
     """
-    runs = (gates > 0.5).permute(2, 0, 1)
-    host = torch.cat([runs, real.unsqueeze(0)]).to("cpu").numpy()
-    kept, (batch, length) = host[:-1] & host[-1], real.shape
+    host = torch.cat([runs.permute(2, 0, 1), real.unsqueeze(0)]).to("cpu").numpy()
+    kept, (batch, length) = host[:-1], real.shape
     rows: list[Rows | None] = [None] * len(kept)
     skipping = (kept != host[-1]).any((1, 2)).nonzero()[0]
     if not len(skipping):
@@ -111,7 +110,7 @@ def plan_rows(gates: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
     padded[begin[unit] + source] = place
     table = torch.from_numpy(np.concatenate([sequence * length + place, source, padded]))
     sizes = np.concatenate([counts.sum(1), counts.sum(1), batch * width]).tolist()
-    moved = table.to(gates.device, non_blocking=True).split(sizes)                    # one copy for all units
+    moved = table.to(runs.device, non_blocking=True).split(sizes)                    # one copy for all units
     for i, index in enumerate(skipping):
         flat, among, places = moved[i::len(skipping)]
         blocks = _blocks(padded[begin[i]:begin[i + 1]].reshape(batch, -1))

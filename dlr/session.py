@@ -20,7 +20,6 @@ import torch
 from transformers.utils import logging as bars
 
 from dlr.calibration import DIAL, calibration_curve, threshold_at
-from dlr.router_config import RouterConfig
 from dlr.data import load_documents, padded_batches
 from dlr.discovery import label_of
 from dlr.encoding import encode

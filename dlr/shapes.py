@@ -7,7 +7,7 @@ Speed depends on shapes and on the plan, not on what the weights are.
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from dlr.calibration import calibrate
+from dlr.calibration import threshold_for
 from dlr.data import load_documents, padded_batches
 from dlr.evaluate import router_logits
 from dlr.opened import load

@@ -7,7 +7,6 @@ import contextlib
 import threading
 from threading import get_ident
 
-from dlr.passes import Pass
 from dlr.plan import Plan
 
 
@@ -15,7 +14,7 @@ class ThreadState:
     """A mapping by thread for each of these. A copy (of the model, in another process) starts with nothing."""
 
     def __init__(self):
-        self.passes: dict[int, Pass] = {}
+        self.passes: dict[int, Plan] = {}
         self.asked: dict[int, dict] = {}               # what the model was called with, until its decoder is called
         self.plans: dict[int, Plan] = {}
         self.changes: dict[int, list[dict]] = {}

@@ -18,7 +18,7 @@ from dlr.calibration import calibrate
 from dlr.run_settings import RunConfig
 from dlr.device import autocast, device_of
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher
-from dlr.policy import GivenPlan, RouterPolicy
+from dlr.policy import GivenPlan, RouterPolicy, refuse_without_plan
 from dlr.progress import tqdm
 from dlr.router import hard_gates
 from dlr.routed import Routing
@@ -227,6 +227,7 @@ def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path 
     With `order` (see `baselines.greedy_static_order`) the first backgrounds are that static plan at
     the target skip, and the router is shrunk towards it at the end.
     """
+    refuse_without_plan(routing, "warm_start")
     explained, pool = [], []
     for round_index in range(config.warm_rounds):
         pool.append(label(model, routing, blocks, config, round_index, folder, order))

@@ -9,10 +9,11 @@ from test_routed import half_skipping
 
 import dlr
 from dlr.baselines import evaluate_static, greedy_static_order
-from dlr.calibration import Controller, calibrate
+from dlr.calibration import Controller, threshold_for
+from dlr.data import load_documents
 from dlr.evaluate import bootstrap, calibrate_router, evaluate, paired_difference, perplexity, skip_ratio, summary
+from dlr.models import load_base
 from dlr.plan import static_gates, static_pair
-from dlr.router_config import RouterConfig
 from dlr.policy import LayerDrop, RandomPlan, RouterPolicy, StaticPlan
 from dlr.router_config import RouterConfig
 

@@ -172,7 +172,7 @@ def test_rows_are_those_of_the_plan(seed):
     generator = torch.Generator().manual_seed(seed)
     gates = (torch.rand(3, 90, 5, generator=generator) < torch.tensor([0.5, 0.9, 0.01, 0.0, 1.0])).float()
     real = torch.arange(90) >= torch.randint(40, (3, 1), generator=generator)
-    found = plan_rows(gates, real)
+    found = plan_rows((gates > 0.5) & real.unsqueeze(-1), real)
     assert found[4] is None and found[3].count == 0 and found[3].blocks == ()
     for unit, rows in enumerate(found[:4]):
         kept = gates[..., unit].bool() & real

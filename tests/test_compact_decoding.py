@@ -90,7 +90,7 @@ def test_a_skipped_layer_is_not_called_in_decoding_and_its_cache_is_whole_all_th
     calls = []
     layers = list(routing.layers)
     for index in (3, 4):
-        attention = routing._compact[index - 2].parts.attention
+        attention = routing.compact_layers[index - 2].parts.attention
         attention.register_forward_pre_hook(lambda m, a, index=index: calls.append(index))
     calls.clear()
     logits, cache = decoded(model, gates, one, 6, "compact")

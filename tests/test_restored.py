@@ -189,9 +189,9 @@ def test_threads_share_a_model_each_with_its_own_text_plan_and_budget():
         thread.join()
     assert not wrong
     assert not [n for n in traces(model) if not n.startswith("dlr_router")]
-    assert len(routing._threads.plans) <= len(jobs) + 1
+    assert len(routing.threads.plans) <= len(jobs) + 1
     call(model, texts[0])
-    assert len(routing._threads.plans) == 1, "nothing is kept of threads that ended"
+    assert len(routing.threads.plans) == 1, "nothing is kept of threads that ended"
 
 
 # -- caches ------------------------------------------------------------------------------------------------------------
