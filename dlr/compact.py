@@ -12,7 +12,6 @@ A layer that no row runs is not called: its keys and values wait (see `pending`)
 pay for running it twice, the layer is left alone.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -20,73 +19,14 @@ from torch import nn
 
 from dlr.execution import argument_names
 from dlr.families import names
-from dlr.intercept import Standin, attention_function, intercepted, own_forwards
+from dlr.intercept import InPlace, Standin, attention_function, intercepted, own_forwards
+from dlr.parts import Parts, width_of
 from dlr.pending import PendingLayer, by_row, joined, pending_layer, positional
 from dlr.rows import Rows, attend
 
 # FLOPs of products that take as long as running a layer by rows costs more: 2 ms on two CPU cores, as measured; on an
 # accelerator about 0.3 ms of kernel launches at 150 TFLOP/s, an estimate
 OVERHEAD = {"cpu": 1.5e8, "cuda": 5e10}
-
-
-class NotCompactable(ValueError):
-    """The model cannot run compacted without changing its results; the message says why."""
-
-
-def _named(parent: nn.Module, column: str) -> list[nn.Module]:
-    """The children of `parent` that a column of `families` names."""
-    return [getattr(parent, name) for name in names(column) if isinstance(getattr(parent, name, None), nn.Module)]
-
-
-def _rowwise(module: nn.Module) -> bool:
-    """Norms, activations, dropout: nothing with a matrix in it."""
-    return all(p.dim() < 2 for p in module.parameters()) and all(b.dim() < 2 for b in module.buffers())
-
-
-class Parts:
-    """The modules of one decoder layer by what they do for compact execution, found by their names.
-
-    Raises:
-        NotCompactable: the layer holds something that may mix rows, or shares keys and values with another layer.
-    """
-
-    def __init__(self, layer: nn.Module):
-        attention, mlp, bare = (_named(layer, column) for column in ("attention", "mlp", "bare_mlp"))
-        known = {*attention, *mlp, *bare}
-        strange = [name for name, child in layer.named_children() if child not in known and not _rowwise(child)]
-        if len(attention) != 1 or strange or not (len(mlp) == 1 or len(bare) == 2):
-            what = f"its {strange[0]!r}" if strange else "a part of it"
-            raise NotCompactable(f"{type(layer).__name__} cannot run compacted: {what} may mix tokens in a way DLR does "
-                                 "not know. Use execution='masked'.")
-        self.attention = attention[0]
-        query, output, fused, key_value = (_named(self.attention, c) for c in ("query", "output", "fused", "key_value"))
-        inner = {*query, *output, *fused, *key_value}
-        strange = [n for n, child in self.attention.named_children() if child not in inner and not _rowwise(child)]
-        if len(output) != 1 or len(query) + len(fused) != 1 or strange:
-            raise NotCompactable(f"{type(self.attention).__name__} cannot run compacted: DLR knows attention with one "
-                                 f"query (or fused) and one output projection, not {strange or 'this one'}. "
-                                 "Use execution='masked'.")
-        if getattr(self.attention, "is_kv_shared_layer", False):
-            raise NotCompactable(f"{type(self.attention).__name__} shares keys and values across layers, so a skipped "
-                                 "layer would change another one. Use execution='masked'.")
-        self.query, self.fused, self.output, self.mlp = query, fused, output, mlp or bare
-        self.key_value = key_value
-
-    def blank_query_width(self, default: int) -> int:
-        """Width of a query nobody reads: one head where the attention's code takes any number of heads."""
-        norm, width = getattr(self.attention, "q_norm", None), getattr(self.attention, "head_dim", None)
-        any_number = "hidden_shape" in inspect.unwrap(type(self.attention).forward).__code__.co_varnames
-        whole = norm is not None and any(p.numel() != width for p in norm.parameters())
-        full = _width(self.query[0], default)
-        heads = getattr(getattr(self.attention, "config", None), "num_attention_heads", None)
-        return width if width and any_number and not whole and full == heads * width else full
-
-
-def _width(module: nn.Module, default: int) -> int:
-    for name in ("out_features", "nf"):
-        if isinstance(getattr(module, name, None), int):
-            return getattr(module, name)
-    return default
 
 
 class _OneLayer:
@@ -116,25 +56,25 @@ class _Blank:
         return x.new_zeros(*x.shape[:-1], self.width)
 
 
-def _selective(module: nn.Module, rows: Rows, width: int, more: dict):
+def _selective(module: nn.Module, rows: Rows, width: int, extras: dict):
     """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros.
 
-    `more` notes how many further outputs it has (an MLP of experts returns its router's choices), for when no row runs.
+    `extras` notes how many further outputs it has (an MLP of experts returns its router's choices), for when no row runs.
     """
-    there = Standin.of(module)                                    # another thread's, or none
-    own = module.forward if there is None else there.own
+    standin = Standin.of(module)                                  # another thread's, or none
+    own = module.forward if standin is None else standin.own
 
     def forward(x, *args, **kwargs):
         lead = x.shape[:-1]
-        if not rows.count and module in more:
-            return _joined(x.new_zeros(*lead, width), (None,) * more[module])
+        if not rows.count and module in extras:
+            return _joined(x.new_zeros(*lead, width), (None,) * extras[module])
         if not rows.count:
             out = own(x, *args, **kwargs)
         else:
             args = [rows.gather(a) if isinstance(a, torch.Tensor) and a.shape[:-1] == lead else a for a in args]
             out = own(rows.gather(x), *args, **kwargs)
         first, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
-        more[module] = len(others)
+        extras[module] = len(others)
         return _joined(rows.scatter(first, lead) if rows.count else x.new_zeros(*lead, width), others)
 
     return forward
@@ -144,7 +84,7 @@ def _joined(first: torch.Tensor, others: tuple):
     return (first, *others) if others else first
 
 
-class CompactLayer:
+class CompactLayer(InPlace):
     """Runs one routable layer by its rows. Stands in as the layer's `forward` while a compact pass is on.
 
     Raises:
@@ -152,26 +92,26 @@ class CompactLayer:
     """
 
     def __init__(self, routing, layer: nn.Module, index: int, width: int):
-        self.routing, self.layer, self.index = routing, layer, index
+        super().__init__(layer)
+        self.routing, self.index = routing, index
         self.place, self.width = index - routing.first, width
         self.names = argument_names(layer)[1:]
         self.cache_name = next((name for name in names("cache") if name in self.names), names("cache")[0])
         self.returns_tuple: bool | None = None                    # known once the layer has run
-        self.before = None                                        # a forward of the layer's own __dict__ (accelerate's)
         self._find()
 
     def _find(self) -> None:
-        self.parts = Parts(self.layer)
+        self.parts = Parts(self.module)
         self.attention = self.parts.attention
-        self.found = self._inside()
-        self.weights = sum(p.numel() for p in self.layer.parameters())       # packed 4-bit ones count as fewer
+        self.children = self._inside()
+        self.weights = sum(p.numel() for p in self.module.parameters())       # packed 4-bit ones count as fewer
         self.no_query = {m: _Blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
-        self.no_keys = {m: _Blank(_width(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
-        self.more = dict.fromkeys((*self.parts.query, *self.parts.output), 0)
+        self.no_keys = {m: _Blank(width_of(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
+        self.extra_outputs = dict.fromkeys((*self.parts.query, *self.parts.output), 0)
         self.touched = (self.attention, *self.no_query, *self.no_keys, *self.parts.output, *self.parts.mlp)
 
     def _inside(self) -> tuple:
-        return *self.layer._modules.values(), *self.attention._modules.values()
+        return *self.module._modules.values(), *self.attention._modules.values()
 
     def tidy(self) -> None:
         """Takes away what an interrupt of this thread may have left in the place of the layer's modules."""
@@ -179,53 +119,39 @@ class CompactLayer:
 
     def refresh(self) -> None:
         """Finds the layer's parts again where LoRA has been added, merged or taken away; raises NotCompactable."""
-        if self._inside() != self.found:
+        if self._inside() != self.children:
             self._find()
 
     def install(self) -> None:
-        """Puts this in the layer's place until `remove`; putting it there twice changes nothing."""
+        """Puts this in the place of the layer's forward until `remove`, for a compact pass."""
         self.function = attention_function(self.attention)        # asked once a pass: a model can change it
-        there = self.layer.__dict__.get("forward")
-        if there is not self:
-            self.before = there
-            self.layer.__dict__["forward"] = self
-
-    def remove(self) -> None:
-        """Gives the layer its own forward back."""
-        if self.layer.__dict__.get("forward") is not self:
-            return
-        if self.before is None:
-            del self.layer.__dict__["forward"]
-        else:
-            self.layer.__dict__["forward"] = self.before
-
-    def own(self, *args, **kwargs):
-        """The layer's own forward."""
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        return type(self.layer).forward(self.layer, *args, **kwargs)
+        super().install()
 
     def __call__(self, hidden=None, *args, **kwargs):
-        current = self.routing.current                            # None in a thread whose pass is dense
+        plan = self.routing.current                               # None in a thread whose pass is dense
         hidden = kwargs.pop("hidden_states") if hidden is None else hidden
         kwargs |= dict(zip(self.names, args))
-        if current is None or not current.compact:
+        if plan is None or not plan.compact:
             return self.own(hidden, **kwargs)
-        self.routing.planned(current)
-        parts = self.routing.units_per_layer
-        rows = current.rows[self.place * parts:(self.place + 1) * parts]
-        if all(r is not None and not r.count for r in rows) and self._wait(hidden, kwargs):
-            return self._output(self.routing.router.skipped(self.place, hidden) if parts == 1 else hidden)
+        self.routing.planned(plan)
+        halves = self.routing.units_per_layer
+        rows = plan.rows[self.place * halves:(self.place + 1) * halves]
+        nobody = all(each is not None and not each.count for each in rows)
+        if nobody and self._wait(hidden, kwargs):
+            return self._output(self.routing.router.skipped(self.place, hidden) if halves == 1 else hidden)
         slot = self._slot(kwargs.get(self.cache_name))
         owed = slot is not None and bool(slot.waiting)
-        plain = parts == 1 and self._plain(rows[0], hidden.device.type)
-        known = self.returns_tuple is not None or rows[0] is None or rows[0].count
-        if parts == 1 and self.function is not None and known and (owed or not plain) and by_row(kwargs, hidden):
+        plain = halves == 1 and self._plain(rows[0], hidden.device.type)
+        # by rows, in two runs: where one gate decides on the layer, its attention function can be exchanged, its output's
+        # form is known or about to be, and either keys are owed, which such a run takes along, or rows are worth it
+        formed = self.returns_tuple is not None or rows[0] is None or rows[0].count
+        if halves == 1 and self.function is not None and formed and (owed or not plain) and by_row(kwargs, hidden):
             return self._output(self.run(hidden, kwargs, rows[0], slot.take() if owed else []))
         if owed:
             slot.complete()
+        # in one run, part by part; a plain layer computes every row
         attention, mlp = (None, None) if plain else (rows[0], rows[-1])
-        return self._blend(current, hidden, self.run_parts(hidden, kwargs, attention, mlp))
+        return self._blend(plan, hidden, self.run_parts(hidden, kwargs, attention, mlp))
 
     def _plain(self, rows: Rows | None, device: str) -> bool:
         """Whether so few rows are skipped that running the layer by rows costs more."""
@@ -278,7 +204,7 @@ class CompactLayer:
         forwards = {}
         for rows, modules in ((attention, (*self.parts.query, *self.parts.output)), (mlp, self.parts.mlp)):
             if rows is not None:
-                forwards |= {m: _selective(m, rows, _width(m, self.width), self.more) for m in modules}
+                forwards |= {m: _selective(m, rows, width_of(m, self.width), self.extra_outputs) for m in modules}
 
         def attends(module, query, key, value, mask, **options):
             shape = attention.batch, attention.length
@@ -293,11 +219,11 @@ class CompactLayer:
         self.returns_tuple = isinstance(out, (tuple, list))
         return out
 
-    def _blend(self, current, hidden: torch.Tensor, out):
+    def _blend(self, plan, hidden: torch.Tensor, out):
         """The output of a layer run by parts, with what is skipped in place of the rows not kept."""
-        if self.routing.units_per_layer == 2 or current.rows[self.place] is None:
+        if self.routing.units_per_layer == 2 or plan.rows[self.place] is None:
             return out
-        kept = torch.where(current.runs[..., self.place:self.place + 1], out[0] if self.returns_tuple else out,
+        kept = torch.where(plan.runs[..., self.place:self.place + 1], out[0] if self.returns_tuple else out,
                            self.routing.router.skipped(self.place, hidden))
         return (kept, *out[1:]) if self.returns_tuple else kept
 

@@ -9,12 +9,13 @@ from threading import get_ident
 import torch
 from torch import nn
 
-from dlr.compact import NotCompactable, compact_layers
+from dlr.compact import compact_layers
 from dlr.decoder import HANDLE, NotRoutable, causal_lm, sublayers
 from dlr.execution import BlendLayer, GateSublayer, HideSkippedKeys, argument_names
 from dlr.hooks import Hooks
 from dlr.intercept import own_forwards
 from dlr.memory import Owner
+from dlr.parts import NotCompactable
 from dlr.plan import Plan
 from dlr.policy import Policy, RouterPolicy
 from dlr.router import ROUTER_NAME, Router

@@ -10,12 +10,12 @@ from threading import get_ident
 
 import torch
 
-from dlr.compact import NotCompactable
 from dlr.decoder import NotRoutable, refuse_layerdrop
 from dlr.execution import FirstPassDone, run_first_pass
 from dlr.families import CACHES
 from dlr.intercept import LOCK
 from dlr.memory import Memory, memory_of, remember
+from dlr.parts import NotCompactable
 from dlr.plan import Plan, asked_of_model
 from dlr.rows import plan_rows
 

@@ -19,15 +19,28 @@ ATTENTION_NAME = "dlr_rows"        # what attention modules find as their attent
 LOCK = threading.RLock()           # held while stand-ins are put in place or taken away, never while they run
 
 
-class Standin:
-    """A module's forward in which each thread may have put another function; without one, the module's own."""
+class InPlace:
+    """An object that stands in the place of a module's forward while it is installed."""
 
     def __init__(self, module: nn.Module):
-        self.module, self.before, self.by_thread = module, module.__dict__.get("forward"), {}
+        self.module = module
+        self.before = None                                 # a forward of the module's own __dict__ (accelerate's)
 
-    def __call__(self, *args, **kwargs):
-        forward = self.by_thread.get(get_ident())
-        return self.own(*args, **kwargs) if forward is None else forward(*args, **kwargs)
+    def install(self) -> None:
+        """Puts this in the forward's place until `remove`; putting it there twice changes nothing."""
+        forward = self.module.__dict__.get("forward")
+        if forward is not self:
+            self.before = forward
+            self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        """Gives the module its own forward back."""
+        if self.module.__dict__.get("forward") is not self:
+            return
+        if self.before is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.before
 
     def own(self, *args, **kwargs):
         """The module's own forward."""
@@ -35,38 +48,47 @@ class Standin:
             return self.before(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
+
+class Standin(InPlace):
+    """A module's forward in which each thread may have put another function; without one, the module's own."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.by_thread: dict = {}
+
+    def __call__(self, *args, **kwargs):
+        forward = self.by_thread.get(get_ident())
+        return self.own(*args, **kwargs) if forward is None else forward(*args, **kwargs)
+
     def __getstate__(self):
         return self.__dict__ | {"by_thread": {}}          # a copy of the model is in nobody's block
 
     @staticmethod
     def of(module: nn.Module) -> "Standin | None":
         """The stand-in now in place of the module's forward, if any."""
-        there = module.__dict__.get("forward")
-        return there if isinstance(there, Standin) else None
+        forward = module.__dict__.get("forward")
+        return forward if isinstance(forward, Standin) else None
 
     @classmethod
     def put(cls, module: nn.Module, forward) -> None:
         """Lets `forward` stand in for the module's in this thread."""
         with LOCK:
-            there = cls.of(module)
-            if there is None:
-                there = module.__dict__["forward"] = cls(module)
-            there.by_thread[get_ident()] = forward
+            standin = cls.of(module)
+            if standin is None:
+                standin = cls(module)
+                standin.install()
+            standin.by_thread[get_ident()] = forward
 
     @classmethod
     def take(cls, module: nn.Module, everybody: bool = False) -> None:
         """Takes this thread's function away, or everybody's; the module's own forward is back with the last one."""
         with LOCK:
-            there = cls.of(module)
-            if there is None:
+            standin = cls.of(module)
+            if standin is None:
                 return
-            there.by_thread.clear() if everybody else there.by_thread.pop(get_ident(), None)
-            if there.by_thread:
-                return
-            if there.before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = there.before
+            standin.by_thread.clear() if everybody else standin.by_thread.pop(get_ident(), None)
+            if not standin.by_thread:
+                standin.remove()
 
 
 class _Config:

@@ -22,10 +22,19 @@ class Watched(Policy):
         self.inner, self.reads_hidden = inner, inner.reads_hidden
         self.real: torch.Tensor | None = None
 
-    def __call__(self, routing, hidden, current):
+    def check(self, routing, plan):
         if self.real is not None:
-            current.real = self.real
-        return self.inner(routing, hidden, current)
+            plan.real = self.real
+        self.inner.check(routing, plan)
+
+    def ahead(self, routing):
+        return self.inner.ahead(routing)
+
+    def step(self, routing, hidden, unit):
+        return self.inner.step(routing, hidden, unit)
+
+    def __call__(self, routing, hidden, plan):
+        return self.inner(routing, hidden, plan)
 
 
 class Watch:
