@@ -1,15 +1,17 @@
 """Compact execution: each layer computes only the rows its plan keeps, with the family's own code.
 
-All decisions are known after layer K, so the kept rows of every layer are found at once, with one host sync. A routable
-layer then runs twice, neither time in full. *First* up to its attention, with every row, for keys and values: K/V
-complete. *Then* with the kept rows as a sequence of their own, whose attention finds the keys and values of all. Norms,
-rotary embeddings, soft-capping, windows, quantised and LoRA-wrapped linears stay the family's own, and see no row too many.
+All decisions are known after layer K, so the kept rows of every layer are found at once, with one
+host sync. A routable layer then runs twice, neither time in full. *First* up to its attention, with
+every row, for keys and values: K/V complete. *Then* with the kept rows as a sequence of their own,
+whose attention finds the keys and values of all. Norms, rotary embeddings, soft-capping, windows,
+quantised and LoRA-wrapped linears stay the family's own, and see no row too many.
 
-Where attention and MLP keep different rows, or attention is no function that can be exchanged, the layer runs once, part
-by part: its query and output projections and its MLP gather the kept rows, compute them and scatter them.
+Where attention and MLP keep different rows, or attention is no function that can be exchanged, the
+layer runs once, part by part: its query and output projections and its MLP gather the kept rows,
+compute them and scatter them.
 
-A layer that no row runs is not called: its keys and values wait (see `pending`). Where nothing is skipped, or too little to
-pay for running it twice, the layer is left alone.
+A layer that no row runs is not called: its keys and values wait (see `pending`). Where nothing is
+skipped, or too little to pay for running it twice, the layer is left alone.
 """
 
 from dataclasses import dataclass
@@ -24,8 +26,8 @@ from dlr.parts import Parts, width_of
 from dlr.pending import PendingLayer, by_row, joined, pending_layer, positional
 from dlr.rows import Rows, attend
 
-# FLOPs of products that take as long as running a layer by rows costs more: 2 ms on two CPU cores, as measured; on an
-# accelerator about 0.3 ms of kernel launches at 150 TFLOP/s, an estimate
+# FLOPs of products that take as long as running a layer by rows costs more: 2 ms on two CPU cores,
+# as measured; on an accelerator about 0.3 ms of kernel launches at 150 TFLOP/s, an estimate
 OVERHEAD = {"cpu": 1.5e8, "cuda": 5e10}
 
 
@@ -59,7 +61,8 @@ class _Blank:
 def _selective(module: nn.Module, rows: Rows, width: int, extras: dict):
     """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros.
 
-    `extras` notes how many further outputs it has (an MLP of experts returns its router's choices), for when no row runs.
+    `extras` notes how many further outputs it has (an MLP of experts returns its router's choices),
+    for when no row runs.
     """
     standin = Standin.of(module)                                  # another thread's, or none
     own = module.forward if standin is None else standin.own
@@ -71,11 +74,13 @@ def _selective(module: nn.Module, rows: Rows, width: int, extras: dict):
         if not rows.count:
             out = own(x, *args, **kwargs)
         else:
-            args = [rows.gather(a) if isinstance(a, torch.Tensor) and a.shape[:-1] == lead else a for a in args]
+            by_row = [isinstance(a, torch.Tensor) and a.shape[:-1] == lead for a in args]
+            args = [rows.gather(a) if each else a for a, each in zip(args, by_row)]
             out = own(rows.gather(x), *args, **kwargs)
         first, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
         extras[module] = len(others)
-        return _joined(rows.scatter(first, lead) if rows.count else x.new_zeros(*lead, width), others)
+        whole = rows.scatter(first, lead) if rows.count else x.new_zeros(*lead, width)
+        return _joined(whole, others)
 
     return forward
 
@@ -85,7 +90,7 @@ def _joined(first: torch.Tensor, others: tuple):
 
 
 class CompactLayer(InPlace):
-    """Runs one routable layer by its rows. Stands in as the layer's `forward` while a compact pass is on.
+    """Runs one routable layer by its rows, in the place of its `forward` in compact passes.
 
     Raises:
         NotCompactable: see `Parts`.
@@ -96,7 +101,8 @@ class CompactLayer(InPlace):
         self.routing, self.index = routing, index
         self.place, self.width = index - routing.first, width
         self.names = argument_names(layer)[1:]
-        self.cache_name = next((name for name in names("cache") if name in self.names), names("cache")[0])
+        self.cache_name = next((name for name in names("cache") if name in self.names),
+                               names("cache")[0])
         self.returns_tuple: bool | None = None                    # known once the layer has run
         self._find()
 
@@ -104,31 +110,35 @@ class CompactLayer(InPlace):
         self.parts = Parts(self.module)
         self.attention = self.parts.attention
         self.children = self._inside()
-        self.weights = sum(p.numel() for p in self.module.parameters())       # packed 4-bit ones count as fewer
-        self.no_query = {m: _Blank(self.parts.blank_query_width(self.width)) for m in self.parts.query}
-        self.no_keys = {m: _Blank(width_of(m, self.width)) for m in (*self.parts.key_value, *self.parts.fused)}
+        # packed 4-bit ones count as fewer
+        self.weights = sum(p.numel() for p in self.module.parameters())
+        parts, width = self.parts, self.width
+        self.no_query = {m: _Blank(parts.blank_query_width(width)) for m in parts.query}
+        self.no_keys = {m: _Blank(width_of(m, width)) for m in (*parts.key_value, *parts.fused)}
         self.extra_outputs = dict.fromkeys((*self.parts.query, *self.parts.output), 0)
-        self.touched = (self.attention, *self.no_query, *self.no_keys, *self.parts.output, *self.parts.mlp)
+        self.touched = (self.attention, *self.no_query, *self.no_keys, *self.parts.output,
+                        *self.parts.mlp)
 
     def _inside(self) -> tuple:
         return *self.module._modules.values(), *self.attention._modules.values()
 
     def tidy(self) -> None:
-        """Takes away what an interrupt of this thread may have left in the place of the layer's modules."""
+        """Takes away what an interrupt of this thread may have left on the layer's modules."""
         own_forwards(self.touched, everybody=False)
 
     def refresh(self) -> None:
-        """Finds the layer's parts again where LoRA has been added, merged or taken away; raises NotCompactable."""
+        """Finds the parts again where LoRA was added, merged or removed; raises NotCompactable."""
         if self._inside() != self.children:
             self._find()
 
     def install(self) -> None:
         """Puts this in the place of the layer's forward until `remove`, for a compact pass."""
-        self.function = attention_function(self.attention)        # asked once a pass: a model can change it
+        # asked once a pass: a model can change it
+        self.function = attention_function(self.attention)
         super().install()
 
     def __call__(self, hidden=None, *args, **kwargs):
-        plan = self.routing.current                               # None in a thread whose pass is dense
+        plan = self.routing.current  # None in a thread whose pass is dense
         hidden = kwargs.pop("hidden_states") if hidden is None else hidden
         kwargs |= dict(zip(self.names, args))
         if plan is None or not plan.compact:
@@ -138,14 +148,17 @@ class CompactLayer(InPlace):
         rows = plan.rows[self.place * halves:(self.place + 1) * halves]
         nobody = all(each is not None and not each.count for each in rows)
         if nobody and self._wait(hidden, kwargs):
-            return self._output(self.routing.router.skipped(self.place, hidden) if halves == 1 else hidden)
+            skipped = self.routing.router.skipped(self.place, hidden) if halves == 1 else hidden
+            return self._output(skipped)
         slot = self._slot(kwargs.get(self.cache_name))
         owed = slot is not None and bool(slot.waiting)
         plain = halves == 1 and self._plain(rows[0], hidden.device.type)
-        # by rows, in two runs: where one gate decides on the layer, its attention function can be exchanged, its output's
-        # form is known or about to be, and either keys are owed, which such a run takes along, or rows are worth it
+        # by rows, in two runs: where one gate decides on the layer, its attention function can be
+        # exchanged, its output's form is known or about to be, and either keys are owed, which such
+        # a run takes along, or rows are worth it
         formed = self.returns_tuple is not None or rows[0] is None or rows[0].count
-        if halves == 1 and self.function is not None and formed and (owed or not plain) and by_row(kwargs, hidden):
+        whole = halves == 1 and self.function is not None and formed
+        if whole and (owed or not plain) and by_row(kwargs, hidden):
             return self._output(self.run(hidden, kwargs, rows[0], slot.take() if owed else []))
         if owed:
             slot.complete()
@@ -160,10 +173,13 @@ class CompactLayer(InPlace):
         saved = 2 * self.weights * (rows.batch * rows.length - rows.count)
         return rows.count > 0 and saved < OVERHEAD.get(device, OVERHEAD["cuda"])
 
-    def run(self, hidden: torch.Tensor, kwargs: dict, rows: Rows | None, waiting: list) -> torch.Tensor:
-        """What follows the layer `[b, s, d]`, with only the given rows of `hidden` `[b, s, d]` computed; None: all.
+    def run(self, hidden: torch.Tensor, kwargs: dict, rows: Rows | None,
+            waiting: list) -> torch.Tensor:
+        """What follows the layer `[b, s, d]`, with only the given rows of `hidden` `[b, s, d]`
+        computed; None: all.
 
-        `waiting` holds earlier inputs whose keys and values are owed: their projection takes them along, in front.
+        `waiting` holds earlier inputs whose keys and values are owed: their projection takes them
+        along, in front.
         """
         extra = sum(earlier.shape[1] for earlier, _ in waiting)
         whole, now = hidden, positional(kwargs)
@@ -179,16 +195,19 @@ class CompactLayer(InPlace):
 
         def attention(module, kept, *keys_and_mask, **options):
             kept = rows.chosen(query[:, :, extra:]) if self.parts.fused else rows.by_sequence(kept)
-            return rows.in_one(attend(self.function, rows, module, kept, key, value, mask, **options)), None
+            out = attend(self.function, rows, module, kept, key, value, mask, **options)
+            return rows.in_one(out), None
 
         positions = {name: rows.positions(part) for name, part in now.items()}
         with intercepted(self.no_keys, self.attention, attention):
-            out = self.own(rows.gather(hidden), **kwargs | positions | {self.cache_name: None, "attention_mask": None})
+            nothing = {self.cache_name: None, "attention_mask": None}
+            out = self.own(rows.gather(hidden), **kwargs | positions | nothing)
         self.returns_tuple = isinstance(out, (tuple, list))
         return rows.onto(skipped, out[0] if self.returns_tuple else out)
 
     def _keys(self, hidden: torch.Tensor, kwargs: dict) -> tuple:
-        """Runs the layer up to its attention: (query, key, value, mask) as attention gets them; the query is good if fused.
+        """Runs the layer up to its attention: (query, key, value, mask) as attention gets them; the
+        query is good if fused.
 
         A cache among `kwargs` has then taken the keys and values.
         """
@@ -197,21 +216,27 @@ class CompactLayer(InPlace):
                 self.own(hidden, **kwargs)
             except _Reached as reached:
                 return reached.args
-        raise RuntimeError(f"{type(self.attention).__name__} never called its attention function. Use execution='masked'.")
+        raise RuntimeError(f"{type(self.attention).__name__} never called its attention function. "
+                           "Use execution='masked'.")
 
-    def run_parts(self, hidden: torch.Tensor, kwargs: dict, attention: Rows | None, mlp: Rows | None):
-        """The layer's own output, computed for the given rows of each part; None computes all. Other rows mean nothing."""
+    def run_parts(self, hidden: torch.Tensor, kwargs: dict, attention: Rows | None,
+                  mlp: Rows | None):
+        """The layer's own output, good in the given rows of each part; None computes all."""
         forwards = {}
-        for rows, modules in ((attention, (*self.parts.query, *self.parts.output)), (mlp, self.parts.mlp)):
-            if rows is not None:
-                forwards |= {m: _selective(m, rows, width_of(m, self.width), self.extra_outputs) for m in modules}
+        projections = [*self.parts.query, *self.parts.output]
+        for rows, modules in ((attention, projections), (mlp, self.parts.mlp)):
+            for module in modules if rows is not None else ():
+                width = width_of(module, self.width)
+                forwards[module] = _selective(module, rows, width, self.extra_outputs)
 
         def attends(module, query, key, value, mask, **options):
             shape = attention.batch, attention.length
             if not attention.count:
                 return query.new_zeros(*shape, query.shape[1], value.shape[-1]), None
-            out = attend(self.function, attention, module, attention.chosen(query), key, value, mask, **options)
-            return attention.scatter(attention.in_one(out).flatten(2), shape).view(*shape, *out.shape[2:]), None
+            out = attend(self.function, attention, module, attention.chosen(query), key, value,
+                         mask, **options)
+            whole = attention.scatter(attention.in_one(out).flatten(2), shape)
+            return whole.view(*shape, *out.shape[2:]), None
 
         exchange = self.function is not None and attention is not None
         with intercepted(forwards, self.attention, attends if exchange else None):
@@ -220,17 +245,19 @@ class CompactLayer(InPlace):
         return out
 
     def _blend(self, plan, hidden: torch.Tensor, out):
-        """The output of a layer run by parts, with what is skipped in place of the rows not kept."""
+        """The output of a layer run by parts, with what is skipped in rows that are not kept."""
         if self.routing.units_per_layer == 2 or plan.rows[self.place] is None:
             return out
-        kept = torch.where(plan.runs[..., self.place:self.place + 1], out[0] if self.returns_tuple else out,
+        runs = plan.runs[..., self.place:self.place + 1]
+        kept = torch.where(runs, out[0] if self.returns_tuple else out,
                            self.routing.router.skipped(self.place, hidden))
         return (kept, *out[1:]) if self.returns_tuple else kept
 
     def project(self, cache_layer, hidden: torch.Tensor, positions: dict) -> None:
-        """Appends the keys and values of `hidden` `[b, s, d]` to `cache_layer`, and computes nothing else."""
+        """Appends the keys and values of `hidden` `[b, s, d]` to `cache_layer`, nothing else."""
         with torch.no_grad():
-            self._keys(hidden, positions | {self.cache_name: _OneLayer(cache_layer), "attention_mask": None})
+            cache = {self.cache_name: _OneLayer(cache_layer), "attention_mask": None}
+            self._keys(hidden, positions | cache)
 
     def _slot(self, cache):
         layers = getattr(cache, "layers", ())
@@ -238,12 +265,12 @@ class CompactLayer(InPlace):
         return layer if isinstance(layer, PendingLayer) else None
 
     def _wait(self, hidden: torch.Tensor, kwargs: dict) -> bool:
-        """Puts the layer off: no row runs it. False where it must run all the same for its keys and values."""
+        """Puts the layer off: no row runs it. False where its keys and values are needed now."""
         if self.returns_tuple is None or self.function is None or not by_row(kwargs, hidden):
             return False
         cache = kwargs.get(self.cache_name)
         if cache is None:
-            return True                                            # no row, no cache: nobody will read the keys
+            return True  # no row, no cache: nobody will read the keys
         slot = pending_layer(cache, self.index, self.project)
         if slot is not None:
             slot.owe(hidden, positional(kwargs))
@@ -260,4 +287,5 @@ def compact_layers(routing) -> list[CompactLayer]:
         NotCompactable: some layer cannot be run by rows.
     """
     width = routing.router.width
-    return [CompactLayer(routing, routing.layers[index], index, width) for index in range(routing.first, routing.last)]
+    return [CompactLayer(routing, routing.layers[index], index, width)
+            for index in range(routing.first, routing.last)]

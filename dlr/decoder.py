@@ -19,7 +19,8 @@ def routing_of(model: nn.Module):
         return causal_lm(model).__dict__[HANDLE]
     except KeyError:
         name = type(causal_lm(model)).__name__
-        raise NotRoutable(f"No router is attached to this {name}; call dlr.attach(model).") from None
+        message = f"No router is attached to this {name}; call dlr.attach(model)."
+        raise NotRoutable(message) from None
 
 
 def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -34,10 +35,11 @@ def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     count = getattr(text, "num_hidden_layers", None)
     if config is None or getattr(config, "is_encoder_decoder", False) or not (
             hasattr(base, "can_generate") and base.can_generate()) or count is None:
-        raise NotRoutable(f"{type(base).__name__} is no decoder-only language model; DLR routes the layers of causal "
-                          "LMs such as LlamaForCausalLM.")
+        raise NotRoutable(f"{type(base).__name__} is no decoder-only language model; DLR routes "
+                          "the layers of causal LMs such as LlamaForCausalLM.")
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    for module in decoder.modules():              # a vision or audio tower of as many layers lies outside the decoder
+    # a vision or audio tower of as many layers lies outside the decoder
+    for module in decoder.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child
@@ -45,10 +47,13 @@ def decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def sublayers(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    parts = [next((getattr(layer, n) for n in names(column) if hasattr(layer, n)), None) for column in ("attention", "mlp")]
+    """The attention and the MLP of a layer; raises NotRoutable where they cannot be gated apart."""
+    parts = [next((getattr(layer, name) for name in names(column) if hasattr(layer, name)), None)
+             for column in ("attention", "mlp")]
     if None in parts or "residual" in parts[0].forward.__code__.co_varnames:
-        raise NotRoutable(f"unit='sublayer' needs layers with separate attention and MLP modules that leave the "
-                          f"residual alone; {type(layer).__name__} has none. Use unit='layer'.")
+        raise NotRoutable("unit='sublayer' needs layers with separate attention and MLP modules "
+                          f"that leave the residual alone; {type(layer).__name__} has none. Use "
+                          "unit='layer'.")
     return parts[0], parts[1]
 
 
@@ -60,9 +65,11 @@ def projections_of(model: nn.Module) -> list[str]:
 
 
 def refuse_layerdrop(decoder: nn.Module) -> None:
-    """Refuses families that drop layers at random in training (OPT, XGLM, BioGPT with `layerdrop` above 0)."""
-    rate = getattr(decoder, "layerdrop", getattr(getattr(decoder, "config", None), "layerdrop", 0.0)) or 0.0
+    """Refuses decoders that drop layers at random in training (OPT, XGLM, BioGPT)."""
+    config = getattr(decoder, "config", None)
+    rate = getattr(decoder, "layerdrop", getattr(config, "layerdrop", 0.0)) or 0.0
     if rate > 0:
-        raise NotRoutable(f"{type(decoder).__name__} drops layers of its own in training (layerdrop={rate}), and a dropped layer "
-                          "has no gate. Set model.config.layerdrop and the decoder's layerdrop to 0; stochastic depth under "
-                          "DLR is dlr.policy.LayerDrop.")
+        raise NotRoutable(f"{type(decoder).__name__} drops layers of its own in training "
+                          f"(layerdrop={rate}), and a dropped layer has no gate. Set "
+                          "model.config.layerdrop and the decoder's layerdrop to 0; stochastic "
+                          "depth under DLR is dlr.policy.LayerDrop.")

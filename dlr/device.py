@@ -5,7 +5,7 @@ from torch import nn
 
 
 def fast_bf16() -> bool:
-    """Whether bfloat16 matrix products are faster here than float32: emulated ones take about five times as long."""
+    """Whether bfloat16 products are faster here; emulated, they take about five times as long."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -23,7 +23,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where `module` computes; its parameters may lie elsewhere between calls (offloaded to CPU or disk by accelerate)."""
+    """Where `module` computes; accelerate may have its parameters elsewhere between calls."""
     for part in module.modules():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:

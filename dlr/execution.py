@@ -1,10 +1,11 @@
 """How a plan is carried out: masked execution, in one pass or in the original two.
 
-Masked execution runs every layer for every token and blends `g * layer(x) + (1 - g) * x`. A skipped token still leaves
-that layer's own keys and values (K/V complete), because the layer has seen it. It is the reference that any faster
-execution must equal.
+Masked execution runs every layer for every token and blends `g * layer(x) + (1 - g) * x`. A skipped
+token still leaves that layer's own keys and values (K/V complete), because the layer has seen it.
+It is the reference that any faster execution must equal.
 
-The hooks are objects, not closures: a copy of the model has copies of them, which ask the copy's own routing.
+The hooks are objects, not closures: a copy of the model has copies of them, which ask the copy's
+own routing.
 """
 
 import inspect
@@ -52,12 +53,12 @@ class BlendLayer:
 
 @dataclass(eq=False)
 class GateSublayer:
-    """A forward hook that multiplies what attention or the MLP adds to the residual by the gate of `unit`."""
+    """A forward hook that multiplies what attention or the MLP adds by the gate of `unit`."""
     routing: object
     unit: int
 
     def __call__(self, module, args, output):
-        gate = self.routing.gate(self.unit, output)        # such routers plan ahead: the input is not looked at
+        gate = self.routing.gate(self.unit, output)    # its router plans ahead, and reads nothing
         if gate is None:
             return None
         ran = _first(output)
@@ -66,9 +67,10 @@ class GateSublayer:
 
 @dataclass(eq=False)
 class HideSkippedKeys:
-    """A forward pre-hook for kv='drop': a layer's attention sees no keys of tokens that skip it, but each token itself.
+    """A forward pre-hook for kv='drop': attention sees no keys of skipping tokens but their own.
 
-    As in Mixture-of-Depths (Raposo et al. 2024) and D-LLM (Jiang et al. 2024), where a skipped token leaves nothing.
+    As in Mixture-of-Depths (Raposo et al. 2024) and D-LLM (Jiang et al. 2024), where a skipped
+    token leaves nothing.
     """
     routing: object
     unit: int
@@ -80,7 +82,7 @@ class HideSkippedKeys:
         if gate is None:
             return None
         mask, length = kwargs.get("attention_mask"), gate.shape[1]
-        seen = (gate.detach() > 0.5).transpose(1, 2).unsqueeze(1)                          # [b, 1, 1, s]
+        seen = (gate.detach() > 0.5).transpose(1, 2).unsqueeze(1)  # [b, 1, 1, s]
         seen = seen | torch.eye(length, dtype=torch.bool, device=gate.device)
         if mask is None:
             mask = seen & torch.ones(length, length, dtype=torch.bool, device=gate.device).tril()
@@ -95,11 +97,11 @@ def run_first_pass(plan, decoder, args, kwargs) -> None:
     """Runs the decoder up to layer K, where the policy makes the plan, and stops.
 
     Raises:
-        ValueError: a key/value cache was given; the second pass would find the first one's keys in it.
+        ValueError: a cache was given; the second pass would find the first one's keys in it.
     """
     if plan.cache is not None:
-        raise ValueError("strategy='two_pass' has no cached form: pass use_cache=False, or use strategy='single_pass', "
-                         "which gives the same result.")
+        raise ValueError("strategy='two_pass' has no cached form: pass use_cache=False, or use "
+                         "strategy='single_pass', which gives the same result.")
     plan.first_pass = True
     try:
         decoder(*args, **{**kwargs, "use_cache": False})

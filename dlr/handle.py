@@ -1,6 +1,7 @@
-"""The handle of a routed model: the settings in force, the newest plan, and the hooks, which `detach` removes.
+"""The handle of a routed model: the settings in force, the newest plan, and how hooks come and go.
 
-What a pass is about is kept by thread, so that threads may share a model; what a cache is about is kept by the cache.
+What a pass is about is kept by thread, so that threads may share a model.
+What a cache is about is kept by the cache.
 """
 
 import contextlib
@@ -29,21 +30,23 @@ _UNSET = object()
 
 
 class _Setting:
-    """A setting of a `Routing`: one value for all threads, in whose place `Routing.at` puts another for one thread."""
+    """One value for all threads, in whose place `Routing.at` puts another for one thread."""
 
     def __set_name__(self, owner, name: str):
         self.name = name
 
     def __get__(self, routing, owner=None):
         value = routing.threads.changed(self.name, routing.settings[self.name])
-        return routing.calibration.threshold if self.name == "threshold" and value is None else value
+        if self.name == "threshold" and value is None:
+            return routing.calibration.threshold
+        return value
 
     def __set__(self, routing, value):
         routing.settings[self.name] = routing.checked(self.name, value)
 
 
 class Routing:
-    """The handle `attach` returns: the router, the policy in force, and the plan of the newest forward pass.
+    """The handle that `attach` returns.
 
     Attributes:
         policy: the source of gates, None for the dense model.
@@ -51,9 +54,9 @@ class Routing:
         decode_plan: how a step with a cache is planned, see `policy.RouterPolicy`.
         strategy: 'single_pass' or 'two_pass'.
         threshold: a gate is open where its logit lies above; set to None, it is the calibrated one.
-        calibration: what `save_pretrained` writes of the router's budget, whatever `threshold` is in force.
+        calibration: what `save_pretrained` writes, whatever `threshold` is in force.
         base: the base model the router was attached to, see `weights.base_record`.
-        compact_layers: one `compact.CompactLayer` a routable layer, once compact execution was asked for.
+        compact_layers: one `CompactLayer` a routable layer, once compact execution was asked for.
         handles: of hooks that `detach` removes.
 
     `at` gives the first five other values for the duration of a block, in one thread.
@@ -62,7 +65,8 @@ class Routing:
 
     def __init__(self, model: nn.Module, config: RouterConfig, router: Router, decoder: nn.Module,
                  layers: nn.ModuleList):
-        self.model, self.config, self.router, self.decoder, self.layers = model, config, router, decoder, layers
+        self.model, self.config, self.router = model, config, router
+        self.decoder, self.layers = decoder, layers
         self.base, self.calibration = base_record(model), Calibration()
         self.settings = {"policy": RouterPolicy(), "execution": "masked", "decode_plan": "exact",
                          "strategy": config.strategy, "threshold": None}
@@ -71,15 +75,15 @@ class Routing:
         self.threads, self.owner = ThreadState(), Owner()
 
     def __setstate__(self, state):
-        self.__dict__.update(state | {"owner": Owner()})          # a copy's caches are not the original's
+        self.__dict__.update(state | {"owner": Owner()})  # a copy's caches are not the original's
 
     # -- settings ---------------------------------------------------------------------------------
     def checked(self, name: str, value):
         """`value` if the setting `name` can have it.
 
         Raises:
-            ValueError: it is none of the choices. NotRoutable: plans of this router, or on this model, cannot be
-                made or carried out so.
+            ValueError: it is none of the choices.
+            NotRoutable: plans of this router, or on this model, cannot be made or carried out so.
         """
         choices = CHOICES.get(name)
         if choices is None:
@@ -87,11 +91,12 @@ class Routing:
         if value not in choices:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}.")
         if value != choices[0] and not self.router.ahead:
-            raise NotRoutable(f"{type(self.router).__name__} decides on each layer from the state before it, so that no "
-                              f"plan is known ahead, which {name}={value!r} needs. Use {name}={choices[0]!r}.")
+            raise NotRoutable(f"{type(self.router).__name__} decides on each layer from the state "
+                              f"before it, so that no plan is known ahead, which {name}={value!r} "
+                              f"needs. Use {name}={choices[0]!r}.")
         if value == "compact" and self.config.kv == "drop":
-            raise NotRoutable("kv='drop' runs masked only: compact execution keeps every token's keys and values. Use "
-                              "execution='masked', or kv='complete'.")
+            raise NotRoutable("kv='drop' runs masked only: compact execution keeps every token's "
+                              "keys and values. Use execution='masked', or kv='complete'.")
         if value == "compact" and self.compact_layers is None:
             try:
                 self.compact_layers = compact_layers(self)
@@ -100,16 +105,20 @@ class Routing:
         return value
 
     @contextlib.contextmanager
-    def at(self, *, policy: Policy | None = _UNSET, threshold: float | None = None, strategy: str | None = None,
-           execution: str | None = None, decode_plan: str | None = None):
-        """Other settings for the duration, in this thread alone. What is None stays, but for the policy, where None is
-        the dense model.
+    def at(self, *, policy: Policy | None = _UNSET, threshold: float | None = None,
+           strategy: str | None = None, execution: str | None = None,
+           decode_plan: str | None = None):
+        """Other settings for the duration, in this thread alone.
+
+        What is None stays as it is, but for the policy, where None is the dense model.
 
         Raises:
             ValueError, NotRoutable: as `checked`.
         """
-        given = {"threshold": threshold, "strategy": strategy, "execution": execution, "decode_plan": decode_plan}
-        change = {name: self.checked(name, value) for name, value in given.items() if value is not None}
+        given = dict(threshold=threshold, strategy=strategy, execution=execution,
+                     decode_plan=decode_plan)
+        change = {name: self.checked(name, value) for name, value in given.items()
+                  if value is not None}
         with self.threads.at(change if policy is _UNSET else change | {"policy": policy}):
             yield self
 
@@ -143,7 +152,7 @@ class Routing:
     # -- plans ------------------------------------------------------------------------------------
     @property
     def plan(self) -> Plan | None:
-        """The plan of this thread's newest pass; in a thread that has run none, of the newest of all."""
+        """The plan of this thread's newest pass; where it has run none, of the newest of all."""
         return self.threads.plan
 
     @property
@@ -152,10 +161,10 @@ class Routing:
         return self.threads.passes.get(get_ident())
 
     def gate(self, unit: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Gate `[b, s, 1]` of one unit in the masked pass in progress, or None where there is nothing to blend.
+        """Gate `[b, s, 1]` of one unit in a masked pass; None where there is nothing to blend.
 
         Args:
-            hidden: `[b, s, d]`, what the unit is given. A router that does not plan ahead decides by it.
+            hidden: `[b, s, d]`, what the unit is given; a router that does not plan ahead reads it.
         """
         plan = self.current
         if plan is None or plan.compact or plan.first_pass:
@@ -176,9 +185,9 @@ class Routing:
         if plan.steps is not None and len(plan.steps) == self.units:
             plan.gates, plan.logits = (torch.cat(column, -1) for column in zip(*plan.steps))
         if plan.gates is None:
-            raise NotRoutable(f"Layer {self.first} was not called in this pass, so that no plan was made for the layers "
-                              "after it: something drops layers of its own (LayerDrop?). Turn that off, or detach the "
-                              "router.")
+            raise NotRoutable(f"Layer {self.first} was not called in this pass, so that no plan "
+                              "was made for the layers after it: something drops layers of its own "
+                              "(LayerDrop?). Turn that off, or detach the router.")
         return plan
 
     # -- install, remove --------------------------------------------------------------------------
@@ -188,14 +197,16 @@ class Routing:
         keep(base.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
         keep(self.decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
         keep(self.decoder.register_forward_hook(hooks.after_decoder, always_call=True))
-        keep(self.layers[self.first].register_forward_pre_hook(hooks.before_first_routable, with_kwargs=True))
+        first = self.layers[self.first]
+        keep(first.register_forward_pre_hook(hooks.before_first_routable, with_kwargs=True))
         for index in range(self.first, self.last):
             unit, layer = (index - self.first) * self.units_per_layer, self.layers[index]
             if self.config.kv == "drop":
                 hook = HideSkippedKeys(self, unit, argument_names(layer))
                 keep(layer.register_forward_pre_hook(hook, with_kwargs=True))
             if self.config.unit == "layer":
-                keep(layer.register_forward_hook(BlendLayer(self, unit), with_kwargs=True, prepend=True))
+                hook = BlendLayer(self, unit)
+                keep(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
             else:
                 for offset, part in enumerate(sublayers(layer)):
                     keep(part.register_forward_hook(GateSublayer(self, unit + offset)))
@@ -203,7 +214,7 @@ class Routing:
         base.__dict__[HANDLE] = self
 
     def detach(self) -> nn.Module:
-        """Removes every hook and the router; the model is what it was before `attach`, whatever happened in between."""
+        """Removes every hook and the router: the model is what it was before `attach`."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -1,7 +1,8 @@
-"""What the hooks of a routed model do in a forward pass: begin a plan, have it made before layer K, end it.
+"""What the hooks of a routed model do in a pass: begin a plan, have it made at layer K, end it.
 
-No layer is wrapped and no parameter renamed. A hook before the decoder notes padding and positions, a hook before
-layer K asks the policy for the plan, and routable layers then carry it out, masked (`execution`) or compact (`compact`).
+No layer is wrapped and no parameter renamed. A hook before the decoder notes padding and positions,
+a hook before layer K asks the policy for the plan, and routable layers then carry it out, masked
+(`execution`) or compact (`compact`).
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from dlr.rows import plan_rows
 
 
 class RunsMasked(UserWarning):
-    """Plans are carried out masked, with the same results and no time saved, although nobody asked for that."""
+    """Plans run masked, with the same results and no time saved, although nobody asked for that."""
 
 
 class Hooks:
-    """The hooks on the model and its decoder. An object, so that a copy of the model has hooks of its own routing."""
+    """An object, so that a copy of the model has hooks that ask the copy's own routing."""
 
     def __init__(self, routing):
         self.routing, self.said = routing, set()
@@ -38,15 +39,17 @@ class Hooks:
         if current is not None and current.first_pass:
             return
         if module is not routing.decoder:
-            raise NotRoutable("This is a replica of the routed model (torch.nn.DataParallel?), which shares its hooks; "
-                              "use one process a device (torchrun, accelerate launch).")
-        self._end()                                        # what an interrupted pass of this thread left behind
+            raise NotRoutable("This is a replica of the routed model (torch.nn.DataParallel?), "
+                              "which shares its hooks; use one process a device (torchrun, "
+                              "accelerate launch).")
+        self._end()  # what an interrupted pass of this thread left behind
         for layer in routing.compact_layers or ():
             layer.tidy()
         asked = routing.threads.asked.pop(get_ident(), {})
         if routing.policy is None:
             return
-        plan = Plan.begin(args, kwargs, asked, routing.first + routing.config.keep_last, routing.units_per_layer)
+        plan = Plan.begin(args, kwargs, asked, routing.first + routing.config.keep_last,
+                          routing.units_per_layer)
         self._check(plan)
         plan.compact = self._runs_compact(kwargs)
         self._begin(plan)
@@ -60,12 +63,12 @@ class Hooks:
         hidden = args[0] if args else kwargs["hidden_states"]
         expected = (*plan.real.shape, routing.router.width)
         if hidden.shape != expected:
-            raise NotRoutable(f"{type(module).__name__} is given states {tuple(hidden.shape)}, where DLR routes one "
-                              f"state a token, {expected}: this family carries several, or in another order. Detach "
-                              "the router.")
+            raise NotRoutable(f"{type(module).__name__} is given states {tuple(hidden.shape)}, "
+                              f"where DLR routes one state a token, {expected}: this family "
+                              "carries several, or in another order. Detach the router.")
         plan.real, plan.position = plan.real.to(hidden.device), plan.position.to(hidden.device)
         if not routing.policy.ahead(routing):
-            plan.steps = []                                # filled by the layers, see `Routing.gate`
+            plan.steps = []  # filled by the layers, see `Routing.gate`
             return
         gates, plan.logits = routing.policy(routing, hidden, plan)
         plan.gates = plan.opened(gates, routing.config.keep_first_tokens)
@@ -98,7 +101,7 @@ class Hooks:
                     layer.install()
 
     def _end(self) -> None:
-        """Ends this thread's pass, and takes compact layers away with the last one that uses them."""
+        """Ends this thread's pass; compact layers go with the last pass that uses them."""
         with LOCK:
             passes = self.routing.threads.passes
             plan = passes.pop(get_ident(), None)
@@ -112,64 +115,78 @@ class Hooks:
         """Refuses what cannot be honoured, before anything is computed."""
         routing = self.routing
         if routing.config.kv == "drop" and plan.cache is not None:
-            raise ValueError("kv='drop' has no cached form, since skipped tokens would be missing from some layers' "
-                             "caches: pass use_cache=False, or use kv='complete'.")
+            raise ValueError("kv='drop' has no cached form, since skipped tokens would be missing "
+                             "from some layers' caches: pass use_cache=False, or use "
+                             "kv='complete'.")
         if routing.decoder.training:
             refuse_layerdrop(routing.decoder)
-            checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in routing.layers)
+            checkpointing = any(
+                getattr(layer, "gradient_checkpointing", False) for layer in routing.layers)
             if routing.units_per_layer == 2 and checkpointing:
-                raise NotRoutable("unit='sublayer' cannot be trained with gradient checkpointing, which computes "
-                                  "attention and MLP again when their gates are gone. Turn it off, or use "
-                                  "unit='layer'.")
+                raise NotRoutable("unit='sublayer' cannot be trained with gradient checkpointing, "
+                                  "which computes attention and MLP again when their gates are "
+                                  "gone. Turn it off, or use unit='layer'.")
         if any(parameter.is_meta for parameter in routing.router.parameters()):
-            raise NotRoutable("The router's weights were offloaded with the base model's; they are few, and are needed "
-                              "before the first skipped layer. Detach, offload the base, and attach again.")
+            raise NotRoutable("The router's weights were offloaded with the base model's; they are "
+                              "few, and are needed before the first skipped layer. Detach, offload "
+                              "the base, and attach again.")
         plan.memory = self._memory_of(plan)
         routing.policy.check(routing, plan)
 
     def _memory_of(self, plan: Plan) -> Memory:
-        """What the pass's cache remembers; refuses a cache that another router's plans have filled."""
+        """What the pass's cache remembers; a cache filled under another router is refused."""
         owner = self.routing.owner
-        memory = memory_of(plan.cache) if plan.cache is not None and plan.past is not False else None
+        begun = plan.cache is not None and plan.past is not False
+        memory = memory_of(plan.cache) if begun else None
         if memory is not None and memory.owner is not owner:
-            raise ValueError("This key/value cache was begun by another router, whose plan decided what is in it; go "
-                             "on with that router, or start again with an empty cache.")
-        return Memory(owner, plan.seen) if memory is None else dataclasses.replace(memory, seen=plan.seen)
+            raise ValueError("This key/value cache was begun by another router, whose plan decided "
+                             "what is in it; go on with that router, or start again with an empty "
+                             "cache.")
+        return dataclasses.replace(memory or Memory(owner), seen=plan.seen)
 
     def _runs_compact(self, kwargs: dict) -> bool:
-        """Whether this pass is compacted; where it could be but for what the caller asked, that is said once."""
+        """Whether this pass is compacted; why not, where that was asked for, is said once."""
         routing = self.routing
-        if routing.execution != "compact" or routing.decoder.training or getattr(routing.policy, "training", False):
+        training = routing.decoder.training or getattr(routing.policy, "training", False)
+        if routing.execution != "compact" or training:
             return False
         if _records_more(routing.decoder, kwargs):
-            return self._masked_because("attention maps (or another record of what layers compute inside) were asked "
-                                        "for, which every layer must run for")
+            return self._masked_because("attention maps (or another record of what layers compute "
+                                        "inside) were asked for, which every layer must run for")
         if torch.is_grad_enabled():
-            return self._masked_because("gradients are being recorded; use torch.no_grad() or torch.inference_mode()")
+            return self._masked_because("gradients are being recorded; use torch.no_grad() or "
+                                        "torch.inference_mode()")
         try:
             for layer in routing.compact_layers:
                 layer.refresh()
-        except NotCompactable as error:                    # an adapter has been put in a place that mixes rows
+        except NotCompactable as error:  # an adapter has been put in a place that mixes rows
             return self._masked_because(str(error).removesuffix("."))
         return True
 
     def _masked_because(self, why: str) -> bool:
         if why not in self.said:
             self.said.add(why)
-            warnings.warn(f"Plans run masked, with the same results and no time saved: {why}.", RunsMasked, stacklevel=2)
+            warnings.warn(f"Plans run masked, with the same results and no time saved: {why}.",
+                          RunsMasked, stacklevel=2)
         return False
 
 
 def _records_more(decoder, kwargs: dict) -> bool:
-    """Whether the call asks for a record of what layers compute inside (attention maps, expert choices): every layer
-    must then run in full, or the record has fewer entries than layers."""
-    names = {f"output_{name}" for name in getattr(decoder, "_can_record_outputs", None) or {}} | {"output_attentions"}
-    asked = {name: kwargs.get(name) for name in names - {"output_hidden_states"}}
+    """Whether the call asks for a record of what layers compute inside (attention maps, experts).
+
+    Every layer must then run in full, or the record has fewer entries than layers.
+    """
+    known = {"attentions", *(getattr(decoder, "_can_record_outputs", None) or ())}
     config = getattr(decoder, "config", None)
-    return any(getattr(config, name, False) if value is None else value for name, value in asked.items())
+    for name in (f"output_{kind}" for kind in known - {"hidden_states"}):
+        asked = kwargs.get(name)
+        if getattr(config, name, False) if asked is None else asked:
+            return True
+    return False
 
 
 def _cache_in(output):
-    """The cache a decoder made itself, in its output; None where there is none, or the pass ended in an error."""
-    values = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CACHES]
+    """The cache that a decoder made itself; None: it made none, or the pass ended in an error."""
+    named = [getattr(output, name, None) for name in CACHES]
+    values = output if isinstance(output, tuple) else named
     return next((value for value in values if hasattr(value, "get_seq_length")), None)

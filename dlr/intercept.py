@@ -1,7 +1,7 @@
-"""Standing in for a module's forward, or for its attention function, for one thread and no longer than a block.
+"""Standing in for a module's forward or its attention function, for one thread and one block.
 
-Nothing stays on the model: what was put there goes away when the block ends, also on an interrupt, and other threads
-that run the same modules meanwhile get the modules' own code.
+Nothing stays on the model: what was put there goes away when the block ends, also on an interrupt,
+and other threads that run the same modules meanwhile get the modules' own code.
 """
 
 import functools
@@ -15,8 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from dlr.families import ANY_MASK, PLACE_FINDERS
 
-ATTENTION_NAME = "dlr_rows"        # what attention modules find as their attention function meanwhile
-LOCK = threading.RLock()           # held while stand-ins are put in place or taken away, never while they run
+ATTENTION_NAME = "dlr_rows"  # what attention modules find as their attention function meanwhile
+# held while stand-ins are put in place or taken away, never while they run
+LOCK = threading.RLock()
 
 
 class InPlace:
@@ -24,10 +25,10 @@ class InPlace:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.before = None                                 # a forward of the module's own __dict__ (accelerate's)
+        self.before = None  # a forward of the module's own __dict__ (accelerate's)
 
     def install(self) -> None:
-        """Puts this in the forward's place until `remove`; putting it there twice changes nothing."""
+        """Puts this in the forward's place until `remove`; a second time changes nothing."""
         forward = self.module.__dict__.get("forward")
         if forward is not self:
             self.before = forward
@@ -50,7 +51,7 @@ class InPlace:
 
 
 class Standin(InPlace):
-    """A module's forward in which each thread may have put another function; without one, the module's own."""
+    """A module's forward, in whose place each thread may have put another function."""
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
@@ -81,7 +82,7 @@ class Standin(InPlace):
 
     @classmethod
     def take(cls, module: nn.Module, everybody: bool = False) -> None:
-        """Takes this thread's function away, or everybody's; the module's own forward is back with the last one."""
+        """Takes this thread's function away, or everybody's; the last leaves the module's own."""
         with LOCK:
             standin = cls.of(module)
             if standin is None:
@@ -92,13 +93,13 @@ class Standin(InPlace):
 
 
 class _Config:
-    """An attention module's configuration, which names `ATTENTION_NAME` to the threads that exchange its function."""
+    """An attention's configuration, which names ATTENTION_NAME to threads that exchange it."""
 
     def __init__(self, config):
         self.__dict__.update(real=config, by_thread={})
 
     def __getattr__(self, name):
-        if name in ("real", "by_thread"):                  # asked before they are set, while a copy is being made
+        if name in ("real", "by_thread"):  # asked before they are set, while a copy is being made
             raise AttributeError(name)
         if name == "_attn_implementation" and get_ident() in self.by_thread:
             return ATTENTION_NAME
@@ -140,18 +141,19 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 
 @functools.lru_cache
 def _exchangeable(family: type) -> bool:
-    """Whether a family's attention calls one attention function once, and asks for places neither itself nor its cache."""
+    """Whether a family's attention calls one function once, and finds no places by itself."""
     forward = inspect.unwrap(family.forward)
     names = forward.__code__.co_names
     try:
         calls = inspect.getsource(forward).count("attention_interface(")
     except OSError:                                            # installed without sources
         return False
-    return calls == 1 and "ALL_ATTENTION_FUNCTIONS" in names and not set(PLACE_FINDERS).intersection(names)
+    by_place = set(PLACE_FINDERS).intersection(names)
+    return calls == 1 and "ALL_ATTENTION_FUNCTIONS" in names and not by_place
 
 
 def attention_function(attention: nn.Module):
-    """The function `attention` would call, where kept rows can be handed to it alone; None: it must see every row."""
+    """The function `attention` would call, if it can be given kept rows alone; else None."""
     config = getattr(attention, "config", None)
     name = getattr(getattr(config, "real", config), "_attn_implementation", None)
     if name not in ANY_MASK or not _exchangeable(type(attention)):
@@ -164,7 +166,7 @@ def attention_function(attention: nn.Module):
 
 
 class intercepted:
-    """Context: the modules of `forwards` run those instead of their own, and `attention` calls `attend` (None: its own).
+    """Context: modules run `forwards`, and `attention` calls `attend` (None: its own function).
 
     A class rather than a generator: it is entered once or twice a layer and pass.
     """
@@ -190,7 +192,7 @@ class intercepted:
 
 
 def own_forwards(modules, everybody: bool = True) -> None:
-    """Gives modules their own forward and configuration back, whoever replaced them; or but for other threads."""
+    """Gives modules their own forward and configuration back, of this thread or of everybody."""
     for module in modules:
         if isinstance(module.__dict__.get("forward"), Standin):
             Standin.take(module, everybody)

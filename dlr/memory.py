@@ -1,7 +1,7 @@
 """What a key/value cache remembers of the router that filled it.
 
-The memory is an attribute of the cache, so that copies of the cache have it too. Where it holds a row a sequence, it
-follows the cache through everything that moves rows.
+The memory is an attribute of the cache, so that copies of the cache have it too. Where it holds a
+row a sequence, it follows the cache through everything that moves rows.
 """
 
 import functools
@@ -25,7 +25,8 @@ class Memory:
         owner: the routing that began the cache.
         seen: tokens it has been given.
         prompt: `[U]` gates fixed at prefill (decode_plan='prompt'), or None.
-        pool: `[b, P + 1, d]` states before layer K by place (level='sequence'; the last place is for the others), or None.
+        pool: `[b, P + 1, d]` states before layer K by place (level='sequence'; the last place is
+            for the others), or None.
     """
     owner: Owner
     seen: int | torch.Tensor = 0
@@ -41,7 +42,7 @@ class _Following:
         remember(self, None)
 
     def _rows(self, change) -> None:
-        """Lets `change` (a function of a tensor with a row a sequence) act on what the memory holds by row."""
+        """Lets `change`, a function of `[b, ...]`, act on what the memory holds by row."""
         memory = memory_of(self)
         if memory is not None and memory.pool is not None:
             memory.pool = change(memory.pool)
@@ -64,7 +65,8 @@ class _Following:
 
 @functools.lru_cache
 def _following(kind: type) -> type:
-    return type(kind.__name__, (_Following, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (_Following, kind), names)
 
 
 def _again(kind: type):

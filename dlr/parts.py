@@ -1,4 +1,4 @@
-"""The parts of a decoder layer by what they do for compact execution, found by the names in `families`."""
+"""The parts of a decoder layer by what they do in compact execution, found by `families`."""
 
 import inspect
 
@@ -18,10 +18,11 @@ def _named(parent: nn.Module, column: str) -> list[nn.Module]:
 
 
 def _strange(parent: nn.Module, known: list[nn.Module]) -> list[str]:
-    """Names of children that hold a matrix and are none of `known`: norms, activations and dropout hold none."""
+    """Names of children not `known` that hold a matrix, as norms and activations do not."""
     def rowwise(module: nn.Module) -> bool:
         return all(tensor.dim() < 2 for tensor in (*module.parameters(), *module.buffers()))
-    return [name for name, child in parent.named_children() if child not in known and not rowwise(child)]
+    return [name for name, child in parent.named_children()
+            if child not in known and not rowwise(child)]
 
 
 def width_of(module: nn.Module, default: int) -> int:
@@ -31,34 +32,38 @@ def width_of(module: nn.Module, default: int) -> int:
 
 
 class Parts:
-    """Attributes: attention, a module; query, fused, key_value, output, mlp, lists of modules, some of them empty.
+    """Attributes: attention, a module; query, fused, key_value, output, mlp, lists of modules.
 
     Raises:
-        NotCompactable: the layer holds something that may mix rows, or shares keys and values with another layer.
+        NotCompactable: the layer holds what may mix rows, or shares keys with another layer.
     """
 
     def __init__(self, layer: nn.Module):
-        attention, mlp, bare = (_named(layer, column) for column in ("attention", "mlp", "bare_mlp"))
+        columns = ("attention", "mlp", "bare_mlp")
+        attention, mlp, bare = (_named(layer, column) for column in columns)
         strange = _strange(layer, [*attention, *mlp, *bare])
         if len(attention) != 1 or strange or not (len(mlp) == 1 or len(bare) == 2):
             what = f"its {strange[0]!r}" if strange else "a part of it"
-            raise NotCompactable(f"{type(layer).__name__} cannot run compacted: {what} may mix tokens in a way DLR "
-                                 "does not know. Use execution='masked'.")
+            raise NotCompactable(f"{type(layer).__name__} cannot run compacted: {what} may mix "
+                                 "tokens in a way DLR does not know. Use execution='masked'.")
         self.attention, self.mlp = attention[0], mlp or bare
         self.query, self.fused, self.output, self.key_value = (
             _named(self.attention, column) for column in ("query", "fused", "output", "key_value"))
-        strange = _strange(self.attention, [*self.query, *self.fused, *self.output, *self.key_value])
+        strange = _strange(self.attention,
+                           [*self.query, *self.fused, *self.output, *self.key_value])
         if len(self.output) != 1 or len(self.query) + len(self.fused) != 1 or strange:
-            raise NotCompactable(f"{type(self.attention).__name__} cannot run compacted: DLR knows attention with one "
-                                 f"query (or fused) and one output projection, not {strange or 'this one'}. "
-                                 "Use execution='masked'.")
+            raise NotCompactable(f"{type(self.attention).__name__} cannot run compacted: DLR knows "
+                                 "attention with one query (or fused) and one output projection, "
+                                 f"not {strange or 'this one'}. Use execution='masked'.")
         if getattr(self.attention, "is_kv_shared_layer", False):
-            raise NotCompactable(f"{type(self.attention).__name__} shares keys and values across layers, so a skipped "
-                                 "layer would change another one. Use execution='masked'.")
+            raise NotCompactable(f"{type(self.attention).__name__} shares keys and values across "
+                                 "layers, so a skipped layer would change another one. Use "
+                                 "execution='masked'.")
 
     def blank_query_width(self, default: int) -> int:
-        """Width of a query nobody reads: one head where the attention's code takes any number of heads."""
-        norm, width = getattr(self.attention, "q_norm", None), getattr(self.attention, "head_dim", None)
+        """Width of a query nobody reads: one head where attention takes any number of them."""
+        norm = getattr(self.attention, "q_norm", None)
+        width = getattr(self.attention, "head_dim", None)
         forward = inspect.unwrap(type(self.attention).forward)
         any_number = "hidden_shape" in forward.__code__.co_varnames
         whole = norm is not None and any(p.numel() != width for p in norm.parameters())

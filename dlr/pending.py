@@ -1,8 +1,9 @@
 """Keys and values that are owed: a cache layer that fills itself when somebody looks.
 
-A decode step in which every token skips a layer need not read that layer's weights. The layer's inputs wait here; the
-one K/V product made when the layer next runs takes them along (sublayer units make one of their own). Any other reader
-(another execution, a crop, a beam reordering, a copy of the cache) finds the whole cache, because reading completes it.
+A decode step in which every token skips a layer need not read that layer's weights. The layer's
+inputs wait here; the one K/V product made when the layer next runs takes them along (sublayer units
+make one of their own). Any other reader (another execution, a crop, a beam reordering, a copy of
+the cache) finds the whole cache, because reading completes it.
 """
 
 import torch
@@ -12,14 +13,15 @@ from dlr.families import POSITIONS
 
 
 def positional(kwargs: dict) -> dict:
-    """The arguments of a layer's forward that go with positions, and so must wait with its inputs."""
+    """The arguments of a layer that go with positions, and so must wait with its inputs."""
     return {name: kwargs[name] for name in POSITIONS if kwargs.get(name) is not None}
 
 
 def by_row(kwargs: dict, hidden: torch.Tensor) -> bool:
-    """Whether all that goes with positions is `[s]`, `[1 or b, s]` or `[1 or b, s, e]`, so that rows can be taken from it.
+    """Whether what goes with positions is `[s]`, `[1 or b, s]` or `[1 or b, s, e]`: rows are there.
 
-    Vision-language models rotate by three places a token (`[3, b, s, e]`); their layers run part by part.
+    Vision-language models rotate by three places a token (`[3, b, s, e]`); their layers run part by
+    part.
     """
     batch, length = hidden.shape[:2]
     return all(_by_row(value, name, batch, length) for name, value in positional(kwargs).items())
@@ -35,7 +37,7 @@ def _by_row(value, name: str, batch: int, length: int) -> bool:
 
 
 def joined(parts: list):
-    """Tensors (or tuples of them) of several calls as those of one call over all their positions."""
+    """Tensors (or tuples of them) of several calls as those of one call over all positions."""
     if isinstance(parts[0], (tuple, list)):
         return type(parts[0])(joined(list(column)) for column in zip(*parts))
     if parts[0].dim() == 1:
@@ -61,8 +63,10 @@ class PendingLayer(DynamicLayer):
         if self.waiting:
             waiting = self.take()
             try:
-                self.project(self, torch.cat([hidden for hidden, _ in waiting], 1),
-                             {name: joined([p[name] for _, p in waiting]) for name in waiting[0][1]})
+                hidden = torch.cat([hidden for hidden, _ in waiting], 1)
+                names = waiting[0][1]
+                positions = {name: joined([p[name] for _, p in waiting]) for name in names}
+                self.project(self, hidden, positions)
             except BaseException:                          # an interrupt: they are owed still
                 self.waiting = waiting
                 raise
@@ -70,7 +74,8 @@ class PendingLayer(DynamicLayer):
     def __reduce_ex__(self, protocol):
         """Copies and pickles are whole, and know nothing of the model."""
         self.complete()
-        state = {name: value for name, value in self.__dict__.items() if name not in ("waiting", "project")}
+        state = {name: value for name, value in self.__dict__.items()
+                 if name not in ("waiting", "project")}
         return object.__new__, (DynamicLayer,), state
 
     @property

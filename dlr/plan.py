@@ -1,6 +1,7 @@
 """The plan of one forward pass: what is known of the pass, and which tokens run which layers.
 
-Notation: b batch, s sequence, U routable units (one a layer, or two where attention and MLP are gated apart).
+Notation: b batch, s sequence, U routable units (one a layer, or two where attention and MLP are
+gated apart).
 """
 
 from dataclasses import dataclass
@@ -17,20 +18,23 @@ class Plan:
     """One forward pass, from the decoder's call to its end, and the gates of its tokens.
 
     Attributes:
-        gates: `[b, s, U]`, 1 = run; None until they are decided. In training they carry gradients (straight-through).
+        gates: `[b, s, U]`, 1 = run; None until decided. In training they carry gradients.
         logits: `[b, s, U]` router logits, or None for plans that no router made.
         real: `[b, s]` bool, False at padding; padding never counts.
         always_keep: layers every token ran before or after the routable ones.
         position: `[b, s]` place among the real tokens of the row, from 0.
-        steps: (gate, logit) `[b, s, 1]` of each unit so far, where the router decides layer by layer; else None.
-        first_pass: whether this is the first of two passes. compact: whether only what the gates keep is computed.
+        steps: (gate, logit) `[b, s, 1]` of each unit so far, of a router that goes layer by layer.
+        first_pass: whether this is the first of two passes.
+        compact: whether only what the gates keep is computed.
 
     Of the pass in progress alone; `end` lets go of it:
-        cache: the key/value cache, or None. past: whether it holds anything (None: only the device knows).
+        cache: the key/value cache, or None.
+        past: whether it holds anything (None: only the device knows).
         seen: tokens in the cache after this pass.
-        new: tokens in front that are no candidates of assisted decoding, which are there to be verified.
+        new: tokens in front of the candidates of assisted decoding, which are to be verified.
         memory: what the cache remembers, and is to remember after this pass.
-        runs, rows: of a compact pass, the gates of real tokens as bool, and a `rows.Rows` a unit (None: all run it).
+        runs: `[b, s, U]` bool of a compact pass, False at padding.
+        rows: of a compact pass, a `rows.Rows` a unit (None: all run it).
     """
     gates: torch.Tensor | None
     logits: torch.Tensor | None
@@ -56,13 +60,14 @@ class Plan:
         return f"Plan({batch} x {length} tokens, {units} units, {self.skip_ratio:.1%} skipped)"
 
     @classmethod
-    def begin(cls, args: tuple, kwargs: dict, asked: dict, always_keep: int, units_per_layer: int) -> "Plan":
-        """The plan that a decoder's call begins; `asked` is what `asked_of_model` read in the model's own call."""
+    def begin(cls, args: tuple, kwargs: dict, asked: dict, always_keep: int,
+              units_per_layer: int) -> "Plan":
+        """The plan that a decoder's call begins; `asked`: see `asked_of_model`."""
         ids = kwargs.get("input_ids", args[0] if args else None)
-        given = ids if ids is not None else kwargs.get("inputs_embeds")    # or states: BERT's decoder gets those
+        given = ids if ids is not None else kwargs.get("inputs_embeds")    # or states, in BERT
         (batch, length), device = given.shape[:2], given.device
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
-        past = _tokens_in(cache)                           # a tensor in static caches: not brought to the host
+        past = _tokens_in(cache)  # a tensor in static caches: not brought to the host
         place = torch.arange(length, device=device) + past
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -81,7 +86,7 @@ class Plan:
                    past > 0 if isinstance(past, int) else None, past + length, new)
 
     def end(self) -> None:
-        """Lets go of what only the pass in progress needs: a plan that is kept must not keep a cache."""
+        """Lets go of what only the pass needs: a plan that is kept must not keep a cache."""
         self.cache = self.memory = self.runs = self.rows = None
 
     def opened(self, gates: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -119,20 +124,20 @@ def _tokens_in(cache) -> int | torch.Tensor:
         return 0
     try:
         return cache.get_seq_length()
-    except ValueError:                                     # recurrent states alone (Mamba): no layer of it counts
+    except ValueError:  # recurrent states alone (Mamba): no layer of it counts
         memory = memory_of(cache)
         return 0 if memory is None else memory.seen
 
 
 def asked_of_model(kwargs: dict) -> dict:
-    """What the decoder is not told, of a causal LM's arguments: the plain padding mask, and whose logits are wanted."""
+    """What the decoder is not told: the plain padding mask, and how many logits are wanted."""
     mask, wanted = kwargs.get("attention_mask"), kwargs.get("logits_to_keep")
     return {"mask": mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
             "wanted": wanted if isinstance(wanted, int) else 0}
 
 
 def gate_entropy(probabilities: torch.Tensor) -> float:
-    """Mean binary entropy of keep probabilities (any shape), in nats; 0 when every decision is certain."""
+    """Mean binary entropy of keep probabilities (any shape), in nats; 0: all are certain."""
     p = probabilities.detach().float().clamp(1e-6, 1 - 1e-6)
     return float(-(p * p.log() + (1 - p) * (1 - p).log()).mean())
 
@@ -145,13 +150,15 @@ def static_gates(units: int, dropped: list[int]) -> torch.Tensor:
 
 
 class StaticPair(NamedTuple):
-    """Two neighbouring static plans `[U]`, and the share of the second whose mixture skips what was asked for."""
+    """Two neighbouring static plans `[U]`, and the share of the second whose mixture skips what was
+    asked for."""
     fewer: torch.Tensor
     more: torch.Tensor
     share_more: float
 
     def mean(self, under_fewer, under_more):
-        """What is expected where each document runs the second plan with probability `share_more`."""
+        """What is expected where each document runs the second plan with probability
+        `share_more`."""
         return under_fewer * (1 - self.share_more) + under_more * self.share_more
 
 
@@ -164,9 +171,11 @@ def static_pair(order: list[int], units: int, skip: float, forced: float = 0.0) 
         ValueError: no static plan skips as much.
     """
     exact = skip * units / (1 - forced)
-    if units < exact < units * (1 + 1e-6):                # a router that closes every gate, but for rounding
+    if units < exact < units * (1 + 1e-6):  # a router that closes every gate, but for rounding
         exact = float(units)
     if not 0 <= exact <= units:
-        raise ValueError(f"A skip ratio of {skip} needs {exact:.2f} units dropped; this model has {units}.")
+        raise ValueError(f"A skip ratio of {skip} needs {exact:.2f} units dropped; this model has "
+                         f"{units}.")
     whole = min(int(exact), units - 1)
-    return StaticPair(static_gates(units, order[:whole]), static_gates(units, order[:whole + 1]), exact - whole)
+    return StaticPair(static_gates(units, order[:whole]), static_gates(units, order[:whole + 1]),
+                      exact - whole)

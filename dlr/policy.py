@@ -1,9 +1,10 @@
 """Where gates come from: the router itself, or one of the plans it is compared with.
 
-A policy maps the states before layer K, `[b, s, d]`, to gates `[b, s, U]` (and logits, where it has them).
+A policy maps states before layer K `[b, s, d]` to gates `[b, s, U]`, and logits where it has them.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -11,25 +12,27 @@ from dlr.router import hard_gates, straight_through_gates
 
 
 class Policy:
-    """A source of gates. `reads_hidden` tells the two-pass strategy whether a first pass is needed."""
+    """A source of gates. `reads_hidden`: whether the two-pass strategy needs a first pass."""
     reads_hidden = False
 
     def check(self, routing, plan) -> None:
-        """Raises ValueError, before anything is computed, where this plan does not fit a pass (a `Plan` without gates)."""
+        """Raises ValueError, before anything is computed, where a pass (`plan`) does not fit."""
 
     def ahead(self, routing) -> bool:
         """Whether all gates are decided before layer K; otherwise `step` is asked for each unit."""
         return True
 
-    def __call__(self, routing, hidden: torch.Tensor, plan) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, routing, hidden: torch.Tensor, plan) -> tuple:
+        """(gates `[b, s, U]`, logits `[b, s, U]` or None) from the states before layer K."""
         raise NotImplementedError
 
 
 def refuse_without_plan(routing, what: str) -> None:
-    """Raises ValueError where the router decides layer by layer, for `what` needs all its decisions before layer K."""
+    """Raises ValueError where the router decides layer by layer: `what` needs its plan ahead."""
     if not routing.router.ahead:
-        raise ValueError(f"{what} needs all decisions before the first routable layer, and {type(routing.router).__name__} "
-                         "decides on each layer from the state before it.")
+        raise ValueError(f"{what} needs all decisions before the first routable layer, and "
+                         f"{type(routing.router).__name__} decides on each layer from the state "
+                         "before it.")
 
 
 class RouterPolicy(Policy):
@@ -37,11 +40,14 @@ class RouterPolicy(Policy):
 
     With a cache, a step of one token a sequence follows `routing.decode_plan`:
         'exact': every token by its own logits, as in one pass without a cache.
-        'consensus': the batch decides together, by its mean logits, as many units as its tokens would keep on average;
-            whole layers then drop out of the step. A sequence's text depends on its batch.
-        'prompt': the same decision, made once over the newest prefill and kept for every step that follows.
-    Below a few hundred rows a batched step reads every weight of a layer that any row runs, so that 'exact' saves
-    arithmetic but little time; the other two save both. Candidates of assisted decoding are steps, several at a time.
+        'consensus': the batch decides together, by its mean logits, as many units as its tokens
+            would keep on average; whole layers then drop out of the step. A sequence's text depends
+            on its batch.
+        'prompt': the same decision, made once over the newest prefill and kept for every step that
+            follows.
+    Below a few hundred rows a batched step reads every weight of a layer that any row runs, so that
+    'exact' saves arithmetic but little time; the other two save both. Candidates of assisted
+    decoding are steps, several at a time.
     """
     reads_hidden = True
 
@@ -59,8 +65,9 @@ class RouterPolicy(Policy):
         if past:
             what = "level='sequence' decides by a sequence's first tokens" if pools else \
                 "decode_plan='prompt' fixes the plan at prefill"
-            raise ValueError(f"{what}, and this key/value cache was filled without that (by the dense model, or under another "
-                             "decode_plan). Start again with an empty cache.")
+            raise ValueError(f"{what}, and this key/value cache was filled without that (by the "
+                             "dense model, or under another decode_plan). Start again with an "
+                             "empty cache.")
 
     def ahead(self, routing):
         return routing.router.ahead
@@ -77,11 +84,12 @@ class RouterPolicy(Policy):
 
     def __call__(self, routing, hidden, plan):
         config = routing.config
-        logits = routing.router(hidden) if config.level == "token" else self._pooled(routing, hidden, plan)
+        pools = config.level == "sequence"
+        logits = self._pooled(routing, hidden, plan) if pools else routing.router(hidden)
         gates = self._gates(logits, routing.threshold)
-        if self.training and config.level == "sequence":
+        if self.training and pools:
             gates = gates[:, :1].expand_as(gates)             # one draw a sequence
-        if config.level == "sequence":
+        if pools:
             pooled = (plan.position < config.pool_tokens).unsqueeze(-1)
             gates = torch.where(pooled, torch.ones_like(gates), gates)
         elif routing.decode_plan != "exact" and not self.training:
@@ -89,13 +97,15 @@ class RouterPolicy(Policy):
         return gates, logits
 
     def _pooled(self, routing, hidden, plan) -> torch.Tensor:
-        """Sequence level: logits from the mean state of the first tokens, which therefore run every layer themselves.
+        """Logits from the mean state of the first tokens, which therefore run every layer.
 
-        Pooling the whole sequence, as the original did, would let later tokens decide how earlier ones are computed. A
-        cache keeps the states of the first tokens, so that a prompt shorter than the pool is completed by what follows.
+        Pooling the whole sequence, as the original did, would let later tokens decide how earlier
+        ones are computed. A cache keeps the states of the first tokens, so that a prompt shorter
+        than the pool is completed by what follows.
         """
         size, (batch, length, width) = routing.config.pool_tokens, hidden.shape
-        place = torch.where(plan.real, plan.position, size).clamp(0, size)          # `size`: none of the first tokens
+        # `size`: none of the first tokens
+        place = torch.where(plan.real, plan.position, size).clamp(0, size)
         earlier = plan.memory.pool
         if earlier is None:
             earlier = hidden.new_zeros(batch, size + 1, width)
@@ -107,7 +117,7 @@ class RouterPolicy(Policy):
         return routing.router(mean.to(hidden.dtype)).unsqueeze(1).expand(-1, length, -1)
 
     def _together(self, routing, logits, gates, plan) -> torch.Tensor:
-        """Gates of a decode step that the batch shares; a longer pass keeps its own and, for 'prompt', notes the sum."""
+        """Gates that the batch shares in a decode step; for 'prompt', a longer pass notes them."""
         new, memory = plan.new, plan.memory
         if routing.decode_plan == "consensus":
             step = plan.cache is not None and logits.shape[1] == 1
@@ -120,7 +130,7 @@ class RouterPolicy(Policy):
 
 
 def _shared_gates(logits: torch.Tensor, gates: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Gates `[U]`: the units with the highest mean logits, as many as real tokens keep on average. No host sync."""
+    """Gates `[U]`: the units of the highest mean logits, as many as real tokens keep on average."""
     weight = real.unsqueeze(-1).float()
     total = weight.sum().clamp(min=1)
     kept = ((gates * weight).sum() / total).round()
@@ -136,26 +146,30 @@ class StaticPlan(Policy):
 
     def check(self, routing, plan):
         if self.gates.shape != (routing.units,):
-            raise ValueError(f"A static plan for this model has {routing.units} gates; {tuple(self.gates.shape)} given.")
+            raise ValueError(f"A static plan for this model has {routing.units} gates; "
+                             f"{tuple(self.gates.shape)} given.")
 
     def __call__(self, routing, hidden, plan):
         return self.gates.to(hidden.device).expand(*hidden.shape[:2], -1), None
 
 
 class MixedStaticPlan(Policy):
-    """In training, each sequence draws one of two neighbouring static plans, so that their mean meets the budget."""
+    """Two neighbouring static plans `[U]`, of which each sequence draws one, to meet a budget."""
 
     def __init__(self, fewer: torch.Tensor, more: torch.Tensor, share_more: float):
         self.plans, self.share_more = torch.stack([fewer, more]).float(), share_more
 
+    def draws(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A number in [0, 1) for each sequence of the batch."""
+        return torch.rand(hidden.shape[0], device=hidden.device)
+
     def __call__(self, routing, hidden, plan):
-        draw = (torch.rand(hidden.shape[0], device=hidden.device) < self.share_more).long()
-        gates = self.plans.to(hidden.device)[draw]
-        return gates.unsqueeze(1).expand(-1, hidden.shape[1], -1), None
+        more = (self.draws(hidden) < self.share_more).long()
+        return self.plans.to(hidden.device)[more].unsqueeze(1).expand(-1, hidden.shape[1], -1), None
 
 
 class RandomPlan(Policy):
-    """Every token keeps every unit with probability 1 - skip, from a seeded generator of its own."""
+    """Every token keeps every unit with probability 1 - skip, from a generator of its own."""
 
     def __init__(self, skip: float | torch.Tensor, seed: int = 0):
         self.skip, self.generator = skip, torch.Generator().manual_seed(seed)
@@ -166,18 +180,19 @@ class RandomPlan(Policy):
 
 
 class LayerDrop(Policy):
-    """Stochastic depth (Huang et al. 2016; Fan et al. 2020): each sequence drops each unit with probability p."""
+    """Stochastic depth (Huang et al. 2016; Fan et al. 2020): a sequence drops a unit at random."""
 
     def __init__(self, probability: float):
         self.probability = probability
 
     def __call__(self, routing, hidden, plan):
-        gates = (torch.rand(hidden.shape[0], 1, routing.units, device=hidden.device) >= self.probability).float()
+        draw = torch.rand(hidden.shape[0], 1, routing.units, device=hidden.device)
+        gates = (draw >= self.probability).float()
         return gates.expand(-1, hidden.shape[1], -1), None
 
 
 class ShuffledPlan(Policy):
-    """The router's plan, dealt out again among the batch's real tokens: same rates, no token-dependence."""
+    """The router's plan, dealt out again among the batch's real tokens: the same rates."""
     reads_hidden = True
 
     def __init__(self, seed: int = 0):
@@ -205,15 +220,16 @@ class GivenPlan(Policy):
     def check(self, routing, plan):
         expected = (*plan.real.shape, routing.units)
         if tuple(self.gates.shape) != expected:
-            raise ValueError(f"This plan has shape {tuple(self.gates.shape)}; the pass needs [b, s, units] = {expected}. A "
-                             "pass that goes on from a cache needs the gates of its new tokens only.")
+            raise ValueError(f"This plan has shape {tuple(self.gates.shape)}; the pass needs "
+                             f"[b, s, units] = {expected}. A pass that goes on from a cache needs "
+                             "the gates of its new tokens only.")
 
     def __call__(self, routing, hidden, plan):
         return self.gates.to(hidden.device), None
 
 
 class RecordedPlan(Policy):
-    """Runs the router, for its cost, and follows recorded gates `[n, U]`: token i of a batch's rows follows row i."""
+    """Runs the router, for its cost, and follows recorded gates `[n, U]`, token by token."""
     reads_hidden = True
 
     def __init__(self, gates: torch.Tensor):
@@ -236,23 +252,22 @@ def uniform_from(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
 
 
-class StaticByDocument(Policy):
-    """Two neighbouring static plans `[U]`; each document draws one of them, so that their mean meets the budget.
+class StaticByDocument(MixedStaticPlan):
+    """The same, drawn by the document: both sentences of a minimal pair run under the same plan.
 
-    `keys` names the document of each row of the batch. Both sentences of a minimal pair run under the same plan.
+    Attributes:
+        keys: the name of the document of each row of the batch.
     """
+    keys: Sequence[str] = ()
 
-    def __init__(self, fewer: torch.Tensor, more: torch.Tensor, share_more: float):
-        self.plans, self.share_more, self.keys = torch.stack([fewer, more]).float(), share_more, []
-
-    def __call__(self, routing, hidden, plan):
-        chosen = torch.tensor([int(uniform_from(key) < self.share_more) for key in self.keys])
-        return self.plans[chosen].to(hidden.device).unsqueeze(1).expand(-1, hidden.shape[1], -1), None
+    def draws(self, hidden):
+        numbers = [uniform_from(key) for key in self.keys]
+        return torch.tensor(numbers, dtype=torch.float64)
 
 
 class RandomByDocument(Policy):
-    """Stochastic depth at evaluation: every token drops every unit with probability `skip`, drawn from its document's
-    name and its place in the row."""
+    """Stochastic depth at evaluation: every token drops every unit with probability `skip`, drawn
+    from its document's name and its place in the row."""
 
     def __init__(self, skip: float):
         self.skip, self._keys, self._uniform = skip, [], None
@@ -270,7 +285,9 @@ class RandomByDocument(Policy):
         longest = int(place.max()) + 1
         if self._uniform is None or self._uniform.shape[1] < longest:
             length = 64 * -(-longest // 64)
-            self._uniform = torch.stack([torch.rand(length, routing.units, generator=torch.Generator().manual_seed(
-                int(uniform_from(key) * 2**53))) for key in self._keys])
+            seeds = [int(uniform_from(key) * 2**53) for key in self._keys]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            self._uniform = torch.stack([torch.rand(length, routing.units, generator=generator)
+                                         for generator in generators])
         gates = (self._uniform[torch.arange(len(place)).unsqueeze(1), place] >= self.skip).float()
         return gates.to(hidden.device), None

@@ -1,7 +1,7 @@
 """The router: a small float32 network from the state after layer K to one logit a routable unit.
 
-Notation: b batch, s sequence, d width, U routable units. Gumbel straight-through gates: Jang et al. 2017, Maddison et
-al. 2017; straight-through estimator: Bengio et al. 2013.
+Notation: b batch, s sequence, d width, U routable units. Gumbel straight-through gates: Jang et al.
+2017, Maddison et al. 2017; straight-through estimator: Bengio et al. 2013.
 """
 
 import importlib
@@ -20,7 +20,7 @@ ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds
 
 
 class Dense(nn.Module):
-    """A linear layer that PEFT's target_modules="all-linear" does not take for one of the base model's."""
+    """A linear layer that PEFT's target_modules="all-linear" does not take for the base's."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -32,15 +32,16 @@ class Dense(nn.Module):
 
 
 class Router(nn.Module):
-    """RMSNorm, three linear layers with GELU between them, and (optionally) low-rank paths for skipped tokens.
+    """RMSNorm, three linear layers with GELU between, and (optionally) low-rank skip paths.
 
-    Another router is a subclass, named by `RouterConfig.router_class`, in a file `router_*.py` beside this one or
-    anywhere that is imported first. With `ahead = False` it is asked layer by layer: `forward(hidden, unit)` gets the
-    state `[b, s, d]` before the unit's layer and returns that unit's logits `[b, s, 1]`. No plan is known ahead then,
-    so such a router runs masked only.
+    Another router is a subclass, named by `RouterConfig.router_class`, in a file `router_*.py`
+    beside this one or anywhere that is imported first. With `ahead = False` it is asked layer by
+    layer: `forward(hidden, unit)` gets the state `[b, s, d]` before the unit's layer and returns
+    that unit's logits `[b, s, 1]`. No plan is known ahead then, so such a router runs masked only.
 
-    It lives inside the base model's module tree, so that optimizers, clipping and DDP see its parameters, but keeps out
-    of the base model's `state_dict`: its weights belong to router files (see `weights`).
+    It lives inside the base model's module tree, so that optimizers, clipping and DDP see its
+    parameters, but keeps out of the base model's `state_dict`: its weights belong to router files
+    (see `weights`).
     """
 
     ahead: ClassVar[bool] = True
@@ -53,9 +54,12 @@ class Router(nn.Module):
         nn.init.normal_(self.net[-1].weight, std=0.01)
         nn.init.constant_(self.net[-1].bias, config.keep_bias)
         rank = config.skip_adapter_rank
-        self.down = nn.ParameterList(nn.Parameter(torch.randn(rank, width) / width**0.5) for _ in range(units)) \
-            if rank else None
-        self.up = nn.ParameterList(nn.Parameter(torch.zeros(width, rank)) for _ in range(units)) if rank else None
+        self.down = self.up = None
+        if rank:
+            down = (torch.randn(rank, width) / width**0.5 for _ in range(units))
+            self.down = nn.ParameterList(map(nn.Parameter, down))
+            up = (torch.zeros(width, rank) for _ in range(units))
+            self.up = nn.ParameterList(map(nn.Parameter, up))
         self.register_load_state_dict_post_hook(self._not_missing)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -66,7 +70,7 @@ class Router(nn.Module):
             return self.net(x)
 
     def skipped(self, unit: int, x: torch.Tensor) -> torch.Tensor:
-        """What a token carries past unit `unit` when it skips it: x, plus a low-rank term where there is an adapter."""
+        """What a token carries past a unit that it skips: x, plus a low-rank term if any."""
         if self.down is None:
             return x
         return x + F.linear(F.linear(x, self.down[unit].to(x.dtype)), self.up[unit].to(x.dtype))
@@ -80,7 +84,8 @@ class Router(nn.Module):
 
     @staticmethod
     def _not_missing(module, incompatible) -> None:
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if f"{ROUTER_NAME}." not in key]
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if f"{ROUTER_NAME}." not in key]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Name to tensor, contiguous on the CPU: what a router file holds."""
@@ -88,25 +93,29 @@ class Router(nn.Module):
 
     @classmethod
     def sizes(cls, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
-        """(width, units) of the router whose weights `tensors` are; a subclass with another network has its own."""
-        first, last = (tensors.get(name, torch.empty(1)).shape[-1:] for name in ("net.0.weight", "net.4.bias"))
+        """(width, units) by a router's weights; a subclass with another network has its own."""
+        ends = ("net.0.weight", "net.4.bias")
+        first, last = (tensors.get(name, torch.empty(1)).shape[-1:] for name in ends)
         return (*(first or (1,)), *(last or (1,)))
 
     @classmethod
     def refuse_unfit(cls, tensors: dict[str, torch.Tensor], config: RouterConfig) -> None:
-        """Raises ValueError where `tensors` are no weights of a router of these settings, before one is built."""
+        """Raises ValueError, before a router is built, where `tensors` are none of its weights."""
         with torch.device("meta"):
             cls(*cls.sizes(tensors), config)._fits(tensors)
         odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if odd:
-            raise ValueError(f"These router weights hold infinite or undefined numbers ({odd[0]!r}): the training that "
-                             "wrote them diverged, or the file was damaged.")
+            raise ValueError("These router weights hold infinite or undefined numbers "
+                             f"({odd[0]!r}): the training that wrote them diverged, or the file "
+                             "was damaged.")
 
     def _fits(self, tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
         own = dict(self.named_parameters())
-        wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
         if wrong:
-            raise ValueError(f"These router weights do not fit this router; first difference: {wrong[0]!r}.")
+            raise ValueError("These router weights do not fit this router; first difference: "
+                             f"{wrong[0]!r}.")
         return own
 
     def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -124,15 +133,16 @@ def router_class(name: str) -> type[Router]:
     """
     def known() -> dict[str, type[Router]]:
         classes = [Router]
-        for each in classes:                               # grows meanwhile: subclasses of subclasses too
+        for each in classes:  # grows meanwhile: subclasses of subclasses too
             classes += each.__subclasses__()
         return {each.__name__: each for each in classes}
     if name not in known():
         for file in sorted(Path(__file__).parent.glob("router_*.py")):
             importlib.import_module(f"{__package__}.{file.stem}")
     if name not in known():
-        raise SettingsError(f"router_class={name!r} is no router; there are {', '.join(sorted(known()))}. Import the file "
-                            "that defines it first, or put it beside dlr's own as router_NAME.py.")
+        raise SettingsError(f"router_class={name!r} is no router; there are "
+                            f"{', '.join(sorted(known()))}. Import the file that defines it first, "
+                            "or put it beside dlr's own as router_NAME.py.")
     return known()[name]
 
 
@@ -147,7 +157,7 @@ def straight_through_gates(logits: torch.Tensor, threshold: float, temperature: 
     shifted = logits - threshold
     if noise:
         uniform = torch.rand_like(shifted).clamp(1e-6, 1 - 1e-6)
-        shifted = shifted + uniform.log() - (1 - uniform).log()       # difference of two Gumbels is logistic
+        shifted = shifted + uniform.log() - (1 - uniform).log()    # two Gumbels' difference
     soft = torch.sigmoid(shifted / temperature)
     hard = (soft > 0.5).float()
     return hard + soft - soft.detach()

@@ -1,4 +1,4 @@
-"""The settings of a router, what calibration finds for it, and both as `router_config.json` holds them."""
+"""The settings of a router, what calibration finds for it, and the file that holds both."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,21 +14,28 @@ class RouterConfig(Settings):
 
     router_class: str = "Router"                       # `router.Router`, or a subclass by its name
     level: Literal["token", "sequence"] = "token"      # one plan a token, or one a sequence
-    unit: Literal["layer", "sublayer"] = "layer"       # gate whole layers, or attention and MLP apart
-    kv: Literal["complete", "drop"] = "complete"       # skipped tokens leave keys and values, or none (no cache)
+    unit: Literal["layer", "sublayer"] = "layer"  # gate whole layers, or attention and MLP apart
+    # skipped tokens leave keys and values, or none (no cache)
+    kv: Literal["complete", "drop"] = "complete"
     strategy: Literal["single_pass", "two_pass"] = "single_pass"
     always_keep: int = Field(4, ge=1)                  # layers, the prefix every token runs (K)
     keep_last: int = Field(0, ge=0)                    # layers at the end that every token runs
-    keep_first_tokens: int = Field(1, ge=0, lt=2**31)  # tokens at the start of a sequence that run every layer
-    pool_tokens: int = Field(16, ge=1, le=2**16)       # tokens whose mean state decides a sequence-level plan
+    # tokens at the start of a sequence that run every layer
+    keep_first_tokens: int = Field(1, ge=0, lt=2**31)
+    # tokens whose mean state decides a sequence-level plan
+    pool_tokens: int = Field(16, ge=1, le=2**16)
     router_hidden: int = Field(128, ge=1, le=2**16)    # width of the router's two hidden layers
-    keep_bias: float = 2.0                             # initial logit: routers start by keeping layers
-    skip_adapter_rank: int = Field(0, ge=0, le=2**16)  # rank of a low-rank path for skipped tokens, 0 = none
+    keep_bias: float = 2.0  # initial logit: routers start by keeping layers
+    # rank of a low-rank path for skipped tokens, 0 = none
+    skip_adapter_rank: int = Field(0, ge=0, le=2**16)
 
     @model_serializer(mode="wrap")
     def _as_before(self, written):
-        """The usual router is not named: files and identities are those from before there were others."""
-        return {name: value for name, value in written(self).items() if (name, value) != ("router_class", "Router")}
+        """The usual router is not named: files and identities are as before there were others."""
+        values = written(self)
+        if values.get("router_class") == "Router":
+            del values["router_class"]
+        return values
 
 
 @dataclass
@@ -59,7 +66,7 @@ class Base(TypedDict, total=False):
 
 
 class RouterRecord(RouterConfig):
-    """What `router_config.json` holds: the router's settings, its calibration, and the base model it was made for."""
+    """What `router_config.json` holds: settings, calibration, and the base of a router."""
     threshold: float = 0.0
     calibrated_skip: float | None = None
     curve: list[float] = []
@@ -75,8 +82,9 @@ class RouterRecord(RouterConfig):
     @staticmethod
     def of(config: RouterConfig, calibration: Calibration, base: dict) -> dict:
         """The record as a mapping, ready to be written."""
-        return config.model_dump() | {"threshold": calibration.threshold, "calibrated_skip": calibration.skip,
-                                      "curve": calibration.curve, "base": base}
+        found = dict(threshold=calibration.threshold, calibrated_skip=calibration.skip,
+                     curve=calibration.curve)
+        return config.model_dump() | found | {"base": base}
 
     @property
     def config(self) -> RouterConfig:

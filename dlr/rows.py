@@ -1,7 +1,7 @@
 """Which rows of a forward pass a unit computes, and attention for those rows alone.
 
-Notation: b batch, s sequence, d width, U routable units, n kept rows of the b * s, m the most kept rows of a sequence,
-h query heads, e head width, k key positions.
+Notation: b batch, s sequence, d width, U routable units, n kept rows of the b * s, m the most kept
+rows of a sequence, h query heads, e head width, k key positions.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Rows:
 
     Attributes:
         flat: `[n]` places among the b * s rows, ascending.
-        padded: `[b, m]` the same as places in the sequence, one row of indices a sequence, filled up with 0.
+        padded: `[b, m]` the same as places in each sequence, filled up with 0.
         source: `[n]` places of the kept rows among the b * m padded ones.
         batch, length: b and s.
-        blocks: (start, stop, keys) of stretches of the padded rows, none of which needs more than the first `keys` keys.
+        blocks: (start, stop, keys): these stretches of padded rows need the first `keys` keys.
     """
     flat: torch.Tensor
     padded: torch.Tensor
@@ -36,7 +36,8 @@ class Rows:
     def every(cls, batch: int, length: int, device) -> "Rows":
         """All rows."""
         flat = torch.arange(batch * length, device=device)
-        return cls(flat, torch.arange(length, device=device).expand(batch, -1), flat, batch, length, ((0, length, length),))
+        places = torch.arange(length, device=device).expand(batch, -1)
+        return cls(flat, places, flat, batch, length, ((0, length, length),))
 
     @property
     def count(self) -> int:
@@ -50,7 +51,8 @@ class Rows:
     def scatter(self, kept: torch.Tensor, shape: tuple) -> torch.Tensor:
         """Zeros `[*shape, d]` with the kept rows `[..., n, d]` in their places."""
         out = kept.new_zeros(self.batch * self.length, kept.shape[-1])
-        return out.index_copy_(0, self.flat, kept.reshape(-1, kept.shape[-1])).view(*shape, kept.shape[-1])
+        out.index_copy_(0, self.flat, kept.reshape(-1, kept.shape[-1]))
+        return out.view(*shape, kept.shape[-1])
 
     def onto(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """`x` `[b, s, d]` with `kept` `[1, n, d]` in the places of the kept rows."""
@@ -61,21 +63,25 @@ class Rows:
         return out
 
     def positions(self, value):
-        """What goes with positions, for the kept rows as one sequence: `[1, n, ...]` of `[1 or b, s, ...]`, `[n]` of `[s]`.
+        """What goes with positions, of the kept rows as one sequence.
+
+        `[1, n, ...]` of `[1 or b, s, ...]`, and `[n]` of `[s]`.
         """
         if isinstance(value, (tuple, list)):
             return type(value)(self.positions(part) for part in value)
         if value.dim() == 1:
             return value.index_select(0, self.flat % self.length)
         value = value.expand(self.batch, *value.shape[1:])
-        return value.reshape(self.batch * self.length, *value.shape[2:]).index_select(0, self.flat).unsqueeze(0)
+        value = value.reshape(self.batch * self.length, *value.shape[2:])
+        return value.index_select(0, self.flat).unsqueeze(0)
 
     def by_sequence(self, query: torch.Tensor) -> torch.Tensor:
         """`[b, h, m, e]` of the kept rows `[1, h, n, e]` of all sequences."""
         if self.batch == 1:
             return query
         heads, width = query.shape[1], query.shape[3]
-        out = query.new_zeros(self.padded.numel(), heads, width).index_copy_(0, self.source, query[0].transpose(0, 1))
+        out = query.new_zeros(self.padded.numel(), heads, width)
+        out.index_copy_(0, self.source, query[0].transpose(0, 1))
         return out.view(self.batch, -1, heads, width).transpose(1, 2)
 
     def chosen(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,15 +90,18 @@ class Rows:
 
     def in_one(self, out: torch.Tensor) -> torch.Tensor:
         """`[1, n, h, e]` of attention's output `[b, m, h, e]`."""
-        return out if self.batch == 1 else out.flatten(0, 1).index_select(0, self.source).unsqueeze(0)
+        if self.batch == 1:
+            return out
+        return out.flatten(0, 1).index_select(0, self.source).unsqueeze(0)
 
 
 @torch.compiler.disable
 def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
-    """Kept rows of each unit; None where every real token runs the unit. The forward pass's only host sync is here.
+    """Kept rows of each unit; None: every real token runs it. Here is the pass's only host sync.
 
     Args:
-        runs: `[b, s, U]` bool, False at padding, whose rows nobody needs; real: `[b, s]` bool, False there too.
+        runs: `[b, s, U]` bool, False at padding, whose rows nobody needs.
+        real: `[b, s]` bool, False at padding.
     """
     host = torch.cat([runs.permute(2, 0, 1), real.unsqueeze(0)]).to("cpu").numpy()
     kept, (batch, length) = host[:-1], real.shape
@@ -102,15 +111,16 @@ def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
         return rows
     unit, sequence, place = kept[skipping].nonzero()
     counts = np.bincount(unit * batch + sequence, minlength=len(skipping) * batch)
-    rank = np.arange(len(unit)) - np.repeat(counts.cumsum() - counts, counts)         # among the kept of its sequence
+    # among the kept of its sequence
+    rank = np.arange(len(unit)) - np.repeat(counts.cumsum() - counts, counts)
     counts = counts.reshape(-1, batch)
-    width = counts.max(1)                                                             # m of each unit
+    width = counts.max(1)  # m of each unit
     source, begin = sequence * width[unit] + rank, np.append(0, (batch * width).cumsum())
     padded = np.zeros(begin[-1], dtype=np.int64)
     padded[begin[unit] + source] = place
     table = torch.from_numpy(np.concatenate([sequence * length + place, source, padded]))
     sizes = np.concatenate([counts.sum(1), counts.sum(1), batch * width]).tolist()
-    moved = table.to(runs.device, non_blocking=True).split(sizes)                    # one copy for all units
+    moved = table.to(runs.device, non_blocking=True).split(sizes)  # one copy for all units
     for i, index in enumerate(skipping):
         flat, among, places = moved[i::len(skipping)]
         blocks = _blocks(padded[begin[i]:begin[i + 1]].reshape(batch, -1))
@@ -119,7 +129,7 @@ def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
 
 
 def _blocks(padded: np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    """Stretches of BLOCK rows, so that attention under a mask need not see the keys behind them all."""
+    """Stretches of BLOCK rows, so that attention under a mask need not see the keys behind."""
     count = padded.shape[1]
     starts = list(range(0, count, BLOCK))
     seen = np.maximum.reduceat(padded.max(0), starts) + 1 if count else starts
@@ -127,13 +137,14 @@ def _blocks(padded: np.ndarray) -> tuple[tuple[int, int, int], ...]:
 
 
 def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs) -> torch.Tensor:
-    """Attention of the kept rows `[b, h, m, e]` over all keys `[b, h', k, e]` by the family's function `own`: `[b, m, h, e]`.
+    """Attention of kept rows `[b, h, m, e]` to all keys `[b, h', k, e]` by `own`: `[b, m, h, e]`.
 
     Args:
         attention_mask: `[b, 1, s, k]` of all rows, or None.
     """
     if attention_mask is None and rows.length > 1 and own is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        return _causal(rows, query, key, value, kwargs.get("scaling"))     # no mask means causal there, from key 0 on
+        # no mask means causal there, from key 0 on
+        return _causal(rows, query, key, value, kwargs.get("scaling"))
     if attention_mask is not None and attention_mask.shape[2] > 1:
         attention_mask = rows.chosen(attention_mask.expand(rows.batch, -1, -1, -1))
     return own(module, query, key, value, attention_mask, **kwargs)[0]
@@ -142,14 +153,17 @@ def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs)
 def _causal(rows: Rows, query, key, value, scale: float | None) -> torch.Tensor:
     """Causal attention of kept rows, a block at a time over the keys that block can see.
 
-    Query heads that share keys are rows of one head here, so that no block copies its keys for each of them.
+    Query heads that share keys are rows of one head here, so that no block copies its keys for each
+    of them.
     """
     kept, shared = query.shape[2], query.shape[1] // key.shape[1]
-    query = query.unflatten(1, (-1, shared)).transpose(2, 3).contiguous()                       # [b, h', m, h / h', e]
+    query = query.unflatten(1, (-1, shared)).transpose(2, 3).contiguous()  # [b, h', m, h / h', e]
     places, parts = torch.arange(rows.length, device=query.device), []
     for start, stop, seen in rows.blocks:
-        mask = (places[:seen] <= rows.padded[:, start:stop].repeat_interleave(shared, 1)[..., None]).unsqueeze(1)
-        parts.append(F.scaled_dot_product_attention(query[:, :, start:stop].flatten(2, 3), key[:, :, :seen],
-                                                    value[:, :, :seen], attn_mask=mask, scale=scale))
+        last = rows.padded[:, start:stop].repeat_interleave(shared, 1)[..., None]
+        mask = (places[:seen] <= last).unsqueeze(1)
+        block = query[:, :, start:stop].flatten(2, 3)
+        parts.append(F.scaled_dot_product_attention(
+            block, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, scale=scale))
     out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     return out.unflatten(2, (kept, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)

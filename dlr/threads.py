@@ -1,6 +1,7 @@
-"""What belongs to a thread: its pass in progress, its newest plan, and what it changed for the duration of a block.
+"""What belongs to a thread: its pass in progress, its newest plan, its changes for a block.
 
-Threads may so share one routed model, each with its own text, policy and budget, as they may share the base model.
+Threads may so share one routed model, each with its own text, policy and budget, as they may share
+the base model.
 """
 
 import contextlib
@@ -11,11 +12,12 @@ from dlr.plan import Plan
 
 
 class ThreadState:
-    """A mapping by thread for each of these. A copy (of the model, in another process) starts with nothing."""
+    """A mapping by thread for each of these. A copy, as of the model, starts with nothing."""
 
     def __init__(self):
         self.passes: dict[int, Plan] = {}
-        self.asked: dict[int, dict] = {}               # what the model was called with, until its decoder is called
+        # what the model was called with, until its decoder is called
+        self.asked: dict[int, dict] = {}
         self.plans: dict[int, Plan] = {}
         self.changes: dict[int, list[dict]] = {}
         self.newest: Plan | None = None
@@ -35,7 +37,7 @@ class ThreadState:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of this thread's newest pass; in a thread that has run none, of the newest of all."""
+        """The plan of this thread's newest pass; where it has run none, of the newest of all."""
         return self.plans.get(get_ident(), self.newest)
 
     @plan.setter
