@@ -38,7 +38,8 @@ def refuse_unsaveable(model, routing: Routing) -> str | None:
         NotSaveable: adapters on the router, several active ones, trained base weights, or a base that was changed or
             merged since the router was attached.
     """
-    expected = {name for name, _ in type(routing.router)(1, routing.units, routing.config).named_parameters()}
+    like = type(routing.router)(1, routing.units, routing.config)
+    expected = {name for name, _ in like.named_parameters()}
     if getattr(causal_lm(model), ROUTER_NAME, None) is not routing.router or \
             {name for name, _ in routing.router.named_parameters()} != expected:
         raise NotSaveable("An adapter took in the router, whose weights have files of their own; leave 'dlr_router' "
@@ -122,7 +123,8 @@ def save_control(model, routing: Routing, folder: str | Path, variant: str, orde
     """
     name = refuse_unsaveable(model, routing)
     router = RouterRecord.of(routing.config, routing.calibration, routing.base)
-    record = {"variant": variant, "base": base_record(model), "router": router, "order": order, "skip": skip, "forced": forced, "adapter": name}
+    record = {"variant": variant, "base": base_record(model), "router": router, "order": order,
+              "skip": skip, "forced": forced, "adapter": name}
     with atomic_folder(Path(folder)) as temporary:
         if name is not None:
             write_adapter(adapted(model, routing), name, temporary, record["base"]["name"])

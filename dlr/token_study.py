@@ -101,7 +101,7 @@ def headroom(study: Study, weights: str) -> tuple[list[dict], dict]:
     held = study.instruments(study.calibration, adapters)
     order = oracle.static_order(held)
     test = study.instruments(study.test, adapters)
-    curve = study.routing.config.curve
+    curve = study.routing.calibration.curve
     table, plans = oracle.headroom(
         test, order, {budget: threshold_at(curve, budget) for budget in study.config.budgets})
     rows = [{"weights": weights, **row} for row in oracle.headroom_rows(table)]
@@ -127,7 +127,7 @@ def benefits(study: Study) -> dict[str, torch.Tensor]:
         dense = instrument.Instrument(model, routing, sample, adapters=False)
         kl, loss = instrument.single_skips(dense)
         gates = instrument.router_plan(instrument.Instrument(model, routing, sample),
-                                       routing.config.threshold)
+                                       routing.calibration.threshold)
         states = {f"state.{depth}": state for depth, state in sample.states.items()}
         parts.append({"kl": kl, "loss": loss, "gates": gates.to(torch.uint8),
                       "document": sample.document, **states})
@@ -166,7 +166,7 @@ def measure(config: TokenAnalysisConfig, run) -> dict:
         tensors |= part.pop("tensors")
     save_tensors(tensors, run.folder / "oracle.safetensors")
     return run.finish(
-        rows, target=study.routing.config.calibrated_skip, skip=tokens.skip_ratio,
+        rows, target=study.routing.calibration.skip, skip=tokens.skip_ratio,
         shuffled=shuffled_gap(study), static=static, probes=probe_rows(study, sample),
         least=10 if config.record_docs > 20 else 2, **_statistics(tokens, kinds, sample))
 

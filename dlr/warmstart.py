@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dlr.plan import static_pair
-from dlr.calibration import calibrate
+from dlr.calibration import threshold_for
 from dlr.run_settings import RunConfig
 from dlr.device import autocast, device_of
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher

@@ -243,7 +243,7 @@ def test_variants_of_one_checkpoint(checkpoint):
     routed = load(str(checkpoint))
     model, tokenizer, routing = routed
     assert routing is dlr.routing_of(model) and routing.policy is routed.policy and tokenizer.bos_token
-    assert routed.kind == "routed" and routed.routing.config.calibrated_skip == 0.25
+    assert routed.kind == "routed" and routed.routing.calibration.skip == 0.25
     static = load(str(checkpoint), variant="static")                             # the row of its own folder: DLR's
     dropped = (static.policy.plans == 0).sum(1).tolist()
     assert dropped == [3, 4] and static.policy.share_more == pytest.approx(0.3 * 12 - 3)     # the router's measured skip
