@@ -86,8 +86,9 @@ class Controlled(Objective, name="controlled"):
 
     def after_step(self, routing, step, row):
         if step <= self.router_steps:
-            routing.config.threshold = self.controller.update(
-                routing.config.threshold, row["skip"], step - 1, row[SLOPE])
+            calibration = routing.calibration
+            calibration.threshold = self.controller.update(
+                calibration.threshold, row["skip"], step - 1, row[SLOPE])
 
 
 class GlobalPenalty(Objective, name="global_penalty"):

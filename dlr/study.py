@@ -140,7 +140,7 @@ def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None,
         if trainer.objective.calibrates:
             calibrate_router(model, routing, bench.calibration, config.target_skip,
                              bf16=config.autocast)
-        variant.notes["threshold"] = routing.config.threshold
+        variant.notes["threshold"] = routing.calibration.threshold
         save_pretrained(model, folder / "checkpoint")
 
 

@@ -125,7 +125,7 @@ class DLRTrainer(Trainer):
         values["skip"] = tokens, plan.skip_ratio
         if plan.logits is not None:
             logits = plan.logits[plan.real].detach()
-            open_share = torch.sigmoid(logits - self.routing.config.threshold)
+            open_share = torch.sigmoid(logits - self.routing.calibration.threshold)
             values["gate_entropy"] = tokens, gate_entropy(open_share)
             values[SLOPE] = tokens, float((open_share * (1 - open_share)).mean())
         for unit, keep in enumerate(plan.keep_rate.tolist()):
@@ -157,7 +157,7 @@ class DLRTrainer(Trainer):
         now = time.perf_counter()
         is_sampled = getattr(self.policy, "training", False)       # else no gate has a temperature
         row |= {"step": step, "goal": self.objective.controller.goal(step - 1),
-                "threshold": self.routing.config.threshold,
+                "threshold": self.routing.calibration.threshold,
                 "temperature": self.policy.temperature if is_sampled else None,
                 "lr": self.lr_scheduler.get_last_lr()[0],
                 "tokens_per_second": tokens / (now - self._clock)}
@@ -196,7 +196,7 @@ class DLRTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         self.routing.router.load_weights(load_file(folder / WEIGHTS))
         record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        self.routing.config.threshold = record["threshold"]
+        self.routing.calibration.threshold = record["threshold"]
 
     def fit(self) -> None:
         """Trains, from the newest complete checkpoint in the run's folder where there is one.
