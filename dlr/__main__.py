@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dlr import evalcommand, serve
 from dlr.phases import PHASES, schema_of
-from dlr.places import Wanted, beside, made, named, shown_path
+from dlr.places import Wanted, beside, named, provenance, shown_path
 from dlr.settings import validated
 from dlr.sweeps import run_sweep, write_table
 from dlr.workbook import checked_parameters, effective_of
@@ -122,7 +122,7 @@ def _run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: b
     wanted = Wanted(phase, effective_of(phase, parameters, notebook))
     place = named(wanted, name, force) if is_given else beside(wanted, name)
     if place.done and not force:
-        print(f"{phase}: finished before, {made(place)}; --force runs it again, --name keeps both. "
+        print(f"{phase}: finished before, {provenance(place)}; --force runs it again, --name keeps both. "
               f"{shown_path(place.folder)}")
         return
     if force:

@@ -68,7 +68,7 @@ class Wanted:
         return identity.begin(run, self.config.model_dump(), *self.data, type(self.config))
 
 
-def made(run: Run) -> str:
+def provenance(run: Run) -> str:
     """When and on what a run was made."""
     record = run.record
     parts = record.get("hardware") or {}
@@ -104,7 +104,7 @@ def open_run(phase: str, config: Settings, say=print) -> Run:
         if run is None:
             run = wanted.free(results_folder() / SCRATCH / phase / scratch_name(config))
     if run.done:
-        say(f"{shown_path(run.folder)} holds this run, {made(run)}: shown from there. Give "
+        say(f"{shown_path(run.folder)} holds this run, {provenance(run)}: shown from there. Give "
             "run_name a name of your own to run it here.")
         return run
     begun = ", where this run was begun before: it goes on" if run.exists else ""
