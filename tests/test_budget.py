@@ -8,7 +8,7 @@ from tiny_models import tiny
 from test_routed import half_skipping
 
 import dlr
-from dlr.baselines import evaluate_static, greedy_static_order
+from dlr.baselines import evaluate_static, greedy_order, greedy_static_order
 from dlr.calibration import Controller, threshold_for
 from dlr.data import load_documents
 from dlr.evaluate import bootstrap, calibrate_router, evaluate, paired_difference, perplexity, skip_ratio, summary
@@ -150,6 +150,19 @@ def test_static_plans_mix_to_an_exact_ratio(skip):
     pair = static_pair([2, 0, 3, 1], 4, skip)
     assert (pair.fewer - pair.more).sum() == 1 and 0 <= pair.share_more <= 1
     assert (1 - pair.mean(pair.fewer, pair.more).mean()).item() == pytest.approx(skip)
+
+
+def test_greedy_search_drops_what_does_least_harm_beside_what_is_dropped_already():
+    """Unit 0 is harmless until unit 2, its stand-in, is gone: harms of single units alone would drop it second."""
+    asked = []
+
+    def harms(dropped, left):
+        for unit in left:
+            asked.append((*dropped, unit))
+            yield {0: 9.0 if 2 in dropped else 1.0, 1: 5.0, 2: 0.5}[unit]
+
+    assert greedy_order(3, harms) == [2, 1, 0]
+    assert asked == [(0,), (1,), (2,), (2, 0), (2, 1), (2, 1, 0)]
 
 
 def test_greedy_search_finds_the_layer_that_does_nothing():
