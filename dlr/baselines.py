@@ -31,12 +31,12 @@ def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[fl
     return dropped
 
 
-def greedy_static_order(model, routing: Routing, batches: list[dict], *, bf16: bool | None = None) -> list[int]:
+def greedy_static_order(model, routing: Routing, batches: list[dict]) -> list[int]:
     """The greedy order by perplexity on `batches`; unit indices are places among the routable units."""
     def losses(dropped, left):
         for unit in left:
             plan = StaticPlan(static_gates(routing.units, [*dropped, unit]))
-            yield evaluate(model, routing, batches, plan, bf16=bf16, bar=False)["nll"].sum()
+            yield evaluate(model, routing, batches, plan, bar=False)["nll"].sum()
 
     return greedy_order(routing.units, losses)
 
@@ -46,8 +46,7 @@ def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
     return sorted(range(len(keep_rate)), key=keep_rate.__getitem__)
 
 
-def evaluate_static(model, routing: Routing, batches: list[dict], order: list[int], skip: float, forced: float, *,
-                    bf16: bool | None = None) -> pd.DataFrame:
+def evaluate_static(model, routing: Routing, batches: list[dict], order: list[int], skip: float, forced: float) -> pd.DataFrame:
     """The document table of the static plan along `order` at exactly `skip`, the mean of two neighbouring plans."""
     pair = static_pair(order, routing.units, skip, forced)
-    return pair.mean(*(evaluate(model, routing, batches, StaticPlan(plan), bf16=bf16) for plan in pair[:2]))
+    return pair.mean(*(evaluate(model, routing, batches, StaticPlan(plan)) for plan in pair[:2]))

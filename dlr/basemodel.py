@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.data import Documents, folder_texts, load_documents, padded_batches, read_wikitext
+from dlr.device import fast_bf16
 from dlr.encoding import encode, opening_token, padding_token
 from dlr.evaluate import bootstrap, evaluate, perplexity
 from dlr.models import NANO, load_base
@@ -166,6 +167,7 @@ def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
 def _routed(model):
     """A router for the duration, which the instruments need; then `model` is the base again."""
     routing = attach(model, RouterConfig(always_keep=1, keep_first_tokens=0))
+    routing.bf16 = fast_bf16()
     try:
         yield routing
     finally:

@@ -11,12 +11,6 @@ def fast_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def autocast(device: torch.device, enabled: bool | None = None):
-    """bfloat16 autocast on `device`, or nothing; None: where bfloat16 products are faster here."""
-    enabled = fast_bf16() if enabled is None else enabled
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the parameters of `model` lie."""
     return next(model.parameters()).device

@@ -9,7 +9,7 @@ import torch
 
 from dlr.calibration import calibration_curve, threshold_for
 from dlr.data import Documents, padded_batches
-from dlr.device import autocast, device_of
+from dlr.device import device_of
 from dlr.logits import last_only
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.policy import Policy, RouterPolicy, refuse_without_plan
@@ -27,8 +27,7 @@ def _per_row(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *, bf16: bool | None = None,
-             kl: bool = False, describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
+def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *, kl: bool = False, describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
     """One row a document: predicted tokens, summed nll (nats), real tokens, gates, gates run, and keep counts a unit.
 
     `policy=None` evaluates the model at full depth. With `kl`, column `kl` sums KL(base || this model).
@@ -38,14 +37,14 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
     model.eval()
     for batch in tqdm(batches, desc=describe, unit="batch", disable=not bar):
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
-        with autocast(device, bf16), routing.using(policy):
+        with routing.autocast(), routing.using(policy):
             logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
             kept = torch.ones(*ids.shape, routing.units) if policy is None else routing.plan.gates.float().cpu()
         mask = predicted(real)
         columns = {"doc": batch["row"].numpy(), "predicted": mask.sum(1).cpu().numpy(),
                    "nll": _per_row(cross_entropy(logits, ids, real), mask), "tokens": real.sum(1).cpu().numpy()}
         if kl:
-            with autocast(device, bf16), frozen_base(model, routing):
+            with routing.autocast(), frozen_base(model, routing):
                 teacher = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
             columns["kl"] = _per_row(kl_to_teacher(logits, teacher, real), mask)
         counts = ((kept > 0.5) & real.cpu().unsqueeze(-1)).sum(1).numpy()
@@ -108,7 +107,7 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
 
 
 @torch.no_grad()
-def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool | None = None) -> tuple[torch.Tensor, int]:
+def router_logits(model, routing: Routing, batches: list[dict]) -> tuple[torch.Tensor, int]:
     """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced to run.
 
     Raises:
@@ -120,7 +119,7 @@ def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool | 
     first = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
     for batch in tqdm(batches, desc="calibrating", unit="batch"):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        with autocast(device, bf16), routing.using(RouterPolicy()):
+        with routing.autocast(), routing.using(RouterPolicy()):
             model(input_ids=ids, attention_mask=mask, use_cache=False, **last_only(model))      # logits are not read
         plan = routing.plan
         free = plan.real & (mask.cumsum(1) - 1 >= first)
@@ -129,29 +128,29 @@ def router_logits(model, routing: Routing, batches: list[dict], *, bf16: bool | 
     return torch.cat(found), forced
 
 
-def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float, *, bf16: bool | None = None) -> float:
+def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float) -> float:
     """Sets the threshold that gives `target_skip` on `batches`, and the dial's curve; returns the ratio it gives there.
 
     The logits depend on the first K layers only, which every plan runs: one pass is exact. A router that decides layer
     by layer gets its threshold by bisection, and no dial.
     """
     if not routing.router.ahead:
-        routing.calibration = _bisected(model, routing, batches, target_skip, bf16)
+        routing.calibration = _bisected(model, routing, batches, target_skip)
         return routing.calibration.skip
-    logits, forced = router_logits(model, routing, batches, bf16=bf16)
+    logits, forced = router_logits(model, routing, batches)
     threshold = threshold_for(logits, target_skip, forced)
     skip = (logits <= threshold).sum().item() / (logits.numel() + forced)
     routing.calibration = Calibration(threshold, skip, calibration_curve(logits, forced))
     return skip
 
 
-def _bisected(model, routing: Routing, batches: list[dict], target_skip: float, bf16: bool | None) -> Calibration:
+def _bisected(model, routing: Routing, batches: list[dict], target_skip: float) -> Calibration:
     """The threshold, to a thousandth of a logit, whose measured skip ratio came nearest to the target."""
     low, high, tried = -30.0, 30.0, []
     while high - low > 1e-3:
         middle = (low + high) / 2
         with routing.at(threshold=middle):
-            skip = skip_ratio(evaluate(model, routing, batches, RouterPolicy(), bf16=bf16, bar=False))
+            skip = skip_ratio(evaluate(model, routing, batches, RouterPolicy(), bar=False))
         tried.append(Calibration(middle, skip))
         low, high = (middle, high) if skip < target_skip else (low, middle)
     return min(tried, key=lambda found: abs(found.skip - target_skip))

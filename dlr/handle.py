@@ -12,6 +12,7 @@ from torch import nn
 
 from dlr.compact import compact_layers
 from dlr.decoder import HANDLE, NotRoutable, causal_lm, sublayers
+from dlr.device import device_of
 from dlr.execution import BlendLayer, GateSublayer, HideSkippedKeys, argument_names
 from dlr.hooks import Hooks
 from dlr.intercept import own_forwards
@@ -73,6 +74,7 @@ class Routing:
         self.compact_layers: list | None = None
         self.handles: list = []
         self.threads, self.owner = ThreadState(), Owner()
+        self.bf16 = False
 
     def __setstate__(self, state):
         self.__dict__.update(state | {"owner": Owner()})  # a copy's caches are not the original's
@@ -129,6 +131,10 @@ class Routing:
     def disabled(self):
         """The dense model for the duration, in this thread alone."""
         return self.at(policy=None)
+
+    def autocast(self):
+        """The numbers the model is measured in: bfloat16 where `bf16` is set, else those of its own weights."""
+        return torch.autocast(device_of(self.model).type, torch.bfloat16, enabled=self.bf16)
 
     # -- the routable layers ----------------------------------------------------------------------
     @property

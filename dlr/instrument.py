@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dlr.adapters import without_adapters
-from dlr.device import autocast, device_of
+from dlr.device import device_of
 from dlr.likelihood import ROWS, frozen_base, predicted
 from dlr.policy import GivenPlan, RouterPolicy
 from dlr.routed import Routing
@@ -27,7 +27,6 @@ class Sample:
     teacher_entropy: torch.Tensor  # [n] nats
     target: torch.Tensor          # [n] ids of the next tokens
     states: dict[int, torch.Tensor]   # layers run -> [n, d] states, where asked for
-    bf16: bool = False
 
     def __len__(self) -> int:
         return len(self.document)
@@ -44,7 +43,7 @@ class Sample:
 
 
 @torch.no_grad()
-def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = (), *, bf16: bool = False) -> Sample:
+def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = ()) -> Sample:
     """Runs the dense model (adapters off) once on a batch of `data.padded_batches`.
 
     Args:
@@ -61,14 +60,14 @@ def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = 
     if not free.any():
         raise ValueError("No token of this batch chooses its layers: its texts are shorter than keep_first_tokens + 2 "
                          "tokens. Give longer texts.")
-    with autocast(ids.device, bf16), frozen_base(model, routing):
+    with routing.autocast(), frozen_base(model, routing):
         out = model(input_ids=ids, attention_mask=real.long(), use_cache=False, output_hidden_states=bool(depths))
     log_p = out.logits[free].float().log_softmax(-1)
     teacher = log_p.exp()
     document = batch["row"].to(device).unsqueeze(1).expand_as(ids)[free].cpu()
     states = {depth: out.hidden_states[depth][free].float().cpu() for depth in depths}
     return Sample(ids, real, free, document, teacher, teacher_entropy=-(teacher * log_p).sum(-1),
-                  target=ids.roll(-1, 1)[free], states=states, bf16=bf16)
+                  target=ids.roll(-1, 1)[free], states=states)
 
 
 class Instrument:
@@ -87,8 +86,7 @@ class Instrument:
     def setting(self):
         """No gradients, the adapters asked for, and masked execution, whose results are the reference."""
         off = contextlib.nullcontext() if self.adapters else without_adapters(self.model, self.routing)
-        precision = autocast(self.sample.ids.device, self.sample.bf16)
-        with self.routing.at(execution="masked"), torch.no_grad(), precision, off:
+        with self.routing.at(execution="masked"), self.routing.autocast(), torch.no_grad(), off:
             yield
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dlr.device import autocast, device_of
+from dlr.device import device_of
 from dlr.encoding import encode, opening_token
 from dlr.likelihood import frozen_base
 from dlr.logits import chunks, logits_of
@@ -164,19 +164,19 @@ def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor,
 
 
 @torch.no_grad()
-def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top: int, bf16: bool) -> dict:
+def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top: int) -> dict:
     """Tensors of one text, ids `[s]`. Of both models' logits only a few rows are held at a time."""
     batch = ids.unsqueeze(0)
-    with autocast(ids.device, bf16), frozen_base(model, routing):
+    with routing.autocast(), frozen_base(model, routing):
         dense_rows = logits_of(model, routing, batch)
-    with autocast(ids.device, bf16), routing.using(policy):
+    with routing.autocast(), routing.using(policy):
         routed_rows = logits_of(model, routing, batch)
     plan, following = routing.plan, ids.roll(-1)
     parts = []
     for rows in chunks(model, len(ids)):
-        with autocast(ids.device, bf16), frozen_base(model, routing):
+        with routing.autocast(), frozen_base(model, routing):
             dense = _log_p(dense_rows(rows))
-        with autocast(ids.device, bf16):
+        with routing.autocast():
             routed = _log_p(routed_rows(rows))
         parts.append(_compared(dense, routed, following[rows], top))
     measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -202,7 +202,7 @@ def document_ids(tokenizer, text: str, model) -> list[int]:
 
 
 def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int = 1024, policy: Policy | None = None,
-           top: int = 5, bf16: bool = False, name: str = "", bar: bool = True) -> Record:
+           top: int = 5, name: str = "", bar: bool = True) -> Record:
     """Runs `texts` through the frozen base and the routed model, one at a time, and records every token.
 
     Args:
@@ -220,7 +220,7 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
     parts = []
     for index, text in enumerate(tqdm(texts, desc="recording", unit="text", disable=not bar or len(texts) < 8)):
         ids = document_ids(tokenizer, text, model)[:max_len]
-        part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top, bf16)
+        part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top)
         parts.append(part | {"document": torch.full((len(ids),), index)})
     tensors = {key: torch.cat([part[key] for part in parts]) for key in TENSORS}
     config = routing.config

@@ -146,7 +146,7 @@ class Session:
     def _measured_curve(self) -> list[float]:
         documents = load_documents("embedded", "calibration")
         batches = padded_batches(documents, self.tokenizer, min(256, self.context), 4, limit=CURVE_DOCUMENTS)
-        logits, forced = router_logits(self.model, self.routing, batches, bf16=False)
+        logits, forced = router_logits(self.model, self.routing, batches)
         self.note = (f"{self.note} This router has no stored calibration curve; its thresholds come from "
                      f"{CURVE_DOCUMENTS} documents of "
                      "the embedded calibration split.").strip()

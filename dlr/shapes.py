@@ -53,7 +53,7 @@ def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
     """
     model, tokenizer, routing = load(checkpoint or "nano-router", variant="routed")
     batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 8, limit=documents)
-    return router_logits(model, routing, batches, bf16=False)[0]
+    return router_logits(model, routing, batches)[0]
 
 
 def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:

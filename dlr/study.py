@@ -86,6 +86,13 @@ def _clear(bench: Bench) -> None:
         bench.open.close()
 
 
+def _attached(model, config: RunConfig) -> Routing:
+    """A router on `model`, which is measured in the numbers it is trained in."""
+    routing = attach(model, config.router())
+    routing.bf16 = config.autocast
+    return routing
+
+
 def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     """Fresh LoRA and router on the bench's base."""
     _clear(bench)
@@ -93,7 +100,7 @@ def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha,
                      dropout=config.lora_dropout, seed=config.seed)
     try:
-        routing = attach(model, config.router())
+        routing = _attached(model, config)
     except BaseException:
         model.unload()
         raise
@@ -173,7 +180,7 @@ def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind
 def base_row(bench: Bench) -> dict:
     """The untouched base model on the test split."""
     _clear(bench)
-    routing = attach(bench.base, bench.config.router())
+    routing = _attached(bench.base, bench.config)
     try:
         variant = Variant("base", bench.config, bench.base, routing)
         return measure(bench, variant, "base", None, "base")

@@ -71,7 +71,7 @@ def open_study(config: TokenAnalysisConfig) -> Study:
                   load_documents(config.dataset, "calibration"))
     if not routing.calibration.curve or routing.calibration.skip is None:
         batches = study.batches(study.calibration, config.calibration_docs, config.eval_len)
-        calibrate_router(model, routing, batches, routing.calibration.skip or 0.4, bf16=False)
+        calibrate_router(model, routing, batches, routing.calibration.skip or 0.4)
     return study
 
 

@@ -68,7 +68,7 @@ def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Bac
     real = torch.ones_like(ids, dtype=torch.bool)
 
     def kl_under(gates, teacher):
-        with autocast(ids.device, bf16), routing.using(GivenPlan(gates)):
+        with routing.autocast(), routing.using(GivenPlan(gates)):
             return kl_to_teacher(model(input_ids=ids, use_cache=False).logits, teacher, real)
 
     states = []
@@ -77,7 +77,7 @@ def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Bac
         lambda module, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True)
     try:
-        with autocast(ids.device, bf16), frozen_base(model, routing):
+        with routing.autocast(), frozen_base(model, routing):
             teacher = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()

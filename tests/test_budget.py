@@ -52,21 +52,21 @@ def test_raising_the_target_never_lowers_the_measured_skip():
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1))
     measured = []
     for target in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9):
-        calibrate_router(model, routing, batches(), target, bf16=False)
-        table = evaluate(model, routing, batches(seed=1), RouterPolicy(), bf16=False)
+        calibrate_router(model, routing, batches(), target)
+        table = evaluate(model, routing, batches(seed=1), RouterPolicy())
         measured.append(skip_ratio(table))
-        assert skip_ratio(evaluate(model, routing, batches(), RouterPolicy(), bf16=False)) == pytest.approx(target, abs=2e-3)
+        assert skip_ratio(evaluate(model, routing, batches(), RouterPolicy())) == pytest.approx(target, abs=2e-3)
     assert measured == sorted(measured) and measured[0] < 0.05 < 0.7 < measured[-1]
 
 
 def test_the_dial_follows_its_curve_and_never_turns_back():
     model = tiny()
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1))
-    calibrate_router(model, routing, batches(48), 0.4, bf16=False)
+    calibrate_router(model, routing, batches(48), 0.4)
     own, measured = routing.threshold, []
     for skip in (0.0, 0.05, 0.123, 0.4, 0.6, 0.8):
         with dlr.budget(model, skip=skip):
-            measured.append(skip_ratio(evaluate(model, routing, batches(48), RouterPolicy(), bf16=False)))
+            measured.append(skip_ratio(evaluate(model, routing, batches(48), RouterPolicy())))
         assert measured[-1] == pytest.approx(skip, abs=0.01)
     assert measured == sorted(measured) and measured[0] == 0.0
     assert routing.threshold == own
@@ -111,7 +111,7 @@ def test_the_dial_says_what_it_cannot_do():
     routing = half_skipping(model)
     with pytest.raises(ValueError, match="no calibration curve"), dlr.budget(model, skip=0.3):
         pass
-    calibrate_router(model, routing, batches(), 0.4, bf16=False)
+    calibrate_router(model, routing, batches(), 0.4)
     for wrong in (-0.1, 0.9):
         with pytest.raises(ValueError, match="outside the dial"), dlr.budget(model, skip=wrong):
             pass
@@ -145,7 +145,7 @@ def test_the_controller_makes_good_its_share_of_the_miss_in_one_step():
 def test_static_plans_mix_to_an_exact_ratio(skip):
     model = tiny()
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=0))
-    table = evaluate_static(model, routing, batches(), [2, 0, 3, 1], skip, 0.0, bf16=False)
+    table = evaluate_static(model, routing, batches(), [2, 0, 3, 1], skip, 0.0)
     assert skip_ratio(table) == pytest.approx(skip, abs=1e-6)
     pair = static_pair([2, 0, 3, 1], 4, skip)
     assert (pair.fewer - pair.more).sum() == 1 and 0 <= pair.share_more <= 1
@@ -171,20 +171,20 @@ def test_greedy_search_finds_the_layer_that_does_nothing():
         for part in (model.model.layers[4].self_attn.o_proj, model.model.layers[4].mlp.down_proj):
             part.weight.zero_()
     routing = half_skipping(model, RouterConfig(always_keep=2))
-    order = greedy_static_order(model, routing, batches(), bf16=False)
+    order = greedy_static_order(model, routing, batches())
     with routing.using(StaticPlan(static_gates(4, [2]))):
-        idle = evaluate(model, routing, batches(), StaticPlan(static_gates(4, [2])), bf16=False)
+        idle = evaluate(model, routing, batches(), StaticPlan(static_gates(4, [2])))
     assert sorted(order) == [0, 1, 2, 3]
-    dense = evaluate(model, routing, batches(), None, bf16=False)
+    dense = evaluate(model, routing, batches(), None)
     assert idle["nll"].sum() == pytest.approx(dense["nll"].sum(), rel=1e-6)
-    losses = [evaluate(model, routing, batches(), StaticPlan(static_gates(4, [u])), bf16=False)["nll"].sum() for u in range(4)]
+    losses = [evaluate(model, routing, batches(), StaticPlan(static_gates(4, [u])))["nll"].sum() for u in range(4)]
     assert order[0] == losses.index(min(losses))
 
 
 def test_random_plan_and_layer_drop_hit_their_rates():
     model = tiny()
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=0))
-    assert skip_ratio(evaluate(model, routing, batches(48), RandomPlan(0.3), bf16=False)) == pytest.approx(0.3, abs=0.04)
+    assert skip_ratio(evaluate(model, routing, batches(48), RandomPlan(0.3))) == pytest.approx(0.3, abs=0.04)
     torch.manual_seed(0)
     with routing.using(LayerDrop(0.5)):
         model(batches()[0]["input_ids"])
@@ -194,7 +194,7 @@ def test_random_plan_and_layer_drop_hit_their_rates():
 def test_tables_are_a_row_a_document_and_intervals_hold_the_value():
     model = tiny()
     routing = half_skipping(model)
-    table = evaluate(model, routing, batches(), RouterPolicy(), bf16=False, kl=True)
+    table = evaluate(model, routing, batches(), RouterPolicy(), kl=True)
     assert list(table["doc"]) == list(range(12))
     row = summary(table, 2)
     assert row["perplexity_low"] < row["perplexity"] < row["perplexity_high"]

@@ -49,7 +49,7 @@ def routed(nano):
         routing.router.net[-1].bias.zero_()
     batches = padded_batches(Documents("", "test", ["The array holds items of the list, and returns a number."], ""),
                              tokenizer, 64, 1)
-    routing.calibration.threshold = float(router_logits(model, routing, batches, bf16=False)[0].median())
+    routing.calibration.threshold = float(router_logits(model, routing, batches)[0].median())
     yield Opened(model, tokenizer, routing, "routed", RouterPolicy(), digest="r")
     routing.detach()
 

@@ -101,8 +101,8 @@ def test_what_needs_a_plan_ahead_is_refused_in_a_sentence(ids):
 
 def test_its_threshold_is_found_by_bisection_and_it_is_saved_and_loaded(tmp_path, ids):
     model, routing = attached()
-    skip = calibrate_router(model, routing, batches(), 0.4, bf16=False)
-    measured = skip_ratio(evaluate(model, routing, batches(), RouterPolicy(), bf16=False))
+    skip = calibrate_router(model, routing, batches(), 0.4)
+    measured = skip_ratio(evaluate(model, routing, batches(), RouterPolicy()))
     assert skip == measured == pytest.approx(0.4, abs=0.02) and not routing.calibration.curve
     dlr.save_pretrained(model, tmp_path / "c")
     with pytest.warns(dlr.hooks.RunsMasked):

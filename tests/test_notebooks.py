@@ -300,7 +300,7 @@ def test_the_shipped_router_meets_its_budget_and_the_dial_on_the_test_split():
     model, tokenizer = dlr.from_pretrained(NANO_ROUTER), load_base()[1]
     routing, documents = dlr.routing_of(model), load_documents("embedded", "test")
     batches = padded_batches(documents, tokenizer, 256, 16)
-    logits, forced = router_logits(model, routing, batches, bf16=False)
+    logits, forced = router_logits(model, routing, batches)
     measured = {}
     for skip in (0.0, 0.1, 0.25, 0.4, 0.6, 0.8):
         with dlr.budget(model, skip=skip):
@@ -309,7 +309,7 @@ def test_the_shipped_router_meets_its_budget_and_the_dial_on_the_test_split():
     assert abs(measured[0.4] - 0.4) <= 0.01
     assert list(measured.values()) == sorted(measured.values())
     few = padded_batches(documents, tokenizer, 128, 8, limit=8)
-    expected, forced = router_logits(model, routing, few, bf16=False)
-    found = skip_ratio(evaluate(model, routing, few, RouterPolicy(), bf16=False, bar=False))
+    expected, forced = router_logits(model, routing, few)
+    found = skip_ratio(evaluate(model, routing, few, RouterPolicy(), bar=False))
     skipped = (expected <= routing.threshold).sum().item()
     assert abs(found - skipped / (expected.numel() + forced)) < 1e-6

@@ -162,8 +162,8 @@ def test_text_for_measuring_is_read_by_nothing_else(bench, tmp_path, monkeypatch
 
 def test_a_static_order_is_searched_anew_wherever_it_could_differ(bench, folder, tmp_path, monkeypatch):
     searches = []
-    def search(model, routing, batches, *, bf16):
-        searches.append(bf16)
+    def search(model, routing, batches):
+        searches.append(routing.bf16)
         return list(range(routing.units))
     monkeypatch.setattr(static_order, "greedy_static_order", search)
     monkeypatch.setattr(static_order, "cache_folder", lambda: tmp_path)
@@ -228,7 +228,7 @@ def test_layer_numbers_in_figures_are_the_models(rows):
 def test_routed_rows_measure_the_router_that_was_saved(bench, rows, tmp_path):
     """The row's skip is that of the calibrated router, run anew."""
     variant = study.train(bench, "DLR", bench.config, tmp_path / "again")
-    table = study.evaluate(variant.model, variant.routing, bench.test, RouterPolicy(), bf16=False)
+    table = study.evaluate(variant.model, variant.routing, bench.test, RouterPolicy())
     assert 1 - np.mean(rows["DLR"]["keep_rate"]) == pytest.approx(study.summary(table, 2)["skip"], abs=1e-3)
     assert rows["DLR"]["perplexity"] == pytest.approx(study.summary(table, 2)["perplexity"], rel=1e-4)
     variant.close()

@@ -252,12 +252,12 @@ def test_training_learns_what_carries_over_and_a_cold_router_is_held_at_its_targ
     routing = dlr.attach(model, config.router())
     held = torch.stack([row["input_ids"] for row in Counting(range(1, 90, 3)).rows])
     batch = [{"input_ids": held, "attention_mask": torch.ones_like(held), "row": torch.arange(len(held))}]
-    untrained = perplexity(evaluate(model, routing, batch, None, bf16=False))
+    untrained = perplexity(evaluate(model, routing, batch, None))
     DLRTrainer(model, config, Counting([s for s in range(90) if s % 3 != 1]), tmp_path).fit()
     log = pd.read_csv(tmp_path / "log.csv")
     assert log["skip"][20:].mean() == pytest.approx(0.3, abs=0.045) and log["skip"][-10:].mean() == pytest.approx(0.3, abs=0.035)
-    calibrate_router(model, routing, batch, 0.3, bf16=False)
-    table = evaluate(model, routing, batch, RouterPolicy(), bf16=False)
+    calibrate_router(model, routing, batch, 0.3)
+    table = evaluate(model, routing, batch, RouterPolicy())
     assert perplexity(table) < 0.75 * untrained and skip_ratio(table) == pytest.approx(0.3, abs=0.01)
 
 

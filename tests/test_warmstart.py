@@ -41,7 +41,7 @@ def test_an_idle_layer_does_no_harm_and_the_rest_does():
 def test_on_an_open_background_the_label_is_the_kl_of_skipping_one_layer():
     model, routing = routed()
     ids = torch.stack([row["input_ids"] for row in Blocks(4).rows])
-    labels = label_batch(model, routing, ids, lambda hidden: torch.ones(*hidden.shape[:2], 4), bf16=False)
+    labels = label_batch(model, routing, ids, lambda hidden: torch.ones(*hidden.shape[:2], 4))
     real = torch.ones_like(ids).bool()
     with frozen_base(model, routing):
         teacher = model(input_ids=ids).logits
