@@ -10,8 +10,8 @@ import torch
 from dlr.calibration import calibration_curve, threshold_for
 from dlr.data import Documents, padded_batches
 from dlr.device import device_of
-from dlr.logits import last_only
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.logits import chunks, last_only, logits_of
 from dlr.policy import Policy, RouterPolicy, refuse_without_plan
 from dlr.progress import tqdm
 from dlr.routed import Routing, routing_of
@@ -20,17 +20,35 @@ from dlr.router_config import Calibration
 BOOTSTRAP = 1000
 
 
-def _per_row(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    """Sums `[b]` of the values `[n]` of the positions in `mask` `[b, s]`."""
-    rows = torch.zeros(mask.shape, dtype=torch.float64)
-    return rows.masked_scatter(mask.cpu(), values.double().cpu()).sum(1).numpy()
+def _likelihoods(model, routing: Routing, ids: torch.Tensor, real: torch.Tensor, logits, teacher) -> dict:
+    """Columns nll and (with a teacher) kl: sums over each row's predicted tokens.
+
+    `logits` and `teacher` are what `logits_of` gave for the routed and for the frozen model.
+    """
+    mask = predicted(real)
+    sums = {"nll": torch.zeros(mask.shape, dtype=torch.float64)}
+    if teacher is not None:
+        sums["kl"] = torch.zeros_like(sums["nll"])
+    for places in chunks(model, mask.shape[1], len(ids)):
+        window = slice(places.start, places.stop + 1)                # the next token of the last place lies beyond
+        here = mask[:, places].cpu()
+        with routing.autocast():
+            student = logits(window)
+        sums["nll"][:, places][here] = cross_entropy(student, ids[:, window], real[:, window]).double().cpu()
+        if teacher is not None:
+            with routing.autocast(), frozen_base(model, routing):
+                dense = teacher(window)
+            sums["kl"][:, places][here] = kl_to_teacher(student, dense, real[:, window]).double().cpu()
+    return {name: values.sum(1).numpy() for name, values in sums.items()}
 
 
 @torch.no_grad()
-def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *, kl: bool = False, describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
+def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *, kl: bool = False,
+             describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
     """One row a document: predicted tokens, summed nll (nats), real tokens, gates, gates run, and keep counts a unit.
 
-    `policy=None` evaluates the model at full depth. With `kl`, column `kl` sums KL(base || this model).
+    `policy=None` evaluates the model at full depth. With `kl`, column `kl` sums KL(base || this model). Memory does not
+    grow with text times vocabulary: see `dlr.logits`.
     """
     rows = []
     device = device_of(model)
@@ -38,17 +56,16 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
     for batch in tqdm(batches, desc=describe, unit="batch", disable=not bar):
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
         with routing.autocast(), routing.using(policy):
-            logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+            logits, teacher = logits_of(model, routing, ids, real.long()), None
             kept = torch.ones(*ids.shape, routing.units) if policy is None else routing.plan.gates.float().cpu()
-        mask = predicted(real)
-        columns = {"doc": batch["row"].numpy(), "predicted": mask.sum(1).cpu().numpy(),
-                   "nll": _per_row(cross_entropy(logits, ids, real), mask), "tokens": real.sum(1).cpu().numpy()}
         if kl:
             with routing.autocast(), frozen_base(model, routing):
-                teacher = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
-            columns["kl"] = _per_row(kl_to_teacher(logits, teacher, real), mask)
+                teacher = logits_of(model, routing, ids, real.long())
         counts = ((kept > 0.5) & real.cpu().unsqueeze(-1)).sum(1).numpy()
-        rows.append(pd.DataFrame(columns | {f"keep_{unit}": counts[:, unit] for unit in range(counts.shape[1])}))
+        rows.append(pd.DataFrame(
+            {"doc": batch["row"].numpy(), "predicted": predicted(real).sum(1).cpu().numpy(),
+             "tokens": real.sum(1).cpu().numpy(), **_likelihoods(model, routing, ids, real, logits, teacher),
+             **{f"keep_{unit}": counts[:, unit] for unit in range(counts.shape[1])}}))
     return pd.concat(rows).sort_values("doc").reset_index(drop=True)
 
 

@@ -29,26 +29,25 @@ def last_only(model) -> dict:
     return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
-def chunks(model, tokens: int) -> list[slice]:
-    """Slices of `tokens` rows whose logits have about `ELEMENTS` elements each."""
-    rows = max(1, ELEMENTS // _vocabulary(model))
-    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+def chunks(model, tokens: int, texts: int = 1) -> list[slice]:
+    """Slices of `tokens` places, whose logits in `texts` texts have about `ELEMENTS` elements."""
+    vocabulary = causal_lm(model).config.get_text_config().vocab_size
+    step = max(1, ELEMENTS // (vocabulary * texts))
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _vocabulary(model) -> int:
-    return causal_lm(model).config.get_text_config().vocab_size
-
-
-def logits_of(model, routing: Routing, ids: torch.Tensor) -> Callable[[slice], torch.Tensor]:
-    """Runs `model` on ids `[1, s]` and returns a function from a slice of rows to their logits
-    `[rows, V]`.
+def logits_of(model, routing: Routing, ids: torch.Tensor,
+              mask: torch.Tensor | None = None) -> Callable[[slice], torch.Tensor]:
+    """Runs `model` on ids `[b, s]`, and returns a function from a slice of n places to their
+    logits `[b, n, V]`.
 
     Call the function under the adapters and the autocast of the pass itself: the head may have
     adapters too.
     """
-    if len(chunks(model, ids.shape[1])) <= 1:
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-        return lambda rows: logits[rows]
+    asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if len(chunks(model, ids.shape[1], len(ids))) <= 1:
+        logits = model(**asked).logits
+        return lambda places: logits[:, places]
     outputs, thread = [], threading.get_ident()
 
     def keep(module, arguments, output):
@@ -57,31 +56,31 @@ def logits_of(model, routing: Routing, ids: torch.Tensor) -> Callable[[slice], t
 
     handle = routing.decoder.register_forward_hook(keep)
     try:
-        model(input_ids=ids, use_cache=False, **last_only(model))
+        model(**asked, **last_only(model))
     finally:
         handle.remove()
     replay = _Replay(outputs[-1])
     head = _with_decoder(causal_lm(model), routing.decoder, replay)
 
-    def rows_of(rows: slice) -> torch.Tensor:
-        replay.rows = rows
-        return type(head).forward(head, input_ids=ids[:, rows], use_cache=False).logits[0]
+    def logits_at(places: slice) -> torch.Tensor:
+        replay.places = places
+        return type(head).forward(head, input_ids=ids[:, places], use_cache=False).logits
 
-    return rows_of
+    return logits_at
 
 
 class _Replay(nn.Module):
-    """Stands for a decoder that has run: gives some rows of its output again."""
+    """Stands for a decoder that has run: gives its output at some places again."""
 
     def __init__(self, output):
         super().__init__()
-        self.output, self.rows = output, slice(None)
+        self.output, self.places = output, slice(None)
 
     def forward(self, *arguments, **options):
         if isinstance(self.output, tuple):
-            return (self.output[0][:, self.rows], *self.output[1:])
+            return (self.output[0][:, self.places], *self.output[1:])
         return dataclasses.replace(self.output,
-                                   last_hidden_state=self.output.last_hidden_state[:, self.rows])
+                                   last_hidden_state=self.output.last_hidden_state[:, self.places])
 
 
 def _with_decoder(causal: nn.Module, decoder: nn.Module, stand_in: nn.Module) -> nn.Module:

@@ -175,9 +175,9 @@ def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top
     parts = []
     for rows in chunks(model, len(ids)):
         with routing.autocast(), frozen_base(model, routing):
-            dense = _log_p(dense_rows(rows))
+            dense = _log_p(dense_rows(rows)[0])
         with routing.autocast():
-            routed = _log_p(routed_rows(rows))
+            routed = _log_p(routed_rows(rows)[0])
         parts.append(_compared(dense, routed, following[rows], top))
     measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for name in ("loss_dense", "loss_routed", "entropy_dense", "kl"):

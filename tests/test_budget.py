@@ -2,12 +2,14 @@
 
 import threading
 
+import pandas as pd
 import pytest
 import torch
 from tiny_models import tiny
 from test_routed import half_skipping
 
 import dlr
+from dlr import logits
 from dlr.baselines import evaluate_static, greedy_order, greedy_static_order
 from dlr.calibration import Controller, threshold_for
 from dlr.data import load_documents
@@ -189,6 +191,15 @@ def test_random_plan_and_layer_drop_hit_their_rates():
     with routing.using(LayerDrop(0.5)):
         model(batches()[0]["input_ids"])
     assert torch.equal(routing.plan.gates, routing.plan.gates[:, :1].expand_as(routing.plan.gates))
+
+
+def test_logits_made_in_chunks_give_the_same_table(monkeypatch):
+    model = tiny()
+    routing = half_skipping(model)
+    whole = evaluate(model, routing, batches(), RouterPolicy(), kl=True)
+    monkeypatch.setattr(logits, "ELEMENTS", 97 * 4 * 3)                  # three places of four texts at a time
+    assert len(logits.chunks(model, 15, 4)) == 5
+    pd.testing.assert_frame_equal(evaluate(model, routing, batches(), RouterPolicy(), kl=True), whole, rtol=1e-6)
 
 
 def test_tables_are_a_row_a_document_and_intervals_hold_the_value():
