@@ -131,18 +131,17 @@ def router_logits(model, routing: Routing, batches: list[dict]) -> tuple[torch.T
         ValueError: the router decides layer by layer, so that its logits depend on the gates before.
     """
     refuse_without_plan(routing, "A calibration curve")
-    found, forced, device = [], 0, device_of(model)
-    config = routing.config
-    first = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
+    logits, forced = [], 0
+    device = device_of(model)
     for batch in tqdm(batches, desc="calibrating", unit="batch"):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with routing.autocast(), routing.using(RouterPolicy()):
             model(input_ids=ids, attention_mask=mask, use_cache=False, **last_only(model))      # logits are not read
         plan = routing.plan
-        free = plan.real & (mask.cumsum(1) - 1 >= first)
-        found.append(plan.logits[free].float().cpu())
+        free = plan.real & (mask.cumsum(1) - 1 >= routing.config.forced_tokens)
+        logits.append(plan.logits[free].float().cpu())
         forced += int((plan.real & ~free).sum()) * routing.units
-    return torch.cat(found), forced
+    return torch.cat(logits), forced
 
 
 def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float) -> float:
@@ -170,7 +169,7 @@ def _bisected(model, routing: Routing, batches: list[dict], target_skip: float) 
             skip = skip_ratio(evaluate(model, routing, batches, RouterPolicy(), bar=False))
         tried.append(Calibration(middle, skip))
         low, high = (middle, high) if skip < target_skip else (low, middle)
-    return min(tried, key=lambda found: abs(found.skip - target_skip))
+    return min(tried, key=lambda calibration: abs(calibration.skip - target_skip))
 
 
 def calibrate(model, tokenizer, texts: list[str], skip: float, max_len: int = 256) -> float:

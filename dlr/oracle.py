@@ -19,7 +19,7 @@ import torch
 from dlr.baselines import greedy_order
 from dlr.evaluate import bootstrap
 from dlr.instrument import Instrument, router_plan
-from dlr.plan import static_gates, static_pair
+from dlr.plan import skip_ratio, static_gates, static_pair
 from dlr.progress import tqdm
 
 ROUNDS_PER_UNIT = 2       # rounds in which the plan as a whole loses one unit a token
@@ -92,7 +92,7 @@ def headroom(instruments: list[Instrument], order: list[int], thresholds: dict[f
         static one.
     """
     routed = {budget: [router_plan(i, t) for i in instruments] for budget, t in thresholds.items()}
-    skips = {budget: 1 - torch.cat(plans).float().mean().item() for budget, plans in routed.items()}
+    skips = {budget: skip_ratio(torch.cat(plans)) for budget, plans in routed.items()}
     oracle = greedy_oracle(instruments, sorted(set(skips.values())))
     parts = []
     for budget, skip in skips.items():

@@ -106,12 +106,12 @@ class Plan:
     @property
     def skip_ratio(self) -> float:
         """1 - mean gate over real tokens and routable units."""
-        return 1.0 - self.kept.mean().item()
+        return skip_ratio(self.kept)
 
     @property
     def active_layers(self) -> torch.Tensor:
-        """Layers each token ran, `[b, s]` (halves where attention and MLP are gated apart)."""
-        return self.always_keep + (self.gates.detach() > 0.5).sum(-1) / self.units_per_layer
+        """Layers each token ran, `[b, s]`."""
+        return active_layers(self.gates.detach() > 0.5, self.always_keep, self.units_per_layer)
 
     @property
     def budget(self) -> torch.Tensor:
@@ -134,6 +134,16 @@ def asked_of_model(kwargs: dict) -> dict:
     mask, wanted = kwargs.get("attention_mask"), kwargs.get("logits_to_keep")
     return {"mask": mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None,
             "wanted": wanted if isinstance(wanted, int) else 0}
+
+
+def skip_ratio(gates: torch.Tensor) -> float:
+    """1 - mean gate over tokens and units, of hard gates `[n, U]`."""
+    return 1.0 - gates.float().mean().item()
+
+
+def active_layers(gates: torch.Tensor, always: int, units_per_layer: int) -> torch.Tensor:
+    """Layers each token ran, of hard gates `[..., U]`: halves where attention and MLP are gated apart."""
+    return always + gates.sum(-1) / units_per_layer
 
 
 def gate_entropy(probabilities: torch.Tensor) -> float:

@@ -19,6 +19,7 @@ from dlr.device import device_of
 from dlr.encoding import encode, opening_token
 from dlr.likelihood import frozen_base
 from dlr.logits import chunks, logits_of
+from dlr.plan import active_layers, skip_ratio
 from dlr.policy import Policy, RouterPolicy
 from dlr.progress import tqdm
 from dlr.routed import Routing, causal_lm, describe_base
@@ -66,14 +67,14 @@ class Record:
 
     @property
     def active_layers(self) -> torch.Tensor:
-        """Layers each token ran `[n]` (halves where attention and MLP are gated apart)."""
-        always = self.meta["always_keep"] + self.meta["keep_last"]
-        return always + self.gates.sum(1) / self.meta["units_per_layer"]
+        """Layers each token ran `[n]`."""
+        return active_layers(self.gates, self.meta["always_keep"] + self.meta["keep_last"],
+                             self.meta["units_per_layer"])
 
     @property
     def skip_ratio(self) -> float:
         """1 - mean gate over tokens and routable units."""
-        return 1.0 - self.gates.float().mean().item()
+        return skip_ratio(self.gates)
 
     def perplexity(self, which: str = "routed") -> float:
         """exp of the mean loss a predicted token, `which` of 'dense' and 'routed'."""
@@ -224,11 +225,10 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
         parts.append(part | {"document": torch.full((len(ids),), index)})
     tensors = {key: torch.cat([part[key] for part in parts]) for key in TENSORS}
     config = routing.config
-    forced = config.keep_first_tokens if config.level == "token" else max(config.keep_first_tokens, config.pool_tokens)
     likely = torch.cat([tensors["top_dense"], tensors["top_routed"]]).unique().tolist()
     meta = {"model": name or describe_base(model)["name"], "policy": type(policy).__name__, "layers": len(routing.layers),
             "always_keep": config.always_keep, "keep_last": config.keep_last, "threshold": routing.threshold,
-            "keep_first_tokens": forced, "units_per_layer": routing.units_per_layer,
+            "keep_first_tokens": config.forced_tokens, "units_per_layer": routing.units_per_layer,
             "text_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}
     if not routing.router.ahead:

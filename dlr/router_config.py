@@ -29,6 +29,11 @@ class RouterConfig(Settings):
     # rank of a low-rank path for skipped tokens, 0 = none
     skip_adapter_rank: int = Field(0, ge=0, le=2**16)
 
+    @property
+    def forced_tokens(self) -> int:
+        """Tokens at the start of a sequence that run every layer whatever the router says, pooled ones included."""
+        return max(self.keep_first_tokens, self.pool_tokens if self.level == "sequence" else 0)
+
     @model_serializer(mode="wrap")
     def _as_before(self, written):
         """The usual router is not named: files and identities are as before there were others."""
