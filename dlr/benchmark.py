@@ -1,7 +1,8 @@
-"""Benchmarks of one model: task by task, each kept as it finishes, put together as the harness would.
+"""Benchmarks of one model: task by task, each kept as it finishes, put together as the harness
+would.
 
-<folder>/<variant>/<task>.json holds a task's whole harness result and what was measured on its tokens. The same call goes
-on with the tasks that are missing.
+<folder>/<variant>/<task>.json holds a task's whole harness result and what was measured on its
+tokens. The same call goes on with the tasks that are missing.
 """
 
 import contextlib
@@ -26,9 +27,11 @@ from dlr.tasks import PERPLEXITIES, load_tasks, notes_of
 
 
 def _data_digest(task, texts: list[str] | None = None) -> str:
-    """Of the rows a task scores and shows as examples: results of other data are not taken for this one's."""
+    """Of the rows a task scores and shows as examples: results of other data are not taken for this
+    one's."""
     digest = hashlib.sha256()
-    for row in texts if task is None else [task.VERSION, *task.eval_docs, *(task.fewshot_docs() or ())]:
+    for row in texts if task is None else [task.VERSION, *task.eval_docs,
+                                           *(task.fewshot_docs() or ())]:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()[:16]
 
@@ -41,26 +44,31 @@ def _chance(samples: list[dict]) -> float | None:
 
 def _run_task(lm, name: str, task, limit: float | None) -> dict:
     meter = lm.restart_meter()
-    with contextlib.redirect_stderr(io.StringIO()) if os.environ.get("DLR_TERMINAL") else contextlib.nullcontext():
-        try:
+    quiet = os.environ.get("DLR_TERMINAL")              # the harness's bars would fill a terminal's log
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
             result = evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit)
-        except AssertionError as error:                  # how the harness refuses, for example more examples than there are
-            raise ValueError(f"lm-evaluation-harness refuses {name}: {error or 'an assertion failed'} "
-                             f"(num_fewshot={task.get_config('num_fewshot')}).") from error
+    except AssertionError as error:                     # as where there are fewer examples than asked for
+        reason = error or "an assertion failed"
+        raise ValueError(f"lm-evaluation-harness refuses {name}: {reason} "
+                         f"(num_fewshot={task.get_config('num_fewshot')}).") from error
     samples = result.pop("samples")[name]
     metric = headline(result["results"][name])
-    outcomes = [sample.get(metric[0]) for sample in samples if sample["filter"] == metric[1]] if metric else []
+    outcomes = [sample.get(metric[0]) for sample in samples
+                if sample["filter"] == metric[1]] if metric else []
     for config in result["configs"].values():
         if config.pop("custom_dataset", None) is not None:
             config["dataset_path"] = f"local files of {config.get('dataset_path')}"
         source = str(config.get("metadata", {}).get("config_source", ""))
-        if "lm_eval" in source:                         # an installation's own path is no part of a result
+        # an installation's own path is no part of a result
+        if "lm_eval" in source:
             config["metadata"]["config_source"] = source[source.rindex("lm_eval"):]
     result = json.loads(json.dumps(result, default=handle_non_serializable))
     binary = outcomes and all(value in (0, 1) for value in outcomes)
     chance = _chance(samples) if samples and task.OUTPUT_TYPE == "multiple_choice" else None
     return {"harness": result, "chance": chance,
-            "outcomes": "".join(str(int(v)) for v in outcomes) if binary else None, "meter": asdict(meter)}
+            "outcomes": "".join(str(int(v)) for v in outcomes) if binary else None,
+            "meter": asdict(meter)}
 
 
 def _run_perplexity(lm, texts: list[str], limit: float | None) -> dict:
@@ -83,13 +91,16 @@ def _stored(path: Path, settings: dict) -> dict | None:
     return record if record.get("settings") == settings else None
 
 
-def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = None, num_fewshot: int | None = None,
-                  limit: float | None = None, match: dict | None = None, say=print) -> dict:
-    """Evaluates `lm` on the named tasks and groups; returns {'tasks': records, 'harness': the harness's whole result}.
+def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = None,
+                  num_fewshot: int | None = None, limit: float | None = None,
+                  match: dict | None = None, say=print) -> dict:
+    """Evaluates `lm` on the named tasks and groups; returns {'tasks': records, 'harness': the
+    harness's whole result}.
 
     Args:
         folder: where each task's result is kept as soon as it is there.
-        match: records of a routed model by task; a static plan then runs each task at that model's measured skip on it.
+        match: records of a routed model by task; a static plan then runs each task at that model's
+            measured skip on it.
     """
     names = list(dict.fromkeys(names))
     suite = load_tasks([name for name in names if name not in PERPLEXITIES], data_dir, num_fewshot)
@@ -99,8 +110,9 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
         for name in leaves:
             task, path = suite["tasks"].get(name), Path(folder) / f"{name}.json"
             texts = wikitext.texts_of(name, data_dir) if task is None else None
-            settings = {"digest": lm.loaded.digest, "limit": limit, "data": _data_digest(task, texts),
-                        "max_length": lm.max_length, "base": precision_of(lm.loaded.base),
+            settings = {"digest": lm.loaded.digest, "limit": limit,
+                        "data": _data_digest(task, texts), "max_length": lm.max_length,
+                        "base": precision_of(lm.loaded.base),
                         "num_fewshot": task.get_config("num_fewshot") if task is not None else None}
             if match is not None and lm.loaded.order is not None:
                 met = Meter(**match[name]["meter"])
@@ -110,7 +122,8 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
             kept += record is not None
             if record is None:
                 notes = [] if task is None else notes_of(task, data_dir)
-                measured = _run_perplexity(lm, texts, limit) if task is None else _run_task(lm, name, task, limit)
+                measured = (_run_perplexity(lm, texts, limit) if task is None
+                            else _run_task(lm, name, task, limit))
                 record = plain({"settings": settings, "notes": notes} | measured)
                 write_atomically(path, json.dumps(record, indent=1) + "\n")
             records[name] = record
@@ -121,7 +134,8 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
 
 
 def together(records: dict, groups: dict) -> dict:
-    """The harness's result of all tasks at once: theirs joined, groups aggregated by the harness's own rules."""
+    """The harness's result of all tasks at once: theirs joined, groups aggregated by the harness's
+    own rules."""
     joined = EvalAcc(groups=groups)
     for record in records.values():
         part = record.get("harness")

@@ -1,7 +1,8 @@
 """FLOPs a token, in closed form, for dense and routed decoders. One multiply-add counts as two.
 
-K/V complete: a token that skips a layer still pays for that layer's key and value projections, so that later tokens find
-them; it saves the queries, the attention scores, the output projection and the MLP.
+K/V complete: a token that skips a layer still pays for that layer's key and value projections, so
+that later tokens find them; it saves the queries, the attention scores, the output projection and
+the MLP.
 """
 
 import torch
@@ -16,8 +17,8 @@ def _text(config):
 
 
 def layer_flops(config, context: float | torch.Tensor) -> tuple:
-    """(key and value projections, the rest of attention, the MLP) of one decoder layer for one token that attends to
-    `context` tokens.
+    """(key and value projections, the rest of attention, the MLP) of one decoder layer for one
+    token that attends to `context` tokens.
 
     Args:
         config: a transformers text config; context: tokens attended to, the token itself included.
@@ -35,23 +36,31 @@ def layer_flops(config, context: float | torch.Tensor) -> tuple:
     return keys_values, projections + scores, matrices * 2 * width * inner
 
 
-def active_halves(gates: torch.Tensor, always: int, units_per_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layers whose attention ran, layers whose MLP ran), each `[...]`, of gates or keep rates `[..., U]`.
+def active_halves(gates: torch.Tensor, always: int,
+                  units_per_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layers whose attention ran, layers whose MLP ran), each `[...]`, of gates or keep rates
+    `[..., U]`.
 
     Args:
-        always: layers outside the routable ones. units_per_layer: 1 where a gate decides on both halves, 2 where attention
-            and MLP alternate.
+        always: layers outside the routable ones. units_per_layer: 1 where a gate decides on both
+            halves, 2 where attention and MLP alternate.
     """
     gates = gates.double()
-    return always + gates[..., ::units_per_layer].sum(-1), always + gates[..., units_per_layer - 1::units_per_layer].sum(-1)
+    attention = gates[..., ::units_per_layer].sum(-1)
+    mlp = gates[..., units_per_layer - 1::units_per_layer].sum(-1)
+    return always + attention, always + mlp
 
 
-def flops_per_token(config, active: float | torch.Tensor | tuple, context: float | torch.Tensor) -> float | torch.Tensor:
-    """FLOPs one token costs: the active layers in full, of the others their keys and values, and the head.
+def flops_per_token(config, active: float | torch.Tensor | tuple,
+                    context: float | torch.Tensor) -> float | torch.Tensor:
+    """FLOPs one token costs: the active layers in full, of the others their keys and values, and
+    the head.
 
     Args:
-        active: how many layers it runs, or a pair where their attention and MLP are counted apart (`active_halves`).
-        active, context: numbers, or tensors `[n]`; `context` is how many positions the token attends to.
+        active: how many layers it runs, or a pair where their attention and MLP are counted apart
+            (`active_halves`).
+        active, context: numbers, or tensors `[n]`; `context` is how many positions the token
+            attends to.
     """
     text = _text(config)
     attention, mlp = active if isinstance(active, tuple) else (active, active)
@@ -60,14 +69,17 @@ def flops_per_token(config, active: float | torch.Tensor | tuple, context: float
         2 * text.hidden_size * text.vocab_size
 
 
-def plan_flops_per_token(config, context: float, keep_rate: list[float], always_keep: int = 0, keep_last: int = 0,
-                         router_hidden: int = 0, adapter_rank: int = 0) -> float:
+def plan_flops_per_token(config, context: float, keep_rate: list[float], always_keep: int = 0,
+                         keep_last: int = 0, router_hidden: int = 0,
+                         adapter_rank: int = 0) -> float:
     """FLOPs of one token under a plan's keep rates; norms and activations are left out.
 
     Args:
-        keep_rate: mean gate of each unit: one a routable layer, or two (its attention, then its MLP).
-        always_keep, keep_last: layers outside the routable ones. router_hidden: width of the router's hidden layers,
-            0 where no router runs (static plans). adapter_rank: of the low-rank path past a skipped unit, 0 = none.
+        keep_rate: mean gate of each unit: one a routable layer, or two (its attention, then its
+            MLP).
+        always_keep, keep_last: layers outside the routable ones. router_hidden: width of the
+            router's hidden layers, 0 where no router runs (static plans). adapter_rank: of the
+            low-rank path past a skipped unit, 0 = none.
 
     Raises:
         ValueError: the keep rates do not fit the layers.
@@ -78,7 +90,8 @@ def plan_flops_per_token(config, context: float, keep_rate: list[float], always_
         raise ValueError(f"{len(keep_rate)} keep rates do not fit {routable} routable layers.")
     rates = torch.tensor(keep_rate, dtype=torch.double)
     attention, mlp = active_halves(rates, always_keep + keep_last, len(keep_rate) // routable)
-    router = 2 * (text.hidden_size * router_hidden + router_hidden**2 + router_hidden * len(keep_rate))
+    router = 2 * (text.hidden_size * router_hidden + router_hidden**2 + router_hidden
+                  * len(keep_rate))
     skipped = (len(keep_rate) - sum(keep_rate)) * adapter_flops(text.hidden_size, adapter_rank)
     return flops_per_token(text, (float(attention), float(mlp)), context) + router + skipped
 
@@ -90,9 +103,12 @@ def adapter_flops(width: int, rank: int) -> int:
 
 def router_flops(router) -> int:
     """FLOPs the router costs a token."""
-    return 2 * sum(p.numel() for name, p in router.named_parameters() if p.ndim == 2 and name.startswith("net"))
+    return 2 * sum(p.numel() for name, p in router.named_parameters() if p.ndim == 2
+                   and name.startswith("net"))
 
 
-def text_flops(config, active: torch.Tensor | tuple, position: torch.Tensor, router: int = 0) -> float:
-    """FLOPs of whole texts: `active` as in `flops_per_token` and `position` `[n]`, and the router's own cost a token."""
+def text_flops(config, active: torch.Tensor | tuple, position: torch.Tensor,
+               router: int = 0) -> float:
+    """FLOPs of whole texts: `active` as in `flops_per_token` and `position` `[n]`, and the router's
+    own cost a token."""
     return float((flops_per_token(config, active, position.double() + 1) + router).sum())

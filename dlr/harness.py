@@ -1,10 +1,12 @@
-"""DLR checkpoints as a model of lm-evaluation-harness: log-likelihood and generation, routed, static, stochastic, dense.
+"""DLR checkpoints as a model of lm-evaluation-harness: log-likelihood and generation, routed,
+static, stochastic, dense.
 
     python -m dlr eval CHECKPOINT --tasks blimp --data-dir DIR
     python -m dlr.lm_eval run --model dlr --model_args checkpoint=CHECKPOINT --tasks blimp
 
-Scoring is the harness's own code (HFLM). This class feeds it batches whose rows it knows, so that padding and context can
-be told from scored tokens, and fails closed: a routed request on which the router did not run is an error.
+Scoring is the harness's own code (HFLM). This class feeds it batches whose rows it knows, so that
+padding and context can be told from scored tokens, and fails closed: a routed request on which the
+router did not run is an error.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from dlr.device import device_of
 from dlr.metering import Meter, Watch, end_watch
 from dlr.opened import Opened, load
 from dlr.options import OPENING, checked, refuse_absent, typed
@@ -24,19 +27,23 @@ from dlr.routed import causal_lm
 from dlr.router import ROUTER_NAME
 from dlr.settings import SettingsError
 
-logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)     # a warning for each truncated request
+# a warning for each truncated request
+logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
 
 
 def key_of(request) -> str:
-    """A document's name: all requests of one document share it, in whatever order or batch they come."""
+    """A document's name: all requests of one document share it, in whatever order or batch they
+    come."""
     return f"{request.task_name}/{request.doc_id}"
 
 
-def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: list[str], decode) -> int:
+def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: list[str],
+                     decode) -> int:
     """How many of `tokens` (what generate() appended to a row) belong to the row's answer.
 
-    A row ends with its end token, with the token that completes a stop string, or where its padding begins. Rows go on
-    being generated until the last of the batch has stopped, so what follows a stop depends on the batch and is not counted.
+    A row ends with its end token, with the token that completes a stop string, or where its padding
+    begins. Rows go on being generated until the last of the batch has stopped, so what follows a
+    stop depends on the batch and is not counted.
     """
     ends = bool(stop) and any(word in decode(tokens) for word in stop)
     for place, token in enumerate(tokens):
@@ -50,8 +57,8 @@ def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: li
 
 
 class Row(NamedTuple):
-    """A row of a batch to score: input tokens after the harness's truncation, how many of their logits are scored, and
-    the name of its document."""
+    """A row of a batch to score: input tokens after the harness's truncation, how many of their
+    logits are scored, and the name of its document."""
     ids: list[int]
     scored: int
     document: str
@@ -59,34 +66,41 @@ class Row(NamedTuple):
 
 @register_model("dlr")
 class DLRLM(HFLM):
-    """Args: checkpoint (folder, run, phase or base model) and what `options.OPENING` names (see `dlr.load`); or `loaded`,
-    what that returned. batch_size, device, max_length and the names in `options.PASSED_ON` as in the harness. `meter`
-    holds what was measured since `restart_meter`.
+    """Args: checkpoint (folder, run, phase or base model) and what `options.OPENING` names (see
+    `dlr.load`); or `loaded`, what that returned. batch_size, device, max_length and the names in
+    `options.PASSED_ON` as in the harness. `meter` holds what was measured since `restart_meter`.
 
     Raises:
-        SettingsError: an option that is unknown, or that would have no effect here; the message says which and why.
+        SettingsError: an option that is unknown, or that would have no effect here; the message
+            says which and why.
     """
 
-    def __init__(self, checkpoint: str | None = None, *, loaded: Opened | None = None, batch_size: int | str = 16,
-                 device: str | None = None, max_length: int | None = None, **options):
+    def __init__(self, checkpoint: str | None = None, *, loaded: Opened | None = None,
+                 batch_size: int | str = 16, device: str | None = None,
+                 max_length: int | None = None, **options):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_absent(device)
         sizes = typed({"batch_size": batch_size, "max_length": max_length})
         opening = typed({name: options.pop(name, None) for name in OPENING})
         if opening["dtype"] == "auto":
             opening["dtype"] = None
-        options = checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length", *OPENING])
-        given = [name for name, value in (opening | {"checkpoint": checkpoint}).items() if value is not None]
+        options = checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length",
+                                    *OPENING])
+        given = [name for name, value in (opening | {"checkpoint": checkpoint}).items()
+                 if value is not None]
         if loaded is not None and given:
-            raise SettingsError(f"{', '.join(given)} would have no effect on a model that is loaded already; give either.")
+            raise SettingsError(f"{', '.join(given)} would have no effect on a model that is "
+                                "loaded already; give either.")
         self.loaded = loaded or load("nano" if checkpoint is None else checkpoint, **opening,
                                      device=None if device == "cpu" else device)
         net = self.loaded.model
-        if next(net.parameters()).device.type not in ("meta", torch.device(device).type):          # meta: offloaded
+        if device_of(net).type not in ("meta", torch.device(device).type):         # meta: offloaded
             net = net.to(device)
         logger = logging.getLogger("lm_eval.models.huggingface")
-        logger.disabled = True                          # it warns that a model object was given; that is the point here
-        net.__dict__["tie_weights"] = lambda: None      # it would tie a head again that an adapter trained apart
+        # it warns that a model object was given; that is the point here
+        logger.disabled = True
+        # it would tie a head again that an adapter trained apart
+        net.__dict__["tie_weights"] = lambda: None
         try:
             super().__init__(pretrained=net, backend="causal", tokenizer=self.loaded.tokenizer,
                              logits_cache=False, **sizes, **typed(options))
@@ -95,8 +109,9 @@ class DLRLM(HFLM):
             del net.__dict__["tie_weights"]
         routing = self.loaded.routing
         if routing is None and hasattr(causal_lm(self.loaded.model), ROUTER_NAME):
-            raise ValueError("This model has a router attached, but was given as one without; its scores would be routed. "
-                             "Detach the router, or evaluate the 'dense' variant.")
+            raise ValueError("This model has a router attached, but was given as one without; its "
+                             "scores would be routed. Detach the router, or evaluate the 'dense' "
+                             "variant.")
         self.watch = Watch(routing, self.loaded.policy) if self.loaded.policy is not None else None
         if routing is not None and self.watch is None:
             end_watch(routing)
@@ -113,11 +128,13 @@ class DLRLM(HFLM):
         return self.meter
 
     def get_model_info(self) -> dict:
-        """The harness's record of the model, with what its tokens ran; it goes into the harness's own result files."""
+        """The harness's record of the model, with what its tokens ran; it goes into the harness's
+        own result files."""
         meter = self.meter
         return super().get_model_info() | {
-            "dlr_variant": self.loaded.kind, "dlr_checkpoint": self.loaded.checkpoint, "dlr_digest": self.loaded.digest,
-            "dlr_skip": meter.skip, "dlr_context_skip": meter.context_skip, "dlr_scored_tokens": meter.scored,
+            "dlr_variant": self.loaded.kind, "dlr_checkpoint": self.loaded.checkpoint,
+            "dlr_digest": self.loaded.digest, "dlr_skip": meter.skip,
+            "dlr_context_skip": meter.context_skip, "dlr_scored_tokens": meter.scored,
             "dlr_truncated": meter.truncated, "logits_cache": False}
 
     def close(self) -> None:
@@ -129,7 +146,7 @@ class DLRLM(HFLM):
         routing = self.loaded.routing
         return routing.config.keep_first_tokens if routing is not None else 0
 
-    # -- log-likelihood ---------------------------------------------------------------------------------------------
+    # -- log-likelihood ----------------------------------------------------------------------------
     def loglikelihood(self, requests, disable_tqdm: bool = False):
         self._keys = [key_of(request) for request in requests]
         try:
@@ -137,7 +154,8 @@ class DLRLM(HFLM):
         finally:
             self._keys = None
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False,
+                              override_bs: int | None = None):
         """The harness's own batches, one by one: sorted by falling length, then by tokens."""
         keys = self._keys if self._keys is not None else [None] * len(requests)
         texts = [context + continuation for _, context, continuation in requests]
@@ -145,12 +163,13 @@ class DLRLM(HFLM):
         answers = [None] * len(requests)
         size = override_bs or self.batch_size
         starts = range(0, len(order), size)
-        for start in tqdm(starts, desc="scoring", unit="batch", disable=disable_tqdm and len(starts) < 20):
+        for start in tqdm(starts, desc="scoring", unit="batch",
+                          disable=disable_tqdm and len(starts) < 20):
             chunk = order[start:start + size]
             self._rows = [self._row(requests[i], keys[i]) for i in chunk]
             try:
-                scores = super()._loglikelihood_tokens([requests[i] for i in chunk], disable_tqdm=True,
-                                                       override_bs=len(chunk))
+                scores = super()._loglikelihood_tokens([requests[i] for i in chunk],
+                                                       disable_tqdm=True, override_bs=len(chunk))
             finally:
                 self._rows = None
             for i, score in zip(chunk, scores):
@@ -161,16 +180,19 @@ class DLRLM(HFLM):
         _, context, continuation = request
         text = context + continuation
         if not continuation or len(continuation) > self.max_length:
-            raise ValueError(f"A continuation of {len(continuation)} tokens cannot be scored in a context of "
-                             f"{self.max_length}; the harness does not cut continuations.")
+            raise ValueError(f"A continuation of {len(continuation)} tokens cannot be scored in a "
+                             f"context of {self.max_length}; the harness does not cut "
+                             "continuations.")
         self.meter.requests += 1
         self.meter.truncated += len(text) > self.max_length + 1
         return Row(text[-(self.max_length + 1):][:-1], len(continuation), key or _digest(text))
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         rows, width = self._rows, inps.shape[1]
-        if rows is None or [row.ids for row in rows] != [ids[:len(row.ids)] for row, ids in zip(rows, inps.tolist())]:
-            raise RuntimeError("The harness sent a batch that is not the one it was given; its rows cannot be told apart.")
+        if rows is None or [row.ids for row in rows] != [ids[:len(row.ids)]
+                                                         for row, ids in zip(rows, inps.tolist())]:
+            raise RuntimeError("The harness sent a batch that is not the one it was given; its "
+                               "rows cannot be told apart.")
         lengths = torch.tensor([len(row.ids) for row in rows])
         scored_from = lengths - torch.tensor([row.scored for row in rows])
         position = torch.arange(width).expand(len(rows), width)
@@ -179,21 +201,24 @@ class DLRLM(HFLM):
             self.watch.begin(real.to(inps.device), [row.document for row in rows])
         logits = super()._model_call(inps)
         gates = self.watch.taken(len(rows))[0] if self.watch is not None else None
-        self.meter.add(gates, real & (position >= scored_from.unsqueeze(1)), real, position, self._first)
+        self.meter.add(gates, real & (position >= scored_from.unsqueeze(1)), real, position,
+                       self._first)
         return logits
 
-    # -- generation -------------------------------------------------------------------------------------------------
+    # -- generation --------------------------------------------------------------------------------
     def generate_until(self, requests, disable_tqdm: bool = False):
         for request in requests:
             longest = request.args[1].get("max_gen_toks", self.max_gen_toks)
             if longest >= self.max_length:
-                raise ValueError(f"{request.task_name} may generate {longest} tokens; that leaves no room for a prompt in "
-                                 f"this model's context of {self.max_length}. Set max_gen_toks lower (--gen_kwargs).")
+                raise ValueError(f"{request.task_name} may generate {longest} tokens; that leaves "
+                                 "no room for a prompt in this model's context of "
+                                 f"{self.max_length}. Set max_gen_toks lower (--gen_kwargs).")
         self._key_of_context = {request.args[0]: key_of(request) for request in requests}
         self.meter.requests += len(requests)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
-    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None,
+                         truncation=False):
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         self._contexts = list(strings)
         if left_truncate_len:
@@ -204,20 +229,27 @@ class DLRLM(HFLM):
     def _model_generate(self, context, max_length, stop, **options):
         one_pass = contextlib.nullcontext()
         if self.watch is not None:
-            self.watch.begin(None, [self._key_of_context.get(c) or _digest(list(c.encode())) for c in self._contexts])
-            one_pass = self.loaded.routing.at(strategy="single_pass")                      # two passes have no cache
+            self.watch.begin(None, [self._key_of_context.get(c) or _digest(list(c.encode()))
+                                    for c in self._contexts])
+            # two passes have no cache
+            one_pass = self.loaded.routing.at(strategy="single_pass")
         with one_pass:
             made = super()._model_generate(context, max_length, stop, **options)
-        self._measure_generation(made, options["attention_mask"].cpu().bool(), context.shape[1], stop)
+        self._measure_generation(made, options["attention_mask"].cpu().bool(), context.shape[1],
+                                 stop)
         return made
 
     def _measure_generation(self, made, mask, width: int, stop: list[str]) -> None:
-        """Scored are the last prompt token and every generated token but the last: their logits chose the answer."""
+        """Scored are the last prompt token and every generated token but the last: their logits
+        chose the answer."""
         eos = self.model.generation_config.eos_token_id
         eos = set(eos if isinstance(eos, list) else [eos])
-        lengths = torch.tensor([generated_length(row[width:], eos, self.tokenizer.pad_token_id, stop,
-                                                 self.tokenizer.decode) for row in made.tolist()])
-        passes = self.watch.taken(len(made)) if self.watch is not None else [None] * (made.shape[1] - width)
+        lengths = torch.tensor([generated_length(row[width:], eos, self.tokenizer.pad_token_id,
+                                                 stop, self.tokenizer.decode)
+                                for row in made.tolist()])
+        passes = [None] * (made.shape[1] - width)
+        if self.watch is not None:
+            passes = self.watch.taken(len(made))
         position = mask.long().cumsum(1) - 1
         last = torch.zeros_like(mask)
         last[:, -1] = True

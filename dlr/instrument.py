@@ -1,7 +1,8 @@
-"""What a plan costs each token, in KL from the dense model and in loss, measured on one sample of text.
+"""What a plan costs each token, in KL from the dense model and in loss, measured on one sample of
+text.
 
-Notation: b batch, s sequence, U routable units, n tokens that choose: those with a next token, kept first tokens left
-out. All KL and losses are in nats.
+Notation: b batch, s sequence, U routable units, n tokens that choose: those with a next token, kept
+first tokens left out. All KL and losses are in nats.
 """
 
 import contextlib
@@ -36,7 +37,8 @@ class Sample:
         return torch.ones(*self.ids.shape, units, device=self.ids.device)
 
     def spread(self, plan: torch.Tensor) -> torch.Tensor:
-        """Gates `[n, U]` (or one vector `[U]`) of the choosing tokens as a plan `[b, s, U]`; the others run all."""
+        """Gates `[n, U]` (or one vector `[U]`) of the choosing tokens as a plan `[b, s, U]`; the
+        others run all."""
         gates = self.full(plan.shape[-1])
         gates[self.free] = plan.to(gates)
         return gates
@@ -47,7 +49,8 @@ def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = 
     """Runs the dense model (adapters off) once on a batch of `data.padded_batches`.
 
     Args:
-        depths: numbers of layers after which the choosing tokens' states are kept; 0 is the embedding.
+        depths: numbers of layers after which the choosing tokens' states are kept; 0 is the
+            embedding.
 
     Raises:
         ValueError: no token of the batch chooses.
@@ -58,10 +61,11 @@ def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = 
     free[:, :-1] = predicted(real)
     free &= real.cumsum(1) - 1 >= routing.config.keep_first_tokens
     if not free.any():
-        raise ValueError("No token of this batch chooses its layers: its texts are shorter than keep_first_tokens + 2 "
-                         "tokens. Give longer texts.")
+        raise ValueError("No token of this batch chooses its layers: its texts are shorter than "
+                         "keep_first_tokens + 2 tokens. Give longer texts.")
     with routing.autocast(), frozen_base(model, routing):
-        out = model(input_ids=ids, attention_mask=real.long(), use_cache=False, output_hidden_states=bool(depths))
+        out = model(input_ids=ids, attention_mask=real.long(), use_cache=False,
+                    output_hidden_states=bool(depths))
     log_p = out.logits[free].float().log_softmax(-1)
     teacher = log_p.exp()
     document = batch["row"].to(device).unsqueeze(1).expand_as(ids)[free].cpu()
@@ -71,7 +75,8 @@ def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = 
 
 
 class Instrument:
-    """Measures plans on one sample; passes that differ in a late unit reuse what the layers before it computed.
+    """Measures plans on one sample; passes that differ in a late unit reuse what the layers before
+    it computed.
 
     Args:
         adapters: with the checkpoint's LoRA, or on the base model's own weights.
@@ -84,16 +89,22 @@ class Instrument:
 
     @contextlib.contextmanager
     def setting(self):
-        """No gradients, the adapters asked for, and masked execution, whose results are the reference."""
-        off = contextlib.nullcontext() if self.adapters else without_adapters(self.model, self.routing)
-        with self.routing.at(execution="masked"), self.routing.autocast(), torch.no_grad(), off:
+        """No gradients, the adapters asked for, and masked execution, whose results are the
+        reference."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.routing.at(execution="masked"))
+            stack.enter_context(self.routing.autocast())
+            stack.enter_context(torch.no_grad())
+            if not self.adapters:
+                stack.enter_context(without_adapters(self.model, self.routing))
             yield
 
     @contextlib.contextmanager
     def _reusing(self, layers: int):
         """The first `layers` decoder layers give back what they computed under the base plan."""
         changed = list(self.routing.layers[:layers])
-        before = [vars(layer).get("forward") for layer in changed]          # set where accelerate dispatched the model
+        # set where accelerate dispatched the model
+        before = [vars(layer).get("forward") for layer in changed]
         for layer, output in zip(changed, self.kept):
             layer.forward = lambda *args, _output=output, **kwargs: _output
         try:
@@ -108,7 +119,8 @@ class Instrument:
         sample = self.sample
         self.passes += 1
         with self.routing.using(GivenPlan(gates)):
-            logits = self.model(input_ids=sample.ids, attention_mask=sample.real.long(), use_cache=False).logits
+            logits = self.model(input_ids=sample.ids, attention_mask=sample.real.long(),
+                                use_cache=False).logits
         rows, kl, loss = logits[sample.free], [], []
         for i in range(0, len(rows), ROWS):
             part, p = rows[i:i + ROWS].float(), sample.teacher[i:i + ROWS]
@@ -131,7 +143,8 @@ class Instrument:
                 handle.remove()
 
     def without(self, gates: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL and loss `[n]` where the plan given to `base` skips `unit` too, at every choosing token."""
+        """KL and loss `[n]` where the plan given to `base` skips `unit` too, at every choosing
+        token."""
         changed = gates.clone()
         changed[..., unit] = torch.where(self.sample.free, 0.0, changed[..., unit])
         layer, part = divmod(unit, self.routing.units_per_layer)
@@ -140,8 +153,10 @@ class Instrument:
             return self._run(changed)
 
 
-def single_skips(instrument: Instrument, background: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What skipping each unit alone adds to KL and to the loss, `[n, U]` each, on top of a plan (default: all run)."""
+def single_skips(instrument: Instrument, background: torch.Tensor
+                 | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What skipping each unit alone adds to KL and to the loss, `[n, U]` each, on top of a plan
+    (default: all run)."""
     units = instrument.routing.units
     gates = instrument.sample.full(units) if background is None else background
     kl, loss = instrument.base(gates)

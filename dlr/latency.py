@@ -1,6 +1,8 @@
-"""Latency of a plan: dense, static truncation (the ceiling), masked, two-pass and compact, measured in turns.
+"""Latency of a plan: dense, static truncation (the ceiling), masked, two-pass and compact, measured
+in turns.
 
-Every routed system runs its router, and then follows a recorded plan, so that all systems skip the same.
+Every routed system runs its router, and then follows a recorded plan, so that all systems skip the
+same.
 """
 
 import contextlib
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch.utils.benchmark import timer              # waits for an accelerator before it reads the clock
+# waits for an accelerator before it reads the clock
+from torch.utils.benchmark import timer
 from transformers import DynamicCache
 
 from dlr.device import device_of, fast_bf16
@@ -46,22 +49,26 @@ class Subject:
         return self.layers / self.active(skip)
 
     def plan(self, skip: float, tokens: int | None = None) -> torch.Tensor:
-        """Recorded gates `[n, U]`, beginning with `tokens` neighbours whose mean skip is as near `skip` as any such have.
+        """Recorded gates `[n, U]`, beginning with `tokens` neighbours whose mean skip is as near
+        `skip` as any such have.
 
         A few tokens may well run deeper or shallower than all do on average; truncation does not.
         """
         gates = self.gates[skip]
         if tokens is None or tokens >= len(gates):
             return gates
-        skips = 1 - gates.mean(1).unfold(0, tokens, 1).mean(1)          # of each run of so many neighbours
+        # of each run of so many neighbours
+        skips = 1 - gates.mean(1).unfold(0, tokens, 1).mean(1)
         return gates.roll(-int((skips - skip).abs().argmin()), 0)
 
     @contextlib.contextmanager
     def as_system(self, system: str, skip: float, tokens: int | None = None):
-        """The model set up as one of SYSTEMS at one skip ratio, for a piece of work of so many tokens."""
+        """The model set up as one of SYSTEMS at one skip ratio, for a piece of work of so many
+        tokens."""
         routing, config = self.routing, self.model.config
         depth = config.num_hidden_layers
-        policy = None if system in ("dense", "truncation") else RecordedPlan(self.plan(skip, tokens))
+        routed = system not in ("dense", "truncation")
+        policy = RecordedPlan(self.plan(skip, tokens)) if routed else None
         execution = "compact" if system == "compact" else "masked"
         strategy = "two_pass" if system == "two-pass" else "single_pass"
         try:
@@ -72,16 +79,20 @@ class Subject:
 
 
 def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int | None = None,
-            dtype: torch.dtype | None = None, device: str = "cpu", always_keep: int = 4, model=None) -> Subject:
-    """A model of shape `name` (or `model`) with a router, and the recorded plan stretched over its layers."""
+            dtype: torch.dtype | None = None, device: str = "cpu", always_keep: int = 4,
+            model=None) -> Subject:
+    """A model of shape `name` (or `model`) with a router, and the recorded plan stretched over its
+    layers."""
     dtype = dtype or (torch.bfloat16 if fast_bf16() else torch.float32)
     model = model if model is not None else random_model(name, layers, dtype, device)
     routing = attach(model, RouterConfig(always_keep=always_keep, keep_first_tokens=0))
-    return Subject(name, model, routing, {s: recorded_gates(logits, routing.units, s) for s in {0.0, *skips}})
+    return Subject(name, model, routing, {s: recorded_gates(logits, routing.units, s)
+                                          for s in {0.0, *skips}})
 
 
 class Prefill:
-    """One forward pass over `length` tokens with last-token logits. Times the layers apart from the whole."""
+    """One forward pass over `length` tokens with last-token logits. Times the layers apart from the
+    whole."""
     label = "prefill"
     systems = SYSTEMS
 
@@ -92,7 +103,8 @@ class Prefill:
     def __init__(self, subject: Subject, batch: int, length: int):
         self.subject, self.batch, self.length = subject, batch, length
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(2, subject.model.config.vocab_size, (batch, length), generator=generator)
+        ids = torch.randint(2, subject.model.config.vocab_size, (batch, length),
+                            generator=generator)
         self.ids = ids.to(device_of(subject.model))
 
     def run(self) -> dict[str, float]:
@@ -109,9 +121,11 @@ class Prefill:
 
 
 class Decode:
-    """`steps` steps of one token a sequence after a context, shaped as in greedy decoding; seconds a step."""
+    """`steps` steps of one token a sequence after a context, shaped as in greedy decoding; seconds
+    a step."""
     label = "decode"
-    systems = ("dense", "truncation", "masked", "compact")            # two passes have no cached form
+    # two passes have no cached form
+    systems = ("dense", "truncation", "masked", "compact")
 
     @property
     def tokens(self) -> int:
@@ -144,13 +158,14 @@ class Decode:
 
 
 def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
-    """(system, skip, depth) of every case: truncation runs at the whole depths below and above the active layers."""
+    """(system, skip, depth) of every case: truncation runs at the whole depths below and above the
+    active layers."""
     chosen = []
     for system, skip in itertools.product(systems, skips):
         if system == "dense":
             chosen.append((system, 0.0, subject.layers))
         elif skip == 0.0 and system != "compact":
-            continue                                             # only compact execution claims to be free at 0 %
+            continue                            # only compact execution claims to be free at 0 %
         elif system == "truncation":
             active = subject.active(skip)
             chosen += [(system, skip, depth) for depth in {math.floor(active), math.ceil(active)}]
@@ -159,21 +174,24 @@ def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
     return sorted(set(chosen), key=lambda v: (SYSTEMS.index(v[0]), v[1], v[2]))
 
 
-def measure(work, skips: list[float], systems: list[str] | None = None, repeats: int = 5) -> pd.DataFrame:
+def measure(work, skips: list[float], systems: list[str] | None = None,
+            repeats: int = 5) -> pd.DataFrame:
     """Seconds of every system at every skip ratio, in turns, each in an order of its own.
 
-    Every system runs once a turn, so that drift of the machine (heat, other users) falls on all alike. The first turn
-    warms up and is not counted.
+    Every system runs once a turn, so that drift of the machine (heat, other users) falls on all
+    alike. The first turn warms up and is not counted.
 
     Returns:
-        One row a system, skip and part, with median, q1, q3 (seconds), bound (by layer count), speedup over dense,
-        share_of_truncation and share_of_bound. Speed-ups and shares are medians (and quartiles: `speedup_q1`, ...) of
-        ratios within a turn, which drift between turns leaves alone.
+        One row a system, skip and part, with median, q1, q3 (seconds), bound (by layer count),
+        speedup over dense, share_of_truncation and share_of_bound. Speed-ups and shares are medians
+        (and quartiles: `speedup_q1`, ...) of ratios within a turn, which drift between turns leaves
+        alone.
     """
     subject = work.subject
     variants = _variants(subject, systems or work.systems, skips)
     times: list[dict] = []
-    for turn in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}", unit="turn"):
+    for turn in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}",
+                     unit="turn"):
         warm_up = turn == 0
         for system, skip, depth in random.Random(turn).sample(variants, len(variants)):
             if system in REFERENCES and turn % 2 == 0 and not warm_up:
@@ -183,17 +201,21 @@ def measure(work, skips: list[float], systems: list[str] | None = None, repeats:
                 seconds = work.run()
             if not warm_up:
                 case = {"turn": turn, "system": system, "skip": skip, "depth": depth}
-                times += [case | {"part": part, "seconds": spent} for part, spent in seconds.items()]
+                times += [case | {"part": part, "seconds": spent}
+                          for part, spent in seconds.items()]
     return _table(subject, work, _at_active_depth(subject, pd.DataFrame(times)))
 
 
 def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
-    """Seconds `[turn, (part, system, skip)]`; truncation's are interpolated between the two depths of the same turn.
+    """Seconds `[turn, (part, system, skip)]`; truncation's are interpolated between the two depths
+    of the same turn.
 
-    A plan of 4.4 active layers is compared with 0.6 of the time at depth 4 and 0.4 of that at depth 5.
+    A plan of 4.4 active layers is compared with 0.6 of the time at depth 4 and 0.4 of that at depth
+    5.
     """
     runs = times.sort_values("depth").groupby(["turn", "part", "system", "skip"])["seconds"]
-    shallower, deeper = runs.first(), runs.last()           # one and the same run, but for truncation
+    # one and the same run, but for truncation
+    shallower, deeper = runs.first(), runs.last()
     share = shallower.index.get_level_values("skip").map(lambda skip: subject.active(skip) % 1)
     return (shallower + share * (deeper - shallower)).unstack(["part", "system", "skip"])
 
@@ -204,11 +226,16 @@ def _table(subject: Subject, work, times: pd.DataFrame) -> pd.DataFrame:
     for part, system, skip in order:
         seconds = times[part, system, skip].dropna()
         q1, median, q3 = seconds.quantile([0.25, 0.5, 0.75])
-        row = {"model": subject.name, "layers": subject.layers, "dtype": str(subject.model.dtype).split(".")[-1],
-               "work": work.label, "part": part, "batch": work.batch, "length": work.length, "system": system,
-               "skip": skip, "median": median, "q1": q1, "q3": q3, "turns": len(seconds), "bound": subject.bound(skip)}
-        for name, other in (("speedup", ("dense", 0.0)), ("share_of_truncation", ("truncation", skip))):
-            ratio = times[part, *other] / seconds if (part, *other) in times else seconds * float("nan")
-            row |= {f"{name}{end}": ratio.quantile(share) for end, share in (("", 0.5), ("_q1", 0.25), ("_q3", 0.75))}
+        row = {"model": subject.name, "layers": subject.layers,
+               "dtype": str(subject.model.dtype).split(".")[-1], "work": work.label, "part": part,
+               "batch": work.batch, "length": work.length, "system": system, "skip": skip,
+               "median": median, "q1": q1, "q3": q3, "turns": len(seconds),
+               "bound": subject.bound(skip)}
+        for name, other in (("speedup", ("dense", 0.0)),
+                            ("share_of_truncation", ("truncation", skip))):
+            ratio = times[part, *other] / seconds if (part,
+                                                      *other) in times else seconds * float("nan")
+            row |= {f"{name}{end}": ratio.quantile(share)
+                    for end, share in (("", 0.5), ("_q1", 0.25), ("_q3", 0.75))}
         rows.append(row | {"share_of_bound": row["speedup"] / row["bound"]})
     return pd.DataFrame(rows)

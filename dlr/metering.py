@@ -1,7 +1,9 @@
-"""What the router did on the tokens a benchmark scores: a watch that fails closed, and a meter that counts.
+"""What the router did on the tokens a benchmark scores: a watch that fails closed, and a meter that
+counts.
 
-Notation: b rows, s width, U routable units. A position is *scored* where its logits decide the answer, *context* where it
-is a real token before that (prompt, few-shot examples), and *padding* otherwise.
+Notation: b rows, s width, U routable units. A position is *scored* where its logits decide the
+answer, *context* where it is a real token before that (prompt, few-shot examples), and *padding*
+otherwise.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +14,13 @@ from dlr.policy import Policy, RouterPolicy
 
 
 class RouterDidNotRun(RuntimeError):
-    """A forward pass of a routed model made no plan, so its scores would be those of another model."""
+    """A forward pass of a routed model made no plan, so its scores would be those of another
+    model."""
 
 
 class Watched(Policy):
-    """A policy that is told which positions are real: the harness pads on the right and passes no mask."""
+    """A policy that is told which positions are real: the harness pads on the right and passes no
+    mask."""
 
     def __init__(self, inner: Policy):
         self.inner, self.reads_hidden = inner, inner.reads_hidden
@@ -40,25 +44,30 @@ class Watched(Policy):
 class Watch:
     """Collects the gates of every forward pass, and raises where one has none.
 
-    A hook of its own on the decoder, independent of the router's: it sees passes that the router missed.
+    A hook of its own on the decoder, independent of the router's: it sees passes that the router
+    missed.
     """
 
     def __init__(self, routing, policy: Policy):
-        end_watch(routing)                          # first, for it puts the router's own policy back
+        # first, for it puts the router's own policy back
+        end_watch(routing)
         self.routing, self.policy = routing, Watched(policy)
         self.passes: list[torch.Tensor] = []
         routing.policy, self._seen = self.policy, routing.plan
         self._handle = routing.decoder.register_forward_hook(self._after)
-        routing.handles.append(self._handle)       # detaching leaves no hook behind; `taken` then finds no pass
+        # detaching leaves no hook behind; `taken` then finds no pass
+        routing.handles.append(self._handle)
         routing.watch = self
 
     def _after(self, module, args, output):
         plan = self.routing.plan
         other = self.routing.policy is not self.policy
-        unrouted = isinstance(self.policy.inner, RouterPolicy) and plan is not None and plan.logits is None
+        unrouted = isinstance(self.policy.inner,
+                              RouterPolicy) and plan is not None and plan.logits is None
         if plan is None or plan is self._seen or other or unrouted:
-            raise RouterDidNotRun("The model ran without its router: no plan was made in this forward pass. The router is "
-                                  "detached, or another policy was put in its place (Routing.using, Routing.disabled).")
+            raise RouterDidNotRun("The model ran without its router: no plan was made in this "
+                                  "forward pass. The router is detached, or another policy was put "
+                                  "in its place (Routing.using, Routing.disabled).")
         self._seen = plan
         self.passes.append(plan.gates > 0.5)
 
@@ -70,10 +79,12 @@ class Watch:
             self.policy.inner.keys = keys
 
     def taken(self, rows: int) -> list[torch.Tensor]:
-        """Gates `[b, s, U]` bool of each pass since `begin`; raises RouterDidNotRun where a row went without."""
+        """Gates `[b, s, U]` bool of each pass since `begin`; raises RouterDidNotRun where a row
+        went without."""
         if not self.passes or any(len(gates) != rows for gates in self.passes):
-            raise RouterDidNotRun(f"The router ran in {len(self.passes)} passes on {[len(g) for g in self.passes]} rows; "
-                                  f"{rows} requests were sent. Some were answered without it.")
+            raise RouterDidNotRun(f"The router ran in {len(self.passes)} passes on "
+                                  f"{[len(g) for g in self.passes]} rows; {rows} requests were "
+                                  "sent. Some were answered without it.")
         return self.passes
 
     def close(self) -> None:
@@ -90,24 +101,29 @@ def end_watch(routing) -> None:
 
 @dataclass
 class Meter:
-    """Sums over requests. `kept` and `context_kept` count, for each unit, the positions that ran it."""
+    """Sums over requests. `kept` and `context_kept` count, for each unit, the positions that ran
+    it."""
     units: int = 0
     requests: int = 0
     truncated: int = 0                  # longer than the model's context, cut on the left
     scored: int = 0
     context: int = 0
     padding: int = 0
-    forced: int = 0                     # scored positions that run every unit whatever the plan (kept first tokens)
-    reach: int = 0                      # summed over scored positions: tokens each attends to, itself included
+    # scored positions that run every unit whatever the plan (kept first tokens)
+    forced: int = 0
+    # summed over scored positions: tokens each attends to, itself included
+    reach: int = 0
     kept: list[int] = field(default_factory=list)
     context_kept: list[int] = field(default_factory=list)
 
     def __post_init__(self):
-        self.kept, self.context_kept = self.kept or [0] * self.units, self.context_kept or [0] * self.units
+        self.kept = self.kept or [0] * self.units
+        self.context_kept = self.context_kept or [0] * self.units
 
-    def add(self, gates: torch.Tensor | None, scored: torch.Tensor, real: torch.Tensor, position: torch.Tensor,
-            first: int = 0) -> None:
-        """One pass: gates `[b, s, U]` bool (None: dense), masks and places in the row `[b, s]`; `first` kept tokens."""
+    def add(self, gates: torch.Tensor | None, scored: torch.Tensor, real: torch.Tensor,
+            position: torch.Tensor, first: int = 0) -> None:
+        """One pass: gates `[b, s, U]` bool (None: dense), masks and places in the row `[b, s]`;
+        `first` kept tokens."""
         context = real & ~scored
         self.scored += int(scored.sum())
         self.context += int(context.sum())
@@ -115,7 +131,8 @@ class Meter:
         self.forced += int((scored & (position < first)).sum()) if self.units else 0
         self.reach += int((position + 1)[scored].sum())
         if self.units:
-            ran = torch.ones(*real.shape, self.units, dtype=torch.bool) if gates is None else gates.cpu()
+            ran = torch.ones(*real.shape, self.units,
+                             dtype=torch.bool) if gates is None else gates.cpu()
             self.kept = (torch.tensor(self.kept) + ran[scored].sum(0)).tolist()
             self.context_kept = (torch.tensor(self.context_kept) + ran[context].sum(0)).tolist()
 
@@ -125,18 +142,22 @@ class Meter:
         pad = [list(m.kept) + [0] * (units - m.units) for m in (self, other)]
         context = [list(m.context_kept) + [0] * (units - m.units) for m in (self, other)]
         sums = {name: getattr(self, name) + getattr(other, name)
-                for name in ("requests", "truncated", "scored", "context", "padding", "forced", "reach")}
-        return Meter(units, **sums, kept=[a + b for a, b in zip(*pad)], context_kept=[a + b for a, b in zip(*context)])
+                for name in ("requests", "truncated", "scored", "context", "padding", "forced",
+                             "reach")}
+        return Meter(units, **sums, kept=[a + b for a, b in zip(*pad)],
+                     context_kept=[a + b for a, b in zip(*context)])
 
     @property
     def skip(self) -> float:
         """1 - mean gate over scored positions and units."""
-        return 1 - sum(self.kept) / (self.scored * self.units) if self.units and self.scored else 0.0
+        return 1 - sum(self.kept) / (self.scored
+                                     * self.units) if self.units and self.scored else 0.0
 
     @property
     def context_skip(self) -> float | None:
         """The same over prompt and few-shot examples; None where there were none."""
-        return 1 - sum(self.context_kept) / (self.context * self.units) if self.units and self.context else None
+        return 1 - sum(self.context_kept) / (self.context
+                                             * self.units) if self.units and self.context else None
 
     @property
     def keep_rate(self) -> list[float]:

@@ -1,16 +1,21 @@
-"""How much a per-token plan could save: the greedy oracle, the best static plan, and the router, by KL on one sample.
+"""How much a per-token plan could save: the greedy oracle, the best static plan, and the router, by
+KL on one sample.
 
-**The oracle.** Starting from full depth, every round measures, for every token and every layer it still runs, the KL
-from the dense model if that layer were skipped too; the least harmful layer is each token's candidate, and the cheapest
-candidates of all tokens are taken (one price for all), until the budget is met. It sees the dense model's next-token
-distribution, which no router does, but not the next token. Harms are measured with all tokens' candidates at once
-(a skipped token still leaves keys and values, so tokens disturb one another little); what is reported is never a sum
-of harms, but the KL of the finished plan, run as a whole. Being greedy, it bounds the headroom from below.
+**The oracle.** Starting from full depth, every round measures, for every token and every layer it
+still runs, the KL from the dense model if that layer were skipped too; the least harmful layer is
+each token's candidate, and the cheapest candidates of all tokens are taken (one price for all),
+until the budget is met. It sees the dense model's next-token distribution, which no router does,
+but not the next token. Harms are measured with all tokens' candidates at once (a skipped token
+still leaves keys and values, so tokens disturb one another little); what is reported is never a sum
+of harms, but the KL of the finished plan, run as a whole. Being greedy, it bounds the headroom from
+below.
 
-**The best static plan** here is the same greedy search with one vector for all tokens, on other (calibration) text.
+**The best static plan** here is the same greedy search with one vector for all tokens, on other
+(calibration) text.
 
-Notation: b batch, s sequence, U routable units, n tokens that choose: those with a next token, kept first tokens left
-out. Skip ratios here are over these n tokens, for all plans alike. All KL and losses are in nats.
+Notation: b batch, s sequence, U routable units, n tokens that choose: those with a next token, kept
+first tokens left out. Skip ratios here are over these n tokens, for all plans alike. All KL and
+losses are in nats.
 """
 
 import pandas as pd
@@ -26,23 +31,29 @@ ROUNDS_PER_UNIT = 2       # rounds in which the plan as a whole loses one unit a
 
 
 def static_order(instruments: list[Instrument]) -> list[int]:
-    """The greedy order by KL: each time the unit is dropped that leaves least of it. U (U + 3) / 2 passes a sample."""
+    """The greedy order by KL: each time the unit is dropped that leaves least of it. U (U + 3) / 2
+    passes a sample."""
     units = instruments[0].routing.units
 
     def harms(dropped, left):
-        plans = [instrument.sample.spread(static_gates(units, dropped)) for instrument in instruments]
+        plans = [instrument.sample.spread(static_gates(units, dropped))
+                 for instrument in instruments]
         for instrument, gates in zip(instruments, plans):
             instrument.base(gates)
         for unit in left:
-            yield sum(instrument.without(gates, unit)[0].sum() for instrument, gates in zip(instruments, plans))
+            yield sum(instrument.without(gates, unit)[0].sum()
+                      for instrument, gates in zip(instruments, plans))
 
     return greedy_order(units, harms)
 
 
-def greedy_oracle(instruments: list[Instrument], skips: list[float]) -> dict[float, list[torch.Tensor]]:
-    """The per-token plans, gates `[n, U]` bool a sample, at each of `skips` (rising; ratios over the choosing tokens).
+def greedy_oracle(instruments: list[Instrument],
+                  skips: list[float]) -> dict[float, list[torch.Tensor]]:
+    """The per-token plans, gates `[n, U]` bool a sample, at each of `skips` (rising; ratios over
+    the choosing tokens).
 
-    About 2 U (U + 1) max(skips) passes a sample, most of which run only the layers after the unit in question.
+    About 2 U (U + 1) max(skips) passes a sample, most of which run only the layers after the unit
+    in question.
     """
     units = instruments[0].routing.units
     plans = [torch.ones(len(i.sample), units, dtype=torch.bool) for i in instruments]
@@ -61,7 +72,8 @@ def greedy_oracle(instruments: list[Instrument], skips: list[float]) -> dict[flo
 
 
 def _close_cheapest(instruments: list[Instrument], plans: list[torch.Tensor], count: int) -> int:
-    """Closes the `count` cheapest of the tokens' candidate units, in place; returns how many it closed."""
+    """Closes the `count` cheapest of the tokens' candidate units, in place; returns how many it
+    closed."""
     costs, units = [], []
     for instrument, plan in zip(instruments, plans):
         gates = instrument.sample.spread(plan)
@@ -80,16 +92,19 @@ def _close_cheapest(instruments: list[Instrument], plans: list[torch.Tensor], co
     return int(chosen.sum())
 
 
-def headroom(instruments: list[Instrument], order: list[int], thresholds: dict[float, float]) -> tuple[pd.DataFrame, dict[float, list[torch.Tensor]]]:
+def headroom(instruments: list[Instrument], order: list[int],
+             thresholds: dict[float, float]) -> tuple[pd.DataFrame,
+                                                      dict[float, list[torch.Tensor]]]:
     """KL of oracle, best static plan and router at the router's own measured skips.
 
     Args:
-        order: of the static plan, found on other text. thresholds: budget asked for -> the router's threshold.
+        order: of the static plan, found on other text. thresholds: budget asked for -> the router's
+            threshold.
 
     Returns:
-        One row a budget and document (budget, document, tokens, skip, and summed KL as static, routed, oracle), and
-        the oracle's plans by budget. Where the whole greedy plan is worse than the static one, the oracle is the
-        static one.
+        One row a budget and document (budget, document, tokens, skip, and summed KL as static,
+        routed, oracle), and the oracle's plans by budget. Where the whole greedy plan is worse than
+        the static one, the oracle is the static one.
     """
     routed = {budget: [router_plan(i, t) for i in instruments] for budget, t in thresholds.items()}
     skips = {budget: skip_ratio(torch.cat(plans)) for budget, plans in routed.items()}
@@ -102,8 +117,8 @@ def headroom(instruments: list[Instrument], order: list[int], thresholds: dict[f
                 return instrument.base(instrument.sample.spread(plan))[0]
 
             parts.append(pd.DataFrame({
-                "budget": budget, "skip": skip, "document": instrument.sample.document.numpy(), "tokens": 1,
-                "static": pair.mean(kl(pair.fewer), kl(pair.more)).double().numpy(),
+                "budget": budget, "skip": skip, "document": instrument.sample.document.numpy(),
+                "tokens": 1, "static": pair.mean(kl(pair.fewer), kl(pair.more)).double().numpy(),
                 "routed": kl(routed[budget][place]).double().numpy(),
                 "oracle": kl(oracle[skip][place]).double().numpy()}))
     table = pd.concat(parts).groupby(["budget", "skip", "document"], as_index=False).sum()
@@ -113,17 +128,20 @@ def headroom(instruments: list[Instrument], order: list[int], thresholds: dict[f
 
 
 def captured(table: pd.DataFrame) -> float:
-    """(static - routed) / (static - oracle): 0 for the static plan, 1 for the oracle, below 0 if worse than static."""
+    """(static - routed) / (static - oracle): 0 for the static plan, 1 for the oracle, below 0 if
+    worse than static."""
     sums = table[["static", "routed", "oracle"]].sum()
     room = sums["static"] - sums["oracle"]
     return float((sums["static"] - sums["routed"]) / room) if room > 0 else float("nan")
 
 
 def headroom_rows(table: pd.DataFrame) -> list[dict]:
-    """One row a budget: mean KL a token of each plan, the captured fraction and its 95 % interval over documents."""
+    """One row a budget: mean KL a token of each plan, the captured fraction and its 95 % interval
+    over documents."""
     rows = []
     for budget, group in table.groupby("budget"):
-        means = {name: float(group[name].sum() / group["tokens"].sum()) for name in ("static", "routed", "oracle")}
+        means = {name: float(group[name].sum() / group["tokens"].sum())
+                 for name in ("static", "routed", "oracle")}
         low, high = bootstrap(group[["static", "routed", "oracle"]], captured)
         rows.append({"budget": float(budget), "skip": float(group["skip"].iloc[0]), **means,
                      "captured": captured(group), "captured_low": low, "captured_high": high,

@@ -1,7 +1,8 @@
-"""Token records: everything a view or a statistic needs to know about some text under one routed model.
+"""Token records: everything a view or a statistic needs to know about some text under one routed
+model.
 
-Made once from a model, saved as safetensors + JSON, read back without one. Figures, tables and the explorer are
-functions of a record.
+Made once from a model, saved as safetensors + JSON, read back without one. Figures, tables and the
+explorer are functions of a record.
 
 Notation: n tokens of all texts, one after the other; U routable units; k top predictions.
 """
@@ -25,8 +26,9 @@ from dlr.progress import tqdm
 from dlr.routed import Routing, causal_lm, describe_base
 from dlr.runs import save_tensors, write_atomically
 
-TENSORS = ("ids", "document", "position", "gates", "logits", "loss_dense", "loss_routed", "entropy_dense", "kl",
-           "top_dense", "top_routed", "top_dense_probability", "top_routed_probability")
+TENSORS = ("ids", "document", "position", "gates", "logits", "loss_dense", "loss_routed",
+           "entropy_dense", "kl", "top_dense", "top_routed", "top_dense_probability",
+           "top_routed_probability")
 NAN = float("nan")
 
 
@@ -34,17 +36,21 @@ NAN = float("nan")
 class Record:
     """Tokens, plan and losses of some texts under one model.
 
-    A position's losses, entropy and KL belong to the prediction made there, that is of the *next* token: it is that
-    prediction which the position's own depth pays for. They are NaN at the last token of each text.
+    A position's losses, entropy and KL belong to the prediction made there, that is of the *next*
+    token: it is that prediction which the position's own depth pays for. They are NaN at the last
+    token of each text.
 
     Attributes:
-        ids: `[n]` token ids; document `[n]`: index of the text; position `[n]`: place in the text, from 0.
-        gates: `[n, U]` bool, True = run. logits: `[n, U]` router logits, NaN where no router made the plan.
+        ids: `[n]` token ids; document `[n]`: index of the text; position `[n]`: place in the text,
+            from 0.
+        gates: `[n, U]` bool, True = run. logits: `[n, U]` router logits, NaN where no router made
+            the plan.
         loss_dense, loss_routed: `[n]` nats, under the base model and under the routed one.
         entropy_dense: `[n]` nats, of the dense prediction. kl: `[n]` nats, KL(dense || routed).
-        top_dense, top_routed: `[n, k]` ids of the likeliest next tokens; `..._probability` `[n, k]`.
-        tokens: `[n]` decoded pieces. meta: always_keep, keep_last, keep_first_tokens, units_per_layer, layers,
-            threshold, model, policy, top_tokens (id to text).
+        top_dense, top_routed: `[n, k]` ids of the likeliest next tokens; `..._probability` `[n,
+            k]`.
+        tokens: `[n]` decoded pieces. meta: always_keep, keep_last, keep_first_tokens,
+            units_per_layer, layers, threshold, model, policy, top_tokens (id to text).
     """
     ids: torch.Tensor
     document: torch.Tensor
@@ -81,15 +87,19 @@ class Record:
         return float(torch.exp(torch.nanmean(getattr(self, f"loss_{which}").double())))
 
     def at_threshold(self, threshold: float) -> "Record":
-        """The plan at another threshold, from the logits alone; routed losses and predictions are unknown (NaN, -1).
+        """The plan at another threshold, from the logits alone; routed losses and predictions are
+        unknown (NaN, -1).
 
         Raises:
-            ValueError: the router decided layer by layer, so that its logits would have been others.
+            ValueError: the router decided layer by layer, so that its logits would have been
+                others.
         """
         if not self.meta.get("replannable", True):
-            raise ValueError("This record's router decides on each layer from the state before it: its plan at another "
-                             "threshold cannot be read off its logits. Record the text anew.")
-        gates = (self.logits > threshold) | (self.position < self.meta["keep_first_tokens"]).unsqueeze(1)
+            raise ValueError("This record's router decides on each layer from the state before it: "
+                             "its plan at another threshold cannot be read off its logits. Record "
+                             "the text anew.")
+        forced = self.position < self.meta["keep_first_tokens"]
+        gates = (self.logits > threshold) | forced.unsqueeze(1)
         unknown = torch.full_like(self.loss_routed, NAN)
         return replace(self, gates=gates, loss_routed=unknown, kl=unknown.clone(),
                        top_routed=torch.full_like(self.top_routed, -1),
@@ -97,17 +107,21 @@ class Record:
                        meta=self.meta | {"threshold": threshold})
 
     def save(self, path: str | Path) -> Path:
-        """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the JSON's path.
+        """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the JSON's
+        path.
 
-        The JSON is standard: a threshold of minus infinity, which closes no gate, is written as null.
+        The JSON is standard: a threshold of minus infinity, which closes no gate, is written as
+            null.
         """
         path, meta = Path(path), dict(self.meta)
         if meta.get("threshold") == -math.inf:
             meta["threshold"] = None
         tensors = {name: getattr(self, name) for name in TENSORS}
-        save_tensors(tensors | {"gates": self.gates.to(torch.uint8)}, path.with_suffix(".safetensors"))
+        save_tensors(tensors | {"gates": self.gates.to(torch.uint8)},
+                     path.with_suffix(".safetensors"))
         return write_atomically(path.with_suffix(".json"),
-                                json.dumps({"meta": meta, "tokens": self.tokens}, ensure_ascii=False, allow_nan=False)
+                                json.dumps({"meta": meta, "tokens": self.tokens},
+                                           ensure_ascii=False, allow_nan=False)
                                 + "\n")
 
     @classmethod
@@ -121,8 +135,8 @@ class Record:
         files = [path.with_suffix(suffix) for suffix in (".safetensors", ".json")]
         missing = [file for file in files if not file.is_file()]
         if missing:
-            raise FileNotFoundError(f"There is no token record at {str(path)!r}: {missing[0].name} is missing. "
-                                    "record(...).save(path) writes both files.")
+            raise FileNotFoundError(f"There is no token record at {str(path)!r}: {missing[0].name} "
+                                    "is missing. record(...).save(path) writes both files.")
         tensors, text = load_file(files[0]), json.loads(files[1].read_text(encoding="utf-8"))
         tensors["gates"] = tensors["gates"].bool()
         meta = text["meta"]
@@ -134,11 +148,14 @@ class Record:
 def pieces(tokenizer, ids: list[int]) -> list[str]:
     """The text each token adds; a byte-level piece that is no whole character shows as U+FFFD.
 
-    SentencePiece decoders drop the space that opens a word where a text begins, so here at every token: it is put back.
+    SentencePiece decoders drop the space that opens a word where a text begins, so here at every
+    token: it is put back.
     """
     texts = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-    opens = [str(name).startswith("\N{LOWER ONE EIGHTH BLOCK}") for name in tokenizer.convert_ids_to_tokens(list(ids))]
-    return [f" {text}" if space and not text.startswith(" ") else text for text, space in zip(texts, opens)]
+    opens = [str(name).startswith("\N{LOWER ONE EIGHTH BLOCK}")
+             for name in tokenizer.convert_ids_to_tokens(list(ids))]
+    return [f" {text}" if space and not text.startswith(" ") else text
+            for text, space in zip(texts, opens)]
 
 
 def _log_p(logits: torch.Tensor) -> torch.Tensor:
@@ -148,7 +165,8 @@ def _log_p(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor, top: int) -> dict:
-    """What is kept of some rows' log-probabilities `[rows, V]`, dense and routed; the second is overwritten.
+    """What is kept of some rows' log-probabilities `[rows, V]`, dense and routed; the second is
+    overwritten.
 
     `following` `[rows]` are the tokens after them.
     """
@@ -182,10 +200,13 @@ def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top
         parts.append(_compared(dense, routed, following[rows], top))
     measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for name in ("loss_dense", "loss_routed", "entropy_dense", "kl"):
-        measured[name][-1] = NAN                                             # nothing follows the last token
-    logits = torch.full(plan.gates.shape[1:], NAN) if plan.logits is None else plan.logits[0].float().cpu()
-    return measured | {"ids": ids.cpu(), "position": torch.arange(len(ids)), "gates": (plan.gates[0] > 0.5).cpu(),
-                       "logits": logits}
+        # nothing follows the last token
+        measured[name][-1] = NAN
+    logits = torch.full(plan.gates.shape[1:], NAN)
+    if plan.logits is not None:
+        logits = plan.logits[0].float().cpu()
+    return measured | {"ids": ids.cpu(), "position": torch.arange(len(ids)),
+                       "gates": (plan.gates[0] > 0.5).cpu(), "logits": logits}
 
 
 def document_ids(tokenizer, text: str, model) -> list[int]:
@@ -197,14 +218,15 @@ def document_ids(tokenizer, text: str, model) -> list[int]:
     ids = [opening_token(tokenizer), *encode(tokenizer, text)]
     known = causal_lm(model).get_input_embeddings().num_embeddings
     if max(ids) >= known:
-        raise ValueError(f"The tokenizer gives token id {max(ids):,}, but the model knows {known:,} tokens only; use "
-                         "the tokenizer that belongs to this model.")
+        raise ValueError(f"The tokenizer gives token id {max(ids):,}, but the model knows "
+                         f"{known:,} tokens only; use the tokenizer that belongs to this model.")
     return ids
 
 
-def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int = 1024, policy: Policy | None = None,
-           top: int = 5, name: str = "", bar: bool = True) -> Record:
-    """Runs `texts` through the frozen base and the routed model, one at a time, and records every token.
+def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int = 1024,
+           policy: Policy | None = None, top: int = 5, name: str = "", bar: bool = True) -> Record:
+    """Runs `texts` through the frozen base and the routed model, one at a time, and records every
+    token.
 
     Args:
         max_len: tokens a text is cut to, the opening token included.
@@ -219,15 +241,17 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
         raise ValueError("There is no text to record; give at least one string.")
     policy, device = policy or RouterPolicy(), device_of(model)
     parts = []
-    for index, text in enumerate(tqdm(texts, desc="recording", unit="text", disable=not bar or len(texts) < 8)):
+    for index, text in enumerate(tqdm(texts, desc="recording", unit="text",
+                                      disable=not bar or len(texts) < 8)):
         ids = document_ids(tokenizer, text, model)[:max_len]
         part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top)
         parts.append(part | {"document": torch.full((len(ids),), index)})
     tensors = {key: torch.cat([part[key] for part in parts]) for key in TENSORS}
     config = routing.config
     likely = torch.cat([tensors["top_dense"], tensors["top_routed"]]).unique().tolist()
-    meta = {"model": name or describe_base(model)["name"], "policy": type(policy).__name__, "layers": len(routing.layers),
-            "always_keep": config.always_keep, "keep_last": config.keep_last, "threshold": routing.threshold,
+    meta = {"model": name or describe_base(model)["name"], "policy": type(policy).__name__,
+            "layers": len(routing.layers), "always_keep": config.always_keep,
+            "keep_last": config.keep_last, "threshold": routing.threshold,
             "keep_first_tokens": config.forced_tokens, "units_per_layer": routing.units_per_layer,
             "text_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}

@@ -1,4 +1,5 @@
-"""The table of a benchmark: one row a variant, with its scores, their errors, chance, and what the router did."""
+"""The table of a benchmark: one row a variant, with its scores, their errors, chance, and what the
+router did."""
 
 import importlib.metadata as metadata
 
@@ -12,8 +13,10 @@ Z = 1.96                                    # half a 95 % interval in standard e
 
 
 def _metrics(result: dict) -> list[tuple[str, str]]:
-    """(metric, filter) of every score in a result, accuracies first, otherwise as the task's definition lists them."""
-    pairs = [tuple(key.split(",", 1)) for key in result if "," in key and not key.split(",")[0].endswith("_stderr")]
+    """(metric, filter) of every score in a result, accuracies first, otherwise as the task's
+    definition lists them."""
+    pairs = [tuple(key.split(",", 1)) for key in result if "," in key
+             and not key.split(",")[0].endswith("_stderr")]
     return sorted(pairs, key=lambda pair: pair[0] not in ("acc", "exact_match"))
 
 
@@ -23,13 +26,15 @@ def headline(result: dict) -> tuple[str, str] | None:
 
 
 def score_of(name: str, benchmark: dict, group_tasks: list[str]) -> dict:
-    """Score, standard error, chance and what a reader has to know, of a task or of a group of tasks."""
+    """Score, standard error, chance and what a reader has to know, of a task or of a group of
+    tasks."""
     result = benchmark["harness"]["results"][name]
     metric = headline(result)
     chosen = [benchmark["tasks"][leaf] for leaf in group_tasks]
     meter = sum((Meter(**record["meter"]) for record in chosen), Meter())
-    out = {"task": name, "metric": None, "score": None, "stderr": None, "chance": None, "skip": meter.skip,
-           "context_skip": meter.context_skip, "truncated": meter.truncated, "requests": meter.requests}
+    out = {"task": name, "metric": None, "score": None, "stderr": None, "chance": None,
+           "skip": meter.skip, "context_skip": meter.context_skip, "truncated": meter.truncated,
+           "requests": meter.requests}
     if metric is None:
         return out
     error = result.get(f"{metric[0]}_stderr,{metric[1]}")
@@ -44,45 +49,55 @@ def score_of(name: str, benchmark: dict, group_tasks: list[str]) -> dict:
         if len(chosen) > 1:
             parts = [score_of(leaf, benchmark, [leaf]) for leaf in group_tasks]
             out["tasks"] = len(parts)
-            out["tasks_not_above_chance"] = sorted(part["task"] for part in parts if not part["above_chance"])
+            out["tasks_not_above_chance"] = sorted(part["task"] for part in parts
+                                                   if not part["above_chance"])
     return out
 
 
 def _above(score: dict, chosen: list[dict]) -> bool:
-    """Whether a score is above chance at 2.5 % (one-sided): the exact binomial test for one task of rights and wrongs."""
+    """Whether a score is above chance at 2.5 % (one-sided): the exact binomial test for one task of
+    rights and wrongs."""
     outcomes = chosen[0]["outcomes"]
     if len(chosen) == 1 and outcomes:
-        return bool(binomtest(outcomes.count("1"), len(outcomes), score["chance"], "greater").pvalue < 0.025)
+        return bool(binomtest(outcomes.count("1"), len(outcomes), score["chance"],
+                              "greater").pvalue < 0.025)
     return score["stderr"] is not None and score["score"] - Z * score["stderr"] > score["chance"]
 
 
 def leaves_of(name: str, benchmark: dict) -> list[str]:
     """Names of the tasks below `name`, which may be a task itself."""
     children = benchmark["harness"]["group_subtasks"].get(name)
-    return [leaf for child in children for leaf in leaves_of(child, benchmark)] if children else [name]
+    if not children:
+        return [name]
+    return [leaf for child in children for leaf in leaves_of(child, benchmark)]
 
 
 def row_of(lm, benchmark: dict, names: list[str]) -> dict:
-    """One row of the results table: scores by task, perplexity, and what was measured on the scored tokens."""
+    """One row of the results table: scores by task, perplexity, and what was measured on the scored
+    tokens."""
     meter = sum((Meter(**record["meter"]) for record in benchmark["tasks"].values()), Meter())
     routing = lm.loaded.routing
     config, layers = lm.model.config, lm.model.config.get_text_config().num_hidden_layers
     dense = flops_per_token(config, layers, meter.mean_reach)
-    row = {"variant": lm.loaded.name, "kind": lm.loaded.kind, "checkpoint": lm.loaded.checkpoint, "skip": meter.skip,
-           "context_skip": meter.context_skip, "active_layers": float(layers), "flops": dense, "flops_dense": dense,
-           "keep_rate": [], "requests": meter.requests, "truncated": meter.truncated, "scored_tokens": meter.scored}
+    row = {"variant": lm.loaded.name, "kind": lm.loaded.kind, "checkpoint": lm.loaded.checkpoint,
+           "skip": meter.skip, "context_skip": meter.context_skip, "active_layers": float(layers),
+           "flops": dense, "flops_dense": dense, "keep_rate": [], "requests": meter.requests,
+           "truncated": meter.truncated, "scored_tokens": meter.scored}
     if routing is not None and lm.loaded.policy is not None:
         settings = routing.config
         row |= {"keep_rate": [round(rate, 4) for rate in meter.keep_rate], "unit": settings.unit,
                 "always_keep": settings.always_keep}
-        row["active_layers"] = settings.always_keep + settings.keep_last + sum(meter.keep_rate) / routing.units_per_layer
+        always = settings.always_keep + settings.keep_last
+        row["active_layers"] = always + sum(meter.keep_rate) / routing.units_per_layer
         router = settings.router_hidden if lm.loaded.kind == "routed" else 0
-        row["flops"] = plan_flops_per_token(config, meter.mean_reach, meter.keep_rate, settings.always_keep,
-                                            settings.keep_last, router, settings.skip_adapter_rank)
+        row["flops"] = plan_flops_per_token(config, meter.mean_reach, meter.keep_rate,
+                                            settings.always_keep, settings.keep_last, router,
+                                            settings.skip_adapter_rank)
     results = benchmark["harness"]["results"]
     tops = [name for name in names if name in results]
     below = {leaf for top in tops for leaf in leaves_of(top, benchmark)}
-    tops += [name for name in benchmark["tasks"] if name in results and name not in below]          # the tasks of tags
+    # the tasks of tags
+    tops += [name for name in benchmark["tasks"] if name in results and name not in below]
     scores = [score_of(name, benchmark, leaves_of(name, benchmark)) for name in tops]
     row["scores"] = [score for score in scores if score["metric"]]
     row["perplexity"] = {name: record["perplexity"] for name, record in benchmark["tasks"].items()
@@ -94,7 +109,8 @@ def _said(score: dict) -> str:
     text = f"{score['score']:.4f}"
     if score["stderr"] is not None:
         text += f" ± {score['stderr']:.4f}"
-    text += "".join(f"; {name.removesuffix(',none')} {value:.4f}" for name, value in score.get("others", {}).items())
+    text += "".join(f"; {name.removesuffix(',none')} {value:.4f}"
+                    for name, value in score.get("others", {}).items())
     below = score.get("tasks_not_above_chance")
     if below:
         text += f" ({len(below)} of {score['tasks']} tasks not above chance)"
@@ -105,13 +121,15 @@ def scores_table(rows: list[dict]) -> pd.DataFrame:
     """Rows of `row_of` as people read them, one line a variant."""
     lines = []
     for row in rows:
-        line = {"variant": row["variant"], "skip": f"{row['skip']:.1%}", "active layers": f"{row['active_layers']:.2f}",
+        line = {"variant": row["variant"], "skip": f"{row['skip']:.1%}",
+                "active layers": f"{row['active_layers']:.2f}",
                 "MFLOPs/token": f"{row['flops'] / 1e6:.2f}"}
         for score in row["scores"]:
             line[f"{score['task']} ({score['metric'].split(',')[0]})"] = _said(score)
         for task, measured in row["perplexity"].items():
             for unit in ("token", "word"):
-                value, low, high = (measured[f"{unit}_perplexity{end}"] for end in ("", "_low", "_high"))
+                value, low, high = (measured[f"{unit}_perplexity{end}"]
+                                    for end in ("", "_low", "_high"))
                 line[f"{task} ppl/{unit} (95 %)"] = f"{value:.2f} ({low:.2f}–{high:.2f})"
             line[f"{task} bits/byte"] = f"{measured['bits_per_byte']:.3f}"
         line["cut on the left"] = f"{row['truncated']} of {row['requests']}"
@@ -121,4 +139,5 @@ def scores_table(rows: list[dict]) -> pd.DataFrame:
 
 def environment() -> dict:
     """Versions of what produced the scores."""
-    return {name: metadata.version(name) for name in ("lm_eval", "torch", "transformers", "peft", "datasets")}
+    return {name: metadata.version(name) for name in ("lm_eval", "torch", "transformers", "peft",
+                                                      "datasets")}
