@@ -231,25 +231,25 @@ class DLRLM(HFLM):
         if self.watch is not None:
             self.watch.begin(None, [self._key_of_context.get(c) or _digest(list(c.encode()))
                                     for c in self._contexts])
-            # two passes have no cache
+            # a strategy of two passes has no cache to generate with
             one_pass = self.loaded.routing.at(strategy="single_pass")
         with one_pass:
-            made = super()._model_generate(context, max_length, stop, **options)
-        self._measure_generation(made, options["attention_mask"].cpu().bool(), context.shape[1],
-                                 stop)
-        return made
+            generated = super()._model_generate(context, max_length, stop, **options)
+        mask = options["attention_mask"].cpu().bool()
+        self._measure_generation(generated, mask, context.shape[1], stop)
+        return generated
 
-    def _measure_generation(self, made, mask, width: int, stop: list[str]) -> None:
+    def _measure_generation(self, generated, mask, width: int, stop: list[str]) -> None:
         """Scored are the last prompt token and every generated token but the last: their logits
         chose the answer."""
         eos = self.model.generation_config.eos_token_id
         eos = set(eos if isinstance(eos, list) else [eos])
         lengths = torch.tensor([generated_length(row[width:], eos, self.tokenizer.pad_token_id,
                                                  stop, self.tokenizer.decode)
-                                for row in made.tolist()])
-        passes = [None] * (made.shape[1] - width)
+                                for row in generated.tolist()])
+        passes = [None] * (generated.shape[1] - width)
         if self.watch is not None:
-            passes = self.watch.taken(len(made))
+            passes = self.watch.taken(len(generated))
         position = mask.long().cumsum(1) - 1
         last = torch.zeros_like(mask)
         last[:, -1] = True

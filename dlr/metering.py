@@ -7,6 +7,7 @@ otherwise.
 """
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 
@@ -138,26 +139,29 @@ class Meter:
 
     def __add__(self, other: "Meter") -> "Meter":
         """Both together; a task that has met no router counts no unit."""
-        units = max(self.units, other.units)
-        pad = [list(m.kept) + [0] * (units - m.units) for m in (self, other)]
-        context = [list(m.context_kept) + [0] * (units - m.units) for m in (self, other)]
-        sums = {name: getattr(self, name) + getattr(other, name)
-                for name in ("requests", "truncated", "scored", "context", "padding", "forced",
-                             "reach")}
-        return Meter(units, **sums, kept=[a + b for a, b in zip(*pad)],
-                     context_kept=[a + b for a, b in zip(*context)])
+        def added(name: str) -> list[int]:
+            return [sum(pair) for pair in zip_longest(getattr(self, name), getattr(other, name),
+                                                      fillvalue=0)]
+
+        sums = {name: getattr(self, name) + getattr(other, name) for name in
+                ("requests", "truncated", "scored", "context", "padding", "forced", "reach")}
+        return Meter(max(self.units, other.units), **sums, kept=added("kept"),
+                     context_kept=added("context_kept"))
+
+    def _skipped(self, kept: list[int], positions: int) -> float | None:
+        if not self.units or not positions:
+            return None
+        return 1 - sum(kept) / (positions * self.units)
 
     @property
     def skip(self) -> float:
         """1 - mean gate over scored positions and units."""
-        return 1 - sum(self.kept) / (self.scored
-                                     * self.units) if self.units and self.scored else 0.0
+        return self._skipped(self.kept, self.scored) or 0.0
 
     @property
     def context_skip(self) -> float | None:
         """The same over prompt and few-shot examples; None where there were none."""
-        return 1 - sum(self.context_kept) / (self.context
-                                             * self.units) if self.units and self.context else None
+        return self._skipped(self.context_kept, self.context)
 
     @property
     def keep_rate(self) -> list[float]:
