@@ -166,8 +166,8 @@ def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
 @contextlib.contextmanager
 def _routed(model):
     """A router for the duration, which the instruments need; then `model` is the base again."""
-    routing = attach(model, RouterConfig(always_keep=1, keep_first_tokens=0))
-    routing.bf16 = fast_bf16()
+    config = RouterConfig(always_keep=1, keep_first_tokens=0)
+    routing = attach(model, config, bf16=fast_bf16())
     try:
         yield routing
     finally:

@@ -56,6 +56,7 @@ class Routing:
         strategy: 'single_pass' or 'two_pass'.
         threshold: a gate is open where its logit lies above; set to None, it is the calibrated one.
         calibration: what `save_pretrained` writes, whatever `threshold` is in force.
+        bf16: whether the model is measured in bfloat16, see `autocast`.
         base: the base model the router was attached to, see `weights.base_record`.
         compact_layers: one `CompactLayer` a routable layer, once compact execution was asked for.
         handles: of hooks that `detach` removes.

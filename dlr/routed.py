@@ -22,13 +22,14 @@ __all__ = ["NANO_NAME", "NotRoutable", "Routing", "RunsMasked", "attach", "causa
 
 
 def attach(model: nn.Module, config: RouterConfig | None = None,
-           execution: str | None = None) -> Routing:
+           execution: str | None = None, bf16: bool = False) -> Routing:
     """Adds a fresh router to a causal LM (or a PEFT model around one) and returns its handle.
 
     Args:
         execution: how plans are carried out outside training. 'compact' computes only what they
             keep, 'masked' computes everything and blends; same results. None: compact where the
             model's layers allow it; where they do not, a `RunsMasked` warning says why.
+        bf16: whether the model is measured in bfloat16, see `Routing.autocast`.
 
     Raises:
         NotRoutable: no decoder-only LM, no layer left to route, a router is attached already, or
@@ -60,6 +61,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None,
     router = kind(base.config.get_text_config().hidden_size, units, config)
     router.to(execution_device(layers[config.always_keep]))
     routing = Routing(model, config, router, decoder, layers)
+    routing.bf16 = bf16
     try:
         routing.execution = execution or "compact"
     except NotRoutable as error:

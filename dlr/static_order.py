@@ -27,9 +27,9 @@ def best_static_order(base, calibration: list[dict], config: RunConfig) -> list[
     path = cache_folder() / f"static-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    routing = attach(base, config.router())
+    routing = attach(base, config.router(), bf16=config.autocast)
     try:
-        order = greedy_static_order(base, routing, batches, bf16=config.autocast)
+        order = greedy_static_order(base, routing, batches)
     finally:
         routing.detach()
     write_atomically(path, json.dumps(order))

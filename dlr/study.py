@@ -86,13 +86,6 @@ def _clear(bench: Bench) -> None:
         bench.open.close()
 
 
-def _attached(model, config: RunConfig) -> Routing:
-    """A router on `model`, which is measured in the numbers it is trained in."""
-    routing = attach(model, config.router())
-    routing.bf16 = config.autocast
-    return routing
-
-
 def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     """Fresh LoRA and router on the bench's base."""
     _clear(bench)
@@ -100,7 +93,7 @@ def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
     model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha,
                      dropout=config.lora_dropout, seed=config.seed)
     try:
-        routing = _attached(model, config)
+        routing = attach(model, config.router(), bf16=config.autocast)
     except BaseException:
         model.unload()
         raise
@@ -180,7 +173,7 @@ def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind
 def base_row(bench: Bench) -> dict:
     """The untouched base model on the test split."""
     _clear(bench)
-    routing = _attached(bench.base, bench.config)
+    routing = attach(bench.base, bench.config.router(), bf16=bench.config.autocast)
     try:
         variant = Variant("base", bench.config, bench.base, routing)
         return measure(bench, variant, "base", None, "base")

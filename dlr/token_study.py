@@ -84,7 +84,7 @@ def token_frequencies(study: Study) -> torch.Tensor:
 def shuffled_gap(study: Study) -> dict:
     """Test perplexity of the router and of its plan dealt out anew, and their paired difference."""
     batches = study.batches(study.test, study.config.record_docs, study.config.eval_len, 16)
-    routed, shuffled = (evaluate(study.model, study.routing, batches, policy, bf16=False,
+    routed, shuffled = (evaluate(study.model, study.routing, batches, policy,
                                  describe="shuffling the plan")
                         for policy in (RouterPolicy(), ShuffledPlan(study.config.seed)))
     return {"routed": perplexity(routed), "shuffled": perplexity(shuffled),

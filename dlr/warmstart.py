@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dlr.plan import static_pair
 from dlr.calibration import threshold_for
 from dlr.run_settings import RunConfig
-from dlr.device import autocast, device_of
+from dlr.device import device_of
 from dlr.likelihood import cross_entropy, frozen_base, kl_to_teacher
 from dlr.policy import GivenPlan, RouterPolicy, refuse_without_plan
 from dlr.progress import tqdm
