@@ -16,7 +16,8 @@ from dlr.table import Z, row_of
 
 
 def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
-    """The rows asked for: the base model, every checkpoint of `config.phase` on that base, and `config.variants`."""
+    """The rows asked for: the base model, every checkpoint of `config.phase` on that base, and
+    `config.variants`."""
     specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
     for run, files in (finished_runs(config.phase) if config.phase else {}).items():
         if files["run"].get("settings", {}).get("model", config.model) != config.model:
@@ -28,7 +29,8 @@ def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
             if missing:
                 say(f"warning: {run}/{checkpoint.parent.name} is left out: {missing}")
             else:
-                specs.append(VariantSpec(name=f"{run}, {checkpoint.parent.name}", checkpoint=str(checkpoint)))
+                specs.append(VariantSpec(name=f"{run}, {checkpoint.parent.name}",
+                                         checkpoint=str(checkpoint)))
     return specs + list(config.variants)
 
 
@@ -37,14 +39,17 @@ def _refuse_confusion(specs: list[VariantSpec]) -> None:
     folders = [slug(name) for name in names]
     for place, spec in enumerate(specs):
         if folders.count(folders[place]) > 1:
-            raise SettingsError(f"Two variants are named {spec.name!r}, or so much alike that they would share a folder; "
-                                "give each its own name.")
+            raise SettingsError(f"Two variants are named {spec.name!r}, or so much alike that they "
+                                "would share a folder; give each its own name.")
         if spec.match is not None and spec.match not in names[:place]:
-            raise SettingsError(f"{spec.name!r} is to match {spec.match!r}, which is no earlier row ({', '.join(names)}).")
+            raise SettingsError(f"{spec.name!r} is to match {spec.match!r}, which is no earlier "
+                                f"row ({', '.join(names)}).")
 
 
-def evaluate_variants(config: EvaluationConfig, folder: Path, say=print) -> tuple[list[dict], dict, list[dict]]:
-    """(rows, the harness's whole result by variant, paired differences) of every variant asked for, resumably.
+def evaluate_variants(config: EvaluationConfig, folder: Path,
+                      say=print) -> tuple[list[dict], dict, list[dict]]:
+    """(rows, the harness's whole result by variant, paired differences) of every variant asked for,
+    resumably.
 
     Raises:
         SettingsError: two rows of one name, or `match` names no earlier row.
@@ -54,33 +59,41 @@ def evaluate_variants(config: EvaluationConfig, folder: Path, say=print) -> tupl
     data_dir = str(from_project(config.data_dir)) if config.data_dir else None
     rows, results = [], {}
     for spec in specs:
-        loaded = load(spec.checkpoint, variant=spec.variant, skip=spec.skip, order=spec.order, say=say,
-                      dtype=config.dtype, attn_implementation=config.attn_implementation,
+        loaded = load(spec.checkpoint, variant=spec.variant, skip=spec.skip, order=spec.order,
+                      say=say, dtype=config.dtype, attn_implementation=config.attn_implementation,
                       load_in_4bit=config.load_in_4bit)
         loaded.name = spec.name
         lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
         results[spec.name] = run_benchmark(
-            lm, config.tasks, folder / "tasks" / slug(spec.name), data_dir=data_dir, num_fewshot=config.num_fewshot,
-            limit=config.limit, say=say, match=results[spec.match]["tasks"] if spec.match else None)
+            lm, config.tasks, folder / "tasks" / slug(spec.name), data_dir=data_dir,
+            num_fewshot=config.num_fewshot, limit=config.limit, say=say,
+            match=results[spec.match]["tasks"] if spec.match else None)
         rows.append(row_of(lm, results[spec.name], config.tasks))
         lm.close()
-        del lm, loaded                                   # before the next model is loaded: two do not fit on one card
+        del lm, loaded                      # before the next one is loaded: a card may not hold two
         gc.collect()
-    return rows, {name: result["harness"] for name, result in results.items()}, paired(results, specs)
+    harness = {name: result["harness"] for name, result in results.items()}
+    return rows, harness, paired(results, specs)
+
+
+def _outcomes(record: dict) -> np.ndarray:
+    return np.array(list(record["outcomes"]), int)
 
 
 def paired(results: dict[str, dict], specs: list[VariantSpec]) -> list[dict]:
-    """Mean accuracy over tasks of a routed row minus that of the static row matched to it, on the same items (95 %)."""
+    """Mean accuracy over tasks of a routed row minus that of the static row matched to it, on the
+    same items (95 %)."""
     rows = []
     for spec in specs:
         if spec.match is None:
             continue
         routed, static = results[spec.match]["tasks"], results[spec.name]["tasks"]
-        differences = [np.array(list(routed[name]["outcomes"]), int) - np.array(list(static[name]["outcomes"]), int)
-                       for name in static if static[name].get("outcomes") and routed[name].get("outcomes")]
+        differences = [_outcomes(routed[name]) - _outcomes(static[name]) for name in static
+                       if static[name].get("outcomes") and routed[name].get("outcomes")]
         if differences:
             mean = float(np.mean([d.mean() for d in differences]))
-            error = float(np.sqrt(sum(d.var(ddof=1) / len(d) for d in differences if len(d) > 1)) / len(differences))
-            rows.append({"routed": spec.match, "static": spec.name, "tasks": len(differences), "difference": mean,
-                         "low": mean - Z * error, "high": mean + Z * error})
+            error = float(np.sqrt(sum(d.var(ddof=1) / len(d) for d in differences if len(d) > 1))
+                          / len(differences))
+            rows.append({"routed": spec.match, "static": spec.name, "tasks": len(differences),
+                         "difference": mean, "low": mean - Z * error, "high": mean + Z * error})
     return rows

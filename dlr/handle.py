@@ -134,7 +134,7 @@ class Routing:
         return self.at(policy=None)
 
     def autocast(self):
-        """The numbers the model is measured in: bfloat16 where `bf16` is set, else those of its own weights."""
+        """The numbers to measure in: bfloat16 where `bf16` is set, else those of the weights."""
         return torch.autocast(device_of(self.model).type, torch.bfloat16, enabled=self.bf16)
 
     # -- the routable layers ----------------------------------------------------------------------
