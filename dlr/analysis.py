@@ -208,7 +208,7 @@ def benefit_correlations(gates: np.ndarray, benefit: np.ndarray,
 
 
 def by_position(record: Record) -> pd.DataFrame:
-    """Active layers by place in the text: one row a bucket (first, last, mean ...) twice as wide."""
+    """Active layers by place in the text, one row a bucket; each is twice as wide as the last."""
     decided = free(record)
     position, document = record.position.numpy()[decided], record.document.numpy()[decided]
     depth = record.active_layers.double().numpy()[decided]

@@ -44,11 +44,11 @@ def _chance(samples: list[dict]) -> float | None:
 
 def _run_task(lm, name: str, task, limit: float | None) -> dict:
     meter = lm.restart_meter()
-    quiet = os.environ.get("DLR_TERMINAL")              # the harness's bars would fill a terminal's log
+    quiet = os.environ.get("DLR_TERMINAL")              # the harness's bars would fill the log
     try:
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
             result = evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit)
-    except AssertionError as error:                     # as where there are fewer examples than asked for
+    except AssertionError as error:                     # too few examples for num_fewshot, say
         reason = error or "an assertion failed"
         raise ValueError(f"lm-evaluation-harness refuses {name}: {reason} "
                          f"(num_fewshot={task.get_config('num_fewshot')}).") from error
