@@ -114,7 +114,7 @@ def test_labelling_that_stops_leaves_no_hook(stop):
     before = [len(module._forward_pre_hooks) for module in model.modules()]
     handle = routing.layers[4].register_forward_pre_hook(stopped)
     with pytest.raises(stop):
-        label_batch(model, routing, torch.zeros(1, 8, dtype=torch.long), None, False)
+        label_batch(model, routing, torch.zeros(1, 8, dtype=torch.long), None)
     handle.remove()
     assert [len(module._forward_pre_hooks) for module in model.modules()] == before
 
