@@ -138,8 +138,7 @@ def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None,
     trainer.fit()
     if policy is None:
         if trainer.objective.calibrates:
-            calibrate_router(model, routing, bench.calibration, config.target_skip,
-                             bf16=config.autocast)
+            calibrate_router(model, routing, bench.calibration, config.target_skip)
         variant.notes["threshold"] = routing.calibration.threshold
         save_pretrained(model, folder / "checkpoint")
 
@@ -147,8 +146,7 @@ def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None,
 def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None,
             kind: str = "routed", **notes) -> dict:
     """One row of the results table: `variant` evaluated on the test split under `policy`."""
-    table = evaluate(variant.model, variant.routing, bench.test, policy,
-                     bf16=variant.config.autocast, describe=label)
+    table = evaluate(variant.model, variant.routing, bench.test, policy, describe=label)
     return row_of(bench, variant, label, table, kind, **notes)
 
 
@@ -203,8 +201,7 @@ def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
     skip, order = routed["skip"], order_of_mean_plan(routed["keep_rate"])
     forced = forced_share(bench, routing.config.keep_first_tokens)
     shuffled = measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled")
-    table = evaluate_static(variant.model, routing, bench.test, order, skip, forced,
-                            bf16=variant.config.autocast)
+    table = evaluate_static(variant.model, routing, bench.test, order, skip, forced)
     mean = row_of(bench, variant, f"{name}, mean plan", table, "mean")
     random = measure(bench, variant, f"{name}, random plan",
                      RandomPlan(skip / (1 - forced), seed), "random")
@@ -222,8 +219,7 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float,
     with closing(train(bench, name, config, folder, plan)) as variant:
         model, routing = variant.model, variant.routing
         save_control(model, routing, folder / "checkpoint", "static", order, skip, forced)
-        table = evaluate_static(model, routing, bench.test, order, skip, forced,
-                                bf16=config.autocast)
+        table = evaluate_static(model, routing, bench.test, order, skip, forced)
         return row_of(bench, variant, name, table, "static", order=order)
 
 

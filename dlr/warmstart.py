@@ -62,8 +62,8 @@ class Background:
 
 
 @torch.no_grad()
-def label_batch(model, routing: Routing, ids: torch.Tensor, make_background: Background,
-                bf16: bool | None) -> HarmLabels:
+def label_batch(model, routing: Routing, ids: torch.Tensor,
+                make_background: Background) -> HarmLabels:
     """Labels of a batch `[b, s]`: a dense pass, a background pass, and one a flipped unit."""
     real = torch.ones_like(ids, dtype=torch.bool)
 
@@ -123,7 +123,7 @@ def label(model, routing: Routing, blocks, config: RunConfig, round_index: int,
                   desc=f"labelling marginal harm {round_index + 1}/{config.warm_rounds}"):
         start = (round_index * count + i) * config.batch_size
         ids = _batch(blocks, [(start + j) % usable for j in range(config.batch_size)], model)
-        parts.append(label_batch(model, routing, ids, background, config.autocast))
+        parts.append(label_batch(model, routing, ids, background))
     labels = _joined(parts)
     if path:
         save_tensors({"states": labels.states, "harm": labels.harm}, path)
@@ -213,7 +213,7 @@ def shrink(model, routing: Routing, blocks, labels: HarmLabels, order: list[int]
     losses = {}
     for share in tqdm(SHARES, desc="how much token-dependence pays", unit="share"):
         set_share(share)
-        with autocast(device, config.autocast), routing.using(RouterPolicy()):
+        with routing.autocast(), routing.using(RouterPolicy()):
             losses[share] = sum(map(loss, batches))
     best = min(losses, key=losses.get)
     set_share(best)
