@@ -39,8 +39,7 @@ def ratio_interval(value: np.ndarray, document: np.ndarray) -> dict:
 
 
 def by_category(record: Record, table: pd.DataFrame) -> pd.DataFrame:
-    """One row a category: tokens, share, active layers with interval, losses, and keep rates
-    (`keep_0` ...).
+    """One row a category: tokens, share, depth with interval, losses, keep rates (`keep_0` ...).
 
     The last row, "all", is every token the router decides for. Losses are means in nats over
     predicted tokens.
@@ -96,8 +95,7 @@ def mutual_information(labels: np.ndarray, depth: np.ndarray, document: np.ndarr
 
 
 def variance_shares(gates: np.ndarray) -> dict:
-    """How the variance of a plan `[n, U]` divides, as in a two-way analysis of variance; the shares
-    add up to 1.
+    """How the variance of a plan `[n, U]` divides (two-way analysis); the shares add up to 1.
 
     layers: variance of the units' keep rates, all that a static plan has. tokens: variance of the
     tokens' mean gates, that is of how many units each runs. within: the rest, which units a token
@@ -154,8 +152,7 @@ def collapse(record: Record) -> dict:
 
 
 def agreement_with_static(record: Record, order: list[int]) -> float:
-    """Share of gates equal to those of the static plan along `order` at its own skip (expected,
-    where two mix)."""
+    """Share of gates equal to those of the static plan along `order` at the record's own skip."""
     gates = record.gates.numpy()[free(record)].astype(np.float64)
     pair = static_pair(order, gates.shape[1], float(1 - gates.mean()))
     return float(pair.mean(*((gates == plan.numpy()).mean() for plan in pair[:2])))
@@ -163,8 +160,7 @@ def agreement_with_static(record: Record, order: list[int]) -> float:
 
 # -- difficulty, position, context -----------------------------------------------------------------
 def rank_correlation(x: np.ndarray, y: np.ndarray, document: np.ndarray) -> dict:
-    """Spearman's rank correlation with its interval over documents (ranks are taken once, over all
-    tokens).
+    """Spearman's rank correlation (ranks over all tokens) with its interval over documents.
 
     NaN where either never varies; pairs with a NaN are left out, and so are draws in which nothing
     varies.

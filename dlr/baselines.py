@@ -32,8 +32,7 @@ def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[fl
 
 
 def greedy_static_order(model, routing: Routing, batches: list[dict]) -> list[int]:
-    """The greedy order by perplexity on `batches`; unit indices are places among the routable
-    units."""
+    """The greedy order by perplexity on `batches`, as places among the routable units."""
     def losses(dropped, left):
         for unit in left:
             plan = StaticPlan(static_gates(routing.units, [*dropped, unit]))
@@ -43,14 +42,12 @@ def greedy_static_order(model, routing: Routing, batches: list[dict]) -> list[in
 
 
 def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
-    """Units from the one the router keeps least to the one it keeps most: the static plan nearest
-    to its mean plan."""
+    """Units from the one a router keeps least to the one it keeps most: its nearest static plan."""
     return sorted(range(len(keep_rate)), key=keep_rate.__getitem__)
 
 
 def evaluate_static(model, routing: Routing, batches: list[dict], order: list[int], skip: float,
                     forced: float) -> pd.DataFrame:
-    """The document table of the static plan along `order` at exactly `skip`, the mean of two
-    neighbouring plans."""
+    """The document table of the static plan along `order` at exactly `skip`: mean of two plans."""
     pair = static_pair(order, routing.units, skip, forced)
     return pair.mean(*(evaluate(model, routing, batches, StaticPlan(plan)) for plan in pair[:2]))

@@ -1,5 +1,4 @@
-"""Benchmarks of one model: task by task, each kept as it finishes, put together as the harness
-would.
+"""Benchmarks of one model: task by task, each kept as it finishes, put together at the end.
 
 <folder>/<variant>/<task>.json holds a task's whole harness result and what was measured on its
 tokens. The same call goes on with the tasks that are missing.
@@ -27,8 +26,7 @@ from dlr.tasks import PERPLEXITIES, load_tasks, notes_of
 
 
 def _data_digest(task, texts: list[str] | None = None) -> str:
-    """Of the rows a task scores and shows as examples: results of other data are not taken for this
-    one's."""
+    """Of the rows a task scores and shows: results of other data are not taken for this one's."""
     digest = hashlib.sha256()
     for row in texts if task is None else [task.VERSION, *task.eval_docs,
                                            *(task.fewshot_docs() or ())]:
@@ -94,8 +92,7 @@ def _stored(path: Path, settings: dict) -> dict | None:
 def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = None,
                   num_fewshot: int | None = None, limit: float | None = None,
                   match: dict | None = None, say=print) -> dict:
-    """Evaluates `lm` on the named tasks and groups; returns {'tasks': records, 'harness': the
-    harness's whole result}.
+    """Evaluates `lm` on tasks and groups; returns {'tasks': records, 'harness': whole result}.
 
     Args:
         folder: where each task's result is kept as soon as it is there.
@@ -134,8 +131,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
 
 
 def together(records: dict, groups: dict) -> dict:
-    """The harness's result of all tasks at once: theirs joined, groups aggregated by the harness's
-    own rules."""
+    """The harness's result of all tasks at once: groups are aggregated by its own rules."""
     joined = EvalAcc(groups=groups)
     for record in records.values():
         part = record.get("harness")

@@ -1,5 +1,4 @@
-"""Token categories, read off decoded text: pure functions of a record (and of how often each token
-occurs).
+"""Token categories, read off decoded text: pure functions of a record and of token counts.
 
 A position's category is that of the token read there, which is what the router sees; only the loss
 quartiles speak of the token predicted there. One token may belong to several categories ("(" is
@@ -37,16 +36,14 @@ def stop_words() -> frozenset[str]:
 
 
 def frequencies(texts: list[str], tokenizer) -> torch.Tensor:
-    """How often each token id occurs in `texts`, `[V]` int64; V covers ids beyond gaps in them
-    too."""
+    """How often each token id occurs in `texts`, `[V]` int64; ids in gaps count as well."""
     ids = np.concatenate([np.zeros(0, np.int64),
                           *(np.array(row, np.int64) for row in encode(tokenizer, texts))])
     return torch.from_numpy(np.bincount(ids, minlength=len(tokenizer)))
 
 
 def rare_ids(frequency: torch.Tensor, mass: float = RARE_MASS) -> torch.Tensor:
-    """`[V]` bool: the least frequent ids whose occurrences together stay within `mass` of the
-    text."""
+    """`[V]` bool: the least frequent ids that together stay within `mass` of the text."""
     order = frequency.argsort(stable=True)
     share = frequency[order].double().cumsum(0) / frequency.sum().clamp(min=1)
     rare = torch.zeros(len(frequency), dtype=torch.bool)
@@ -134,8 +131,7 @@ def partition(table: pd.DataFrame) -> np.ndarray:
 
 
 def load_spacy():
-    """A spaCy pipeline with a tagger, or None where spaCy or its small English model is not
-    installed."""
+    """A spaCy pipeline with a tagger, or None where it or its small English model is missing."""
     try:
         import spacy                                                   # optional, and takes seconds
         return spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])

@@ -1,5 +1,4 @@
-"""Where a prefill's time, operations and memory go, beside what the layer count alone would make of
-them."""
+"""Where a prefill's time, operations and memory go, beside what the layer count makes of them."""
 
 import itertools
 import statistics
@@ -53,8 +52,7 @@ def _storages(tree) -> list[torch.UntypedStorage]:
 
 
 def row_costs(work: Prefill, skips: list[float], repeats: int = 9) -> pd.DataFrame:
-    """What the matrix library leaves of the layer-count bound: it works slower on few rows than on
-    many.
+    """What the matrix library leaves of the bound: a row costs more where there are few.
 
     Times the layer's largest product alone, at the rows each layer of the plan keeps, in turns.
 
@@ -96,8 +94,7 @@ def _product_seconds(product: torch.nn.Linear, counts: set[int], repeats: int) -
 
 
 def profile_prefill(work: Prefill, skips: list[float], repeats: int = 3) -> pd.DataFrame:
-    """Where a prefill's time goes, by torch.profiler: milliseconds of products, attention and all
-    other operations.
+    """Where a prefill's time goes, by torch.profiler: ms of products, attention and all the rest.
 
     Each beside what a time proportional to the layers run would be (`<kind>_at_bound`), from the
     dense model's profile. Compare within the table: profiling itself takes time, most of it between
@@ -141,8 +138,7 @@ def _kind(operation: str) -> str:
 
 def flops_and_memory(work: Prefill, skips: list[float],
                      systems=("dense", "masked", "compact")) -> pd.DataFrame:
-    """FLOPs of a prefill, by the counter (with eager attention) and in closed form; memory over
-    dense; K/V bytes."""
+    """FLOPs of a prefill, counted (eager attention) and in closed form; memory over dense; K/V."""
     subject, model = work.subject, work.subject.model
     weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     attention = model.config._attn_implementation

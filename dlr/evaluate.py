@@ -48,8 +48,7 @@ def _likelihoods(model, routing: Routing, ids: torch.Tensor, real: torch.Tensor,
 @torch.no_grad()
 def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None, *,
              kl: bool = False, describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
-    """One row a document: predicted tokens, summed nll (nats), real tokens, gates, gates run, and
-    keep counts a unit.
+    """One row a document: predicted and real tokens, summed nll (nats), and keep counts a unit.
 
     `policy=None` evaluates the model at full depth. With `kl`, column `kl` sums KL(base || this
     model). Memory does not grow with text times vocabulary: see `dlr.logits`.
@@ -83,8 +82,7 @@ def skip_ratio(table: pd.DataFrame) -> float:
 
 
 def bootstrap(table: pd.DataFrame, statistic, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of `statistic(table)` over documents drawn with replacement; NaN
-    draws are left out."""
+    """95 % percentile interval of `statistic` over documents drawn anew; NaN draws are left out."""
     generator = np.random.default_rng(seed)
     draws = np.array([statistic(table.iloc[generator.integers(0, len(table), len(table))])
                       for _ in range(BOOTSTRAP)])
@@ -119,8 +117,7 @@ def summary(table: pd.DataFrame, always_run: int, units_per_layer: int = 1) -> d
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
-    """Mean nll a token of `first` minus `second` on the same documents, with a paired bootstrap
-    interval.
+    """Mean nll a token of `first` minus `second` on the same documents, with a paired interval.
 
     Negative: `first` predicts the text better.
 
@@ -139,8 +136,7 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
 
 @torch.no_grad()
 def router_logits(model, routing: Routing, batches: list[dict]) -> tuple[torch.Tensor, int]:
-    """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced to
-    run.
+    """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced.
 
     Raises:
         ValueError: the router decides layer by layer, so that its logits depend on the gates
@@ -162,8 +158,7 @@ def router_logits(model, routing: Routing, batches: list[dict]) -> tuple[torch.T
 
 
 def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: float) -> float:
-    """Sets the threshold that gives `target_skip` on `batches`, and the dial's curve; returns the
-    ratio it gives there.
+    """Sets the threshold that gives `target_skip` on `batches`, and the dial; returns the ratio.
 
     The logits depend on the first K layers only, which every plan runs: one pass is exact. A router
     that decides layer by layer gets its threshold by bisection, and no dial.
@@ -179,8 +174,7 @@ def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: 
 
 
 def _bisected(model, routing: Routing, batches: list[dict], target_skip: float) -> Calibration:
-    """The threshold, to a thousandth of a logit, whose measured skip ratio came nearest to the
-    target."""
+    """The threshold, to a thousandth of a logit, whose measured skip came nearest to the target."""
     low, high, tried = -30.0, 30.0, []
     while high - low > 1e-3:
         middle = (low + high) / 2

@@ -16,8 +16,7 @@ from dlr.table import Z, row_of
 
 
 def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
-    """The rows asked for: the base model, every checkpoint of `config.phase` on that base, and
-    `config.variants`."""
+    """The rows asked for: the base, every checkpoint of the phase on it, and `config.variants`."""
     specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
     for run, files in (finished_runs(config.phase) if config.phase else {}).items():
         if files["run"].get("settings", {}).get("model", config.model) != config.model:
@@ -48,8 +47,7 @@ def _refuse_confusion(specs: list[VariantSpec]) -> None:
 
 def evaluate_variants(config: EvaluationConfig, folder: Path,
                       say=print) -> tuple[list[dict], dict, list[dict]]:
-    """(rows, the harness's whole result by variant, paired differences) of every variant asked for,
-    resumably.
+    """(rows, the harness's results by variant, paired differences) of all variants, resumably.
 
     Raises:
         SettingsError: two rows of one name, or `match` names no earlier row.
@@ -81,8 +79,7 @@ def _outcomes(record: dict) -> np.ndarray:
 
 
 def paired(results: dict[str, dict], specs: list[VariantSpec]) -> list[dict]:
-    """Mean accuracy over tasks of a routed row minus that of the static row matched to it, on the
-    same items (95 %)."""
+    """Mean accuracy of a routed row minus its matched static row's, on the same items (95 %)."""
     rows = []
     for spec in specs:
         if spec.match is None:

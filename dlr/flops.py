@@ -38,8 +38,7 @@ def layer_flops(config, context: float | torch.Tensor) -> tuple:
 
 def active_halves(gates: torch.Tensor, always: int,
                   units_per_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layers whose attention ran, layers whose MLP ran), each `[...]`, of gates or keep rates
-    `[..., U]`.
+    """(layers whose attention ran, layers whose MLP ran), of gates or keep rates `[..., U]`.
 
     Args:
         always: layers outside the routable ones. units_per_layer: 1 where a gate decides on both
@@ -53,8 +52,7 @@ def active_halves(gates: torch.Tensor, always: int,
 
 def flops_per_token(config, active: float | torch.Tensor | tuple,
                     context: float | torch.Tensor) -> float | torch.Tensor:
-    """FLOPs one token costs: the active layers in full, of the others their keys and values, and
-    the head.
+    """FLOPs one token costs: active layers in full, of the others keys and values, and the head.
 
     Args:
         active: how many layers it runs, or a pair where their attention and MLP are counted apart

@@ -32,8 +32,7 @@ logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
 
 
 def key_of(request) -> str:
-    """A document's name: all requests of one document share it, in whatever order or batch they
-    come."""
+    """A document's name, which all its requests share, in whatever order or batch they come."""
     return f"{request.task_name}/{request.doc_id}"
 
 
@@ -128,8 +127,7 @@ class DLRLM(HFLM):
         return self.meter
 
     def get_model_info(self) -> dict:
-        """The harness's record of the model, with what its tokens ran; it goes into the harness's
-        own result files."""
+        """The harness's record of the model, with what its tokens ran; its result files hold it."""
         meter = self.meter
         return super().get_model_info() | {
             "dlr_variant": self.loaded.kind, "dlr_checkpoint": self.loaded.checkpoint,
@@ -240,8 +238,7 @@ class DLRLM(HFLM):
         return generated
 
     def _measure_generation(self, generated, mask, width: int, stop: list[str]) -> None:
-        """Scored are the last prompt token and every generated token but the last: their logits
-        chose the answer."""
+        """Scored: the last prompt token and all generated but the last; their logits chose."""
         eos = self.model.generation_config.eos_token_id
         eos = set(eos if isinstance(eos, list) else [eos])
         lengths = torch.tensor([generated_length(row[width:], eos, self.tokenizer.pad_token_id,

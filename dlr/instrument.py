@@ -1,5 +1,4 @@
-"""What a plan costs each token, in KL from the dense model and in loss, measured on one sample of
-text.
+"""What a plan costs each token of a sample, in KL from the dense model and in loss.
 
 Notation: b batch, s sequence, U routable units, n tokens that choose: those with a next token, kept
 first tokens left out. All KL and losses are in nats.
@@ -37,8 +36,7 @@ class Sample:
         return torch.ones(*self.ids.shape, units, device=self.ids.device)
 
     def spread(self, plan: torch.Tensor) -> torch.Tensor:
-        """Gates `[n, U]` (or one vector `[U]`) of the choosing tokens as a plan `[b, s, U]`; the
-        others run all."""
+        """Gates `[n, U]` or `[U]` of the choosing tokens as a plan `[b, s, U]`; others run all."""
         gates = self.full(plan.shape[-1])
         gates[self.free] = plan.to(gates)
         return gates
@@ -75,8 +73,7 @@ def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = 
 
 
 class Instrument:
-    """Measures plans on one sample; passes that differ in a late unit reuse what the layers before
-    it computed.
+    """Measures plans on one sample; a pass that differs in a late unit reuses the layers before.
 
     Args:
         adapters: with the checkpoint's LoRA, or on the base model's own weights.
@@ -89,8 +86,7 @@ class Instrument:
 
     @contextlib.contextmanager
     def setting(self):
-        """No gradients, the adapters asked for, and masked execution, whose results are the
-        reference."""
+        """No gradients, the adapters asked for, and masked execution, which is the reference."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.routing.at(execution="masked"))
             stack.enter_context(self.routing.autocast())
@@ -143,8 +139,7 @@ class Instrument:
                 handle.remove()
 
     def without(self, gates: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL and loss `[n]` where the plan given to `base` skips `unit` too, at every choosing
-        token."""
+        """KL and loss `[n]` where the plan given to `base` skips `unit` at every choosing token."""
         changed = gates.clone()
         changed[..., unit] = torch.where(self.sample.free, 0.0, changed[..., unit])
         layer, part = divmod(unit, self.routing.units_per_layer)

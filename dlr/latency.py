@@ -1,5 +1,4 @@
-"""Latency of a plan: dense, static truncation (the ceiling), masked, two-pass and compact, measured
-in turns.
+"""Latency of a plan, beside dense, truncation (the ceiling), masked and two-pass, in turns.
 
 Every routed system runs its router, and then follows a recorded plan, so that all systems skip the
 same.
@@ -63,8 +62,7 @@ class Subject:
 
     @contextlib.contextmanager
     def as_system(self, system: str, skip: float, tokens: int | None = None):
-        """The model set up as one of SYSTEMS at one skip ratio, for a piece of work of so many
-        tokens."""
+        """The model set up as one of SYSTEMS at one skip ratio, for work of so many tokens."""
         routing, config = self.routing, self.model.config
         depth = config.num_hidden_layers
         routed = system not in ("dense", "truncation")
@@ -81,8 +79,7 @@ class Subject:
 def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int | None = None,
             dtype: torch.dtype | None = None, device: str = "cpu", always_keep: int = 4,
             model=None) -> Subject:
-    """A model of shape `name` (or `model`) with a router, and the recorded plan stretched over its
-    layers."""
+    """A model of shape `name` (or `model`) with a router, and the recorded plan on its layers."""
     dtype = dtype or (torch.bfloat16 if fast_bf16() else torch.float32)
     model = model if model is not None else random_model(name, layers, dtype, device)
     routing = attach(model, RouterConfig(always_keep=always_keep, keep_first_tokens=0))
@@ -91,8 +88,7 @@ def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int 
 
 
 class Prefill:
-    """One forward pass over `length` tokens with last-token logits. Times the layers apart from the
-    whole."""
+    """One pass over `length` tokens with last-token logits; its layers are timed apart."""
     label = "prefill"
     systems = SYSTEMS
 
@@ -121,8 +117,7 @@ class Prefill:
 
 
 class Decode:
-    """`steps` steps of one token a sequence after a context, shaped as in greedy decoding; seconds
-    a step."""
+    """`steps` greedy steps of one token a sequence after a context; seconds a step."""
     label = "decode"
     # two passes have no cached form
     systems = ("dense", "truncation", "masked", "compact")
@@ -158,8 +153,7 @@ class Decode:
 
 
 def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
-    """(system, skip, depth) of every case: truncation runs at the whole depths below and above the
-    active layers."""
+    """(system, skip, depth) of every case: truncation has the depths around the active layers."""
     chosen = []
     for system, skip in itertools.product(systems, skips):
         if system == "dense":

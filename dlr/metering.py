@@ -1,5 +1,4 @@
-"""What the router did on the tokens a benchmark scores: a watch that fails closed, and a meter that
-counts.
+"""What a router did on the tokens a benchmark scores: a watch that fails closed, and a meter.
 
 Notation: b rows, s width, U routable units. A position is *scored* where its logits decide the
 answer, *context* where it is a real token before that (prompt, few-shot examples), and *padding*
@@ -15,13 +14,11 @@ from dlr.policy import Policy, RouterPolicy
 
 
 class RouterDidNotRun(RuntimeError):
-    """A forward pass of a routed model made no plan, so its scores would be those of another
-    model."""
+    """A pass of a routed model made no plan, so its scores would be those of another model."""
 
 
 class Watched(Policy):
-    """A policy that is told which positions are real: the harness pads on the right and passes no
-    mask."""
+    """A policy that is told which positions are real: the harness pads and passes no mask."""
 
     def __init__(self, inner: Policy):
         self.inner, self.reads_hidden = inner, inner.reads_hidden
@@ -80,8 +77,7 @@ class Watch:
             self.policy.inner.keys = keys
 
     def taken(self, rows: int) -> list[torch.Tensor]:
-        """Gates `[b, s, U]` bool of each pass since `begin`; raises RouterDidNotRun where a row
-        went without."""
+        """Gates `[b, s, U]` bool of each pass since `begin`; RouterDidNotRun if a row has none."""
         if not self.passes or any(len(gates) != rows for gates in self.passes):
             raise RouterDidNotRun(f"The router ran in {len(self.passes)} passes on "
                                   f"{[len(g) for g in self.passes]} rows; {rows} requests were "
@@ -102,8 +98,7 @@ def end_watch(routing) -> None:
 
 @dataclass
 class Meter:
-    """Sums over requests. `kept` and `context_kept` count, for each unit, the positions that ran
-    it."""
+    """Sums over requests. `kept`, `context_kept` count the positions that ran each unit."""
     units: int = 0
     requests: int = 0
     truncated: int = 0                  # longer than the model's context, cut on the left

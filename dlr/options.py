@@ -1,5 +1,4 @@
-"""What a user of lm-evaluation-harness may ask of a DLR model, and what is refused with the reason
-why."""
+"""What a user of lm-evaluation-harness may ask of a DLR model, and what is refused and why."""
 
 import difflib
 from typing import Any, Literal
@@ -40,8 +39,7 @@ _TYPES = {
 
 
 def checked(options: dict, others: list[str]) -> dict:
-    """The harness's options that act on a model that is loaded already; what is unknown or idle is
-    refused.
+    """The harness's options that act on a loaded model; what is unknown or idle is refused.
 
     `others` are the names of the options that are DLR's own.
     """

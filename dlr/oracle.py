@@ -31,8 +31,7 @@ ROUNDS_PER_UNIT = 2       # rounds in which the plan as a whole loses one unit a
 
 
 def static_order(instruments: list[Instrument]) -> list[int]:
-    """The greedy order by KL: each time the unit is dropped that leaves least of it. U (U + 3) / 2
-    passes a sample."""
+    """The greedy order by KL: each time the unit that leaves least; U (U + 3) / 2 passes."""
     units = instruments[0].routing.units
 
     def harms(dropped, left):
@@ -72,8 +71,7 @@ def greedy_oracle(instruments: list[Instrument],
 
 
 def _close_cheapest(instruments: list[Instrument], plans: list[torch.Tensor], count: int) -> int:
-    """Closes the `count` cheapest of the tokens' candidate units, in place; returns how many it
-    closed."""
+    """Closes the `count` cheapest candidate units of all tokens, in place; returns how many."""
     costs, units = [], []
     for instrument, plan in zip(instruments, plans):
         gates = instrument.sample.spread(plan)
@@ -136,8 +134,7 @@ def captured(table: pd.DataFrame) -> float:
 
 
 def headroom_rows(table: pd.DataFrame) -> list[dict]:
-    """One row a budget: mean KL a token of each plan, the captured fraction and its 95 % interval
-    over documents."""
+    """One row a budget: mean KL a token of each plan, and the captured fraction with interval."""
     rows = []
     for budget, group in table.groupby("budget"):
         means = {name: float(group[name].sum() / group["tokens"].sum())

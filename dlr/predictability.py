@@ -31,8 +31,7 @@ MLP_PENALTY = 30.0
 
 
 def _probe(kind: str, seed: int):
-    """A regression from standardised states: ridge with its penalty chosen by leave-one-out, or one
-    hidden layer."""
+    """A regression from standardised states: ridge (leave-one-out penalty), or one hidden layer."""
     if kind == "linear":
         return make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 11)))
     return make_pipeline(StandardScaler(), MLPRegressor(
@@ -42,8 +41,7 @@ def _probe(kind: str, seed: int):
 
 def cross_fitted(states: np.ndarray, harm: np.ndarray, document: np.ndarray, kind: str = "linear",
                  seed: int = 0) -> np.ndarray:
-    """Predictions `[n, U]` of `harm` `[n, U]` from `states` `[n, d]`, each by a probe that did not
-    see its document.
+    """Predictions `[n, U]` of `harm` from `states` `[n, d]`, by probes that saw other documents.
 
     Raises:
         ValueError: fewer documents than folds, or an unknown kind of probe.
@@ -72,8 +70,7 @@ def clipped(harm: np.ndarray) -> np.ndarray:
 
 
 def r_squared(harm: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """1 - squared error / variance, one number a unit `[U]`; negative where the unit's mean would
-    have done better."""
+    """1 - squared error / variance a unit `[U]`; negative where its mean would have done better."""
     error = ((harm - predicted) ** 2).sum(0)
     return 1 - error / np.maximum(((harm - harm.mean(0)) ** 2).sum(0), 1e-30)
 
@@ -93,8 +90,7 @@ def _interval(harm: np.ndarray, predicted: np.ndarray, document: np.ndarray) -> 
 
 def predictability(states: dict[int, np.ndarray], harm: np.ndarray, document: np.ndarray,
                    seed: int = 0) -> list[dict]:
-    """One row a depth and kind of probe: R² a unit, its mean and the mean's 95 % interval over
-    documents.
+    """One row a depth and probe: R² a unit, its mean, and the mean's interval over documents.
 
     Args:
         states: layers run -> states `[n, d]`. harm: `[n, U]` nats; clipped here at its 1st and 99th

@@ -1,5 +1,4 @@
-"""Token records: everything a view or a statistic needs to know about some text under one routed
-model.
+"""Token records: all that views and statistics know of some text under one routed model.
 
 Made once from a model, saved as safetensors + JSON, read back without one. Figures, tables and the
 explorer are functions of a record.
@@ -87,8 +86,7 @@ class Record:
         return float(torch.exp(torch.nanmean(getattr(self, f"loss_{which}").double())))
 
     def at_threshold(self, threshold: float) -> "Record":
-        """The plan at another threshold, from the logits alone; routed losses and predictions are
-        unknown (NaN, -1).
+        """The plan at another threshold, from the logits; routed losses are unknown (NaN, -1).
 
         Raises:
             ValueError: the router decided layer by layer, so that its logits would have been
@@ -107,8 +105,7 @@ class Record:
                        meta=self.meta | {"threshold": threshold})
 
     def save(self, path: str | Path) -> Path:
-        """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the JSON's
-        path.
+        """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the latter.
 
         The JSON is standard: a threshold of minus infinity, which closes no gate, is written as
             null.
@@ -165,8 +162,7 @@ def _log_p(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor, top: int) -> dict:
-    """What is kept of some rows' log-probabilities `[rows, V]`, dense and routed; the second is
-    overwritten.
+    """What is kept of rows' log-probabilities `[rows, V]`; the second is overwritten.
 
     `following` `[rows]` are the tokens after them.
     """
@@ -225,8 +221,7 @@ def document_ids(tokenizer, text: str, model) -> list[int]:
 
 def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int = 1024,
            policy: Policy | None = None, top: int = 5, name: str = "", bar: bool = True) -> Record:
-    """Runs `texts` through the frozen base and the routed model, one at a time, and records every
-    token.
+    """Runs `texts` through the frozen base and the routed model, and records every token.
 
     Args:
         max_len: tokens a text is cut to, the opening token included.

@@ -1,5 +1,4 @@
-"""The table of a benchmark: one row a variant, with its scores, their errors, chance, and what the
-router did."""
+"""The table of a benchmark: a row a variant, with scores, errors, chance and measured skip."""
 
 import importlib.metadata as metadata
 
@@ -13,8 +12,7 @@ Z = 1.96                                    # half a 95 % interval in standard e
 
 
 def _metrics(result: dict) -> list[tuple[str, str]]:
-    """(metric, filter) of every score in a result, accuracies first, otherwise as the task's
-    definition lists them."""
+    """(metric, filter) of every score, accuracies first, otherwise as the task lists them."""
     pairs = [tuple(key.split(",", 1)) for key in result if "," in key
              and not key.split(",")[0].endswith("_stderr")]
     return sorted(pairs, key=lambda pair: pair[0] not in ("acc", "exact_match"))
@@ -26,8 +24,7 @@ def headline(result: dict) -> tuple[str, str] | None:
 
 
 def score_of(name: str, benchmark: dict, group_tasks: list[str]) -> dict:
-    """Score, standard error, chance and what a reader has to know, of a task or of a group of
-    tasks."""
+    """Score, standard error, chance and what a reader has to know, of a task or a group."""
     result = benchmark["harness"]["results"][name]
     metric = headline(result)
     chosen = [benchmark["tasks"][leaf] for leaf in group_tasks]
@@ -73,8 +70,7 @@ def leaves_of(name: str, benchmark: dict) -> list[str]:
 
 
 def row_of(lm, benchmark: dict, names: list[str]) -> dict:
-    """One row of the results table: scores by task, perplexity, and what was measured on the scored
-    tokens."""
+    """One row of the results: scores by task, perplexity, and what was measured beside."""
     meter = sum((Meter(**record["meter"]) for record in benchmark["tasks"].values()), Meter())
     routing = lm.loaded.routing
     config, layers = lm.model.config, lm.model.config.get_text_config().num_hidden_layers

@@ -228,8 +228,7 @@ def manager_for(names: list[str]):
 
 def load_tasks(names: list[str], data_dir: str | None = None,
                num_fewshot: int | None = None) -> dict:
-    """{'tasks': {name: Task}, 'groups': {name: Group}} of the named tasks, groups and tags, ready
-    to evaluate.
+    """{'tasks': {name: Task}, 'groups': {name: Group}} of what is named, ready to evaluate.
 
     Args:
         data_dir: folder of local files for the data sets it serves; the others come from the hub.
@@ -266,8 +265,7 @@ def load_tasks(names: list[str], data_dir: str | None = None,
 
 
 def _set_shots(task, num_fewshot: int | None) -> None:
-    """The harness's own rule (lm_eval.evaluator.simple_evaluate), and its seed for drawing the
-    examples."""
+    """The harness's own rule (evaluator.simple_evaluate), and its seed for drawing examples."""
     default = task.get_config("num_fewshot")
     if num_fewshot is not None and default != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)

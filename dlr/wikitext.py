@@ -22,16 +22,14 @@ WINDOW, STRIDE = 512, 256
 
 
 def texts_of(name: str, data_dir: str | None) -> list[str]:
-    """Documents of a perplexity task: 'wikitext103', or 'embedded', which needs neither network nor
-    files."""
+    """Documents of a perplexity task: 'wikitext103', or 'embedded', which needs no network."""
     if name == "embedded":
         return load_documents("embedded", "test").texts
     return load_articles(data_dir)
 
 
 def load_articles(data_dir: str | None = None, split: str = "test") -> list[str]:
-    """Articles of WikiText-103 (raw) from `<data_dir>/wikitext-103/<split>.txt`, or from the
-    hub."""
+    """Articles of WikiText-103 (raw): `<data_dir>/wikitext-103/<split>.txt`, or the hub's."""
     if data_dir is None:
         remedy = f"give --data-dir DIR with wikitext-103/{split}.txt"
         return wikitext_articles("".join(hub_lines("wikitext-103-raw-v1", split, remedy)))
@@ -43,8 +41,7 @@ def load_articles(data_dir: str | None = None, split: str = "test") -> list[str]
 
 
 def windows(ids: list[int], window: int, stride: int) -> list[tuple[list[int], list[int]]]:
-    """(context, scored tokens) of each step over `ids`, whose first token opens the document and is
-    not scored."""
+    """(context, scored tokens) of each step over `ids`, whose first token is not scored."""
     if not 1 <= stride <= window:
         raise ValueError(f"stride={stride} must lie between 1 and window={window}.")
     steps, start = [], 1
@@ -56,8 +53,7 @@ def windows(ids: list[int], window: int, stride: int) -> list[tuple[list[int], l
 
 
 def strided_perplexity(lm, texts: list[str], window: int = WINDOW, stride: int = STRIDE) -> dict:
-    """Perplexities of `lm` (a dlr.harness.DLRLM, or any HFLM) over `texts`; windows never exceed
-    its context."""
+    """Perplexities of `lm` (any HFLM) over `texts`; windows never exceed its context."""
     window = min(window, lm.max_length)
     stride = min(stride, window)
     opening = opening_token(lm.tokenizer)
