@@ -1,4 +1,4 @@
-"""Bad input gives one clear sentence, before anything runs or is written; good input means what it says."""
+"""Bad input gives one clear sentence, before anything is written; good input means what it says."""
 
 import ast
 
@@ -46,7 +46,8 @@ def test_every_shipped_file_loads_and_holds_differences_only(path):
     ({"always_keep": 0}, "always_keep=0"),
     ({"level": "word"}, "level='word'"),
     ({"level": "sequence"}, "set warm_start=false"),
-    ({"dataset": False}, "dataset=False: input should be a valid string (YAML reads it as bool: put it in quotes)"),
+    ({"dataset": False},
+     "dataset=False: input should be a valid string (YAML reads it as bool: put it in quotes)"),
 ])
 def test_wrong_settings_are_named_with_the_remedy(given, words):
     with pytest.raises(SettingsError) as error:
@@ -55,19 +56,30 @@ def test_wrong_settings_are_named_with_the_remedy(given, words):
 
 
 @pytest.mark.parametrize("phase, assignment, words", [
-    ("baselines", "dropped=[0.2,1.5]", "dropped.1=1.5"), ("sequence_routing", "penalties=[1.0,1]", "one value twice"),
-    ("baselines", "dropped=[0.201,0.204]", "one value twice (20%)"), ("token_routing", "variants=[DLR, DLR]", "twice (DLR)"),
-    ("latency", "lengths=[16,16]", "one value twice"), ("token_analysis", "budgets=[0.4,4e-1]", "one value twice"),
+    ("baselines", "dropped=[0.2,1.5]", "dropped.1=1.5"),
+    ("sequence_routing", "penalties=[1.0,1]", "one value twice"),
+    ("baselines", "dropped=[0.201,0.204]", "one value twice (20%)"),
+    ("token_routing", "variants=[DLR, DLR]", "twice (DLR)"),
+    ("latency", "lengths=[16,16]", "one value twice"),
+    ("token_analysis", "budgets=[0.4,4e-1]", "one value twice"),
     ("token_routing", "steps=10:00", "steps='10:00'"), ("token_routing", "lr=1:30", "lr='1:30'"),
-    ("token_routing", "lr=1e400", "finite number"), ("token_routing", "keep_bias=-1e999", "finite number"),
-    ("token_routing", "seed=-1", "seed=-1"), ("token_routing", "dataset=", "dataset=''"), ("pareto", "model=", "model=''"),
+    ("token_routing", "lr=1e400", "finite number"),
+    ("token_routing", "keep_bias=-1e999", "finite number"),
+    ("token_routing", "seed=-1", "seed=-1"),
+    ("token_routing", "dataset=", "dataset=''"),
+    ("pareto", "model=", "model=''"),
     ("latency", "skips=[]", "at least 1 item"), ("latency", "batches=[]", "at least 1 item"),
     ("latency", "lengths=[0]", "lengths.0=0"), ("token_analysis", "budgets=[]", "at least 1 item"),
-    ("token_analysis", "weights=[]", "at least 1 item"), ("evaluation", "tasks=blimp", "write [a, b]"),
-    ("token_routing", "run_name=../x", "run_name='../x'"), ("token_routing", "run_name=..", "run_name='..'"),
-    ("token_routing", "run_name=.", "run_name='.'"), ("token_routing", "run_name=.hidden", "run_name='.hidden'"),
-    ("token_routin", "steps=1", "did you mean 'token_routing'"), ("pareto", "targt=1", "unknown setting 'targt'"),
-    ("pareto", "target_skip", "name=value"), ("token_routing", "steps=[1", "steps='[1' cannot be read"),
+    ("token_analysis", "weights=[]", "at least 1 item"),
+    ("evaluation", "tasks=blimp", "write [a, b]"),
+    ("token_routing", "run_name=../x", "run_name='../x'"),
+    ("token_routing", "run_name=..", "run_name='..'"),
+    ("token_routing", "run_name=.", "run_name='.'"),
+    ("token_routing", "run_name=.hidden", "run_name='.hidden'"),
+    ("token_routin", "steps=1", "did you mean 'token_routing'"),
+    ("pareto", "targt=1", "unknown setting 'targt'"),
+    ("pareto", "target_skip", "name=value"),
+    ("token_routing", "steps=[1", "steps='[1' cannot be read"),
     ("token_routing", "seed=2024-13-45", "cannot be read"),
 ])
 def test_what_no_notebook_takes_is_refused_before_a_kernel_starts(phase, assignment, words):
@@ -76,8 +88,10 @@ def test_what_no_notebook_takes_is_refused_before_a_kernel_starts(phase, assignm
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["see issue #42, it is fixed", "12:30", "Note: this", "no", 'He said: "hi', "[x", "", "1e-4",
-                                  "null", " spaced ", "a=b"])
+@pytest.mark.parametrize("text", [
+    "see issue #42, it is fixed", "12:30", "Note: this", "no", 'He said: "hi', "[x", "", "1e-4",
+    "null", " spaced ", "a=b"
+])
 def test_a_text_setting_takes_the_text_as_it_is(text):
     assert checked_parameters("explorer", None, [f"text={text}"]) == {"text": text}
 
@@ -90,18 +104,22 @@ def test_other_settings_are_read_by_their_type():
     assert read("token_routing", "lr=1e-4", "steps=010", "keep_bias=-.5", "seed=1_000") == {
         "lr": 1e-4, "steps": 10, "keep_bias": -0.5, "seed": 1000}
     assert read("evaluation", "limit=None", "dtype=null") == {"limit": None, "dtype": None}
-    assert read("token_routing", "bf16=null", "warm_start=no") == {"bf16": None, "warm_start": False}
-    assert read("token_routing", "variants=[DLR, best static]") == {"variants": ["DLR", "best static"]}
-    assert read("evaluation", "tasks=[no, 12:30, 1e3]", "limit=null") == {"tasks": ["no", "12:30", "1e3"], "limit": None}
+    given = read("token_routing", "bf16=null", "warm_start=no")
+    assert given == {"bf16": None, "warm_start": False}
+    given = read("token_routing", "variants=[DLR, best static]")
+    assert given == {"variants": ["DLR", "best static"]}
+    given = read("evaluation", "tasks=[no, 12:30, 1e3]", "limit=null")
+    assert given == {"tasks": ["no", "12:30", "1e3"], "limit": None}
     assert validated(read("baselines", "dropped=[1e-1]"), PHASES["baselines"][1]).dropped == [0.1]
-    assert from_text("target_skp", "[", TokenConfig) == "["                    # the nearest name is what helps
-    assert validated({"lr": "1e-4"}, RunConfig).lr == 1e-4                      # papermill -f hands YAML's text on
+    assert from_text("target_skp", "[", TokenConfig) == "["         # the nearest name is what helps
+    assert validated({"lr": "1e-4"}, RunConfig).lr == 1e-4       # papermill -f hands YAML's text on
 
 
 def test_copies_are_validated():
     config = TokenConfig()
     assert config.changed(warm_start=False, level="sequence").level == "sequence"
-    for changes, words in (({"warm_strat": False}, "did you mean 'warm_start'"), ({"penalty": "x"}, "penalty='x'"),
+    for changes, words in (({"warm_strat": False}, "did you mean 'warm_start'"),
+                           ({"penalty": "x"}, "penalty='x'"),
                            ({"level": "sequence"}, "set warm_start=false")):
         with pytest.raises(SettingsError, match=words):
             config.changed(**changes)
@@ -109,13 +127,15 @@ def test_copies_are_validated():
 
 
 def test_a_phase_is_a_schema_that_registers_itself():
-    assert [phase.notebook for phase in PHASES.values()] == sorted(path.stem for path in project_root().glob("notebooks/0*.py"))
+    stems = sorted(path.stem for path in project_root().glob("notebooks/0*.py"))
+    assert [phase.notebook for phase in PHASES.values()] == stems
 
     @phase("10_idea")
     class IdeaConfig(PhaseSettings):
         steps: int = 3
     try:
-        assert list(PHASES)[-1] == "idea" and checked_parameters("idea", None, ["steps=4"]) == {"steps": 4}
+        assert list(PHASES)[-1] == "idea"
+        assert checked_parameters("idea", None, ["steps=4"]) == {"steps": 4}
         with pytest.raises(SettingsError, match="run_name='../x'"):
             checked_parameters("idea", None, ["run_name=../x"])
     finally:
@@ -124,24 +144,26 @@ def test_a_phase_is_a_schema_that_registers_itself():
 
 def test_a_base_of_its_own_brings_its_own_rows():
     assert [row.name for row in EvaluationConfig().variants] == ["router", "static plan"]
-    assert EvaluationConfig(model="org/base").variants == [] == EvaluationConfig(phase="pareto").variants
+    assert EvaluationConfig(model="org/base").variants == []
+    assert EvaluationConfig(phase="pareto").variants == []
 
 
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="There are: .*tinyllama.yaml"):
         read_params(project_root() / "params" / "token_routing" / "nothing.yaml")
-    for text, words in (("- 1\n", "not a list"), ("a: [1\n", "not valid YAML"), ("a: 2024-13-45\n", "not valid YAML")):
+    for text, words in (("- 1\n", "not a list"), ("a: [1\n", "not valid YAML"),
+                        ("a: 2024-13-45\n", "not valid YAML")):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(SettingsError, match=words):
             read_params(tmp_path / "bad.yaml")
 
 
-# -- names in a notebook ----------------------------------------------------------------------------------------------
+# -- names in a notebook -------------------------------------------------------------------------
 PARAMETERS = 'run_name: str = ""\ntarget_skip: float = 0.4\n'
 
 
 def run_cells(*cells: str):
-    """Settings as a kernel sees them after these cells: their source in `In`, their names in the namespace."""
+    """Settings as a kernel sees them after these cells: source in `In`, names in the namespace."""
     names = {"In": [""]}
     for cell in cells:
         names["In"].append(cell)
@@ -152,11 +174,11 @@ def run_cells(*cells: str):
 
 
 @pytest.mark.parametrize("cells", [
-    [PARAMETERS + "target_skp = 0.3"],                                                    # beside the right one
-    [PARAMETERS, PARAMETERS + "target_skp: float = 0.3"],                                 # added after a good first run
-    [PARAMETERS + "anything = 1"],                                                        # like no setting at all
-    [PARAMETERS, "# Parameters\nanything = 1\n"],                                         # injected by papermill
-    [PARAMETERS, "target_skp = 0.3"],                                                     # in a cell of one's own
+    [PARAMETERS + "target_skp = 0.3"],                                        # beside the right one
+    [PARAMETERS, PARAMETERS + "target_skp: float = 0.3"],             # added after a good first run
+    [PARAMETERS + "anything = 1"],                                          # like no setting at all
+    [PARAMETERS, "# Parameters\nanything = 1\n"],                            # injected by papermill
+    [PARAMETERS, "target_skp = 0.3"],                                       # in a cell of one's own
     ["warm_tokns = 100"],
 ])
 def test_a_name_meant_as_a_setting_is_refused_however_often_the_cell_runs(cells):
@@ -169,11 +191,11 @@ def test_a_name_meant_as_a_setting_is_refused_however_often_the_cell_runs(cells)
 
 @pytest.mark.parametrize("cells", [
     [PARAMETERS],
-    ['my_note = "x"\nhelper = [1, 2]', PARAMETERS, "rows = []"],                           # a user's own names
-    [PARAMETERS + "target_skp = 0.3", PARAMETERS],                                        # corrected, in the same kernel
+    ['my_note = "x"\nhelper = [1, 2]', PARAMETERS, "rows = []"],                # a user's own names
+    [PARAMETERS + "target_skp = 0.3", PARAMETERS],                   # corrected, in the same kernel
     [PARAMETERS + "anything = 1", PARAMETERS],
     [PARAMETERS, "target_skp = 0.3", "target_skip = 0.3"],
-    [PARAMETERS, "%matplotlib inline\nstep = len([1])"],                                  # no literal: a result
+    [PARAMETERS, "%matplotlib inline\nstep = len([1])"],                      # no literal: a result
     [PARAMETERS, "# Parameters\ntarget_skip = 0.3\n"],
 ])
 def test_names_of_ones_own_and_corrected_ones_are_let_be(cells):
@@ -197,7 +219,7 @@ def test_notebook_parameters_are_settings_and_their_values_the_defaults():
         assert given and validated(given, schema) == schema(), notebook
 
 
-# -- paths, sweeps ----------------------------------------------------------------------------------------------------
+# -- paths, sweeps -------------------------------------------------------------------------------
 def test_a_relative_path_is_the_callers_then_the_projects(tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -206,23 +228,26 @@ def test_a_relative_path_is_the_callers_then_the_projects(tmp_path, monkeypatch)
     assert resolved({"model": "org/name"}, TokenConfig) == {"model": "org/name"}
     found = resolved({"work_dir": "new", "text_dir": "~"}, PHASES["base_model"][1])
     assert found["work_dir"] == str(tmp_path / "new") and not found["text_dir"].startswith("~")
-    rows = resolved({"variants": [{"name": "a", "checkpoint": "dlr/nano/router", "order": "texts"}]}, EvaluationConfig)
+    row = {"name": "a", "checkpoint": "dlr/nano/router", "order": "texts"}
+    rows = resolved({"variants": [row]}, EvaluationConfig)
     assert rows["variants"][0]["checkpoint"] == str(project_root() / "dlr" / "nano" / "router")
     assert rows["variants"][0]["order"] == str(tmp_path / "texts")
 
 
 def test_every_setting_that_names_files_is_marked():
-    """A new one is then resolved, kept out of run.json and compared by content without anyone thinking of it."""
-    for schema in [*(schema for _, schema in PHASES.values()), PHASES["evaluation"][1].model_fields["variants"]
-                   .annotation.__args__[0]]:
+    """A new one is then resolved, kept out of run.json and compared by content by itself."""
+    row = EvaluationConfig.model_fields["variants"].annotation.__args__[0]
+    for schema in [*(schema for _, schema in PHASES.values()), row]:
         for name, field in schema.model_fields.items():
-            named = name in ("model", "dataset", "checkpoint", "order") or name.endswith(("_dir", "_test", "_validation"))
-            assert named == any(isinstance(mark, LocalPath) for mark in field.metadata), (schema.__name__, name)
+            named = (name in ("model", "dataset", "checkpoint", "order")
+                     or name.endswith(("_dir", "_test", "_validation")))
+            marked = any(isinstance(mark, LocalPath) for mark in field.metadata)
+            assert named == marked, (schema.__name__, name)
 
 
 def test_sweeps_expand_and_refuse_what_no_notebook_takes():
-    points = expand({"phase": "pareto", "common": {"steps": 9},
-                     "grid": [{"point": "router", "target_skip": [0.2, 0.4], "seed": [0, 1]}, {"point": "baselines"}]})
+    grid = [{"point": "router", "target_skip": [0.2, 0.4], "seed": [0, 1]}, {"point": "baselines"}]
+    points = expand({"phase": "pareto", "common": {"steps": 9}, "grid": grid})
     assert len(points) == 5 and len({name for name, _ in points}) == 5
     assert all(p["steps"] == 9 for _, p in points)
     names = expand({"phase": "pareto", "grid": [{"model": ["/some/where", "org/name"]}]})
@@ -232,8 +257,9 @@ def test_sweeps_expand_and_refuse_what_no_notebook_takes():
         assert len({name.casefold() for name, _ in found}) == 2, found
         assert not any(name.startswith(".") or "/" in name for name, _ in found)
     assert len(expand({"phase": "pareto", "grid": {"seed": [1, 1]}})) == 1
-    for sweep, words in (({"grid": [{"target": [0.2]}]}, "unknown setting 'target'"), ({"girds": []}, "unknown: girds"),
-                         ({"grid": [1]}, "grid one"), ({"grid": {"seed": 1}, "common": [1]}, "common is a mapping")):
+    for sweep, words in (({"grid": [{"target": [0.2]}]}, "unknown setting 'target'"),
+                         ({"girds": []}, "unknown: girds"), ({"grid": [1]}, "grid one"),
+                         ({"grid": {"seed": 1}, "common": [1]}, "common is a mapping")):
         with pytest.raises(SettingsError, match=words):
             expand({"phase": "pareto"} | sweep)
 
@@ -241,7 +267,8 @@ def test_sweeps_expand_and_refuse_what_no_notebook_takes():
 def test_shipped_yaml_numbers_are_numbers():
     for path in PARAMS:
         for value in yaml.safe_load(path.read_text()).values():
-            assert not (isinstance(value, str) and value.replace(".", "").replace("e-", "").isdigit()), (path, value)
+            assert not (isinstance(value, str)
+                        and value.replace(".", "").replace("e-", "").isdigit()), (path, value)
 
 
 def test_the_toy_preset_replaces_defaults_and_bounds_what_was_chosen(monkeypatch):
