@@ -33,8 +33,9 @@ def _one_thread():
 
 @pytest.fixture
 def by_rows(monkeypatch):
-    """Layers of tiny models are run by rows too, although that never pays for them and the product would not.
+    """Layers of tiny models are run by rows too, although that never pays and the product would not.
 
-    Modules that test compact execution ask for it: `pytestmark = pytest.mark.usefixtures("by_rows")`.
+    Modules that test compact execution ask for it:
+    `pytestmark = pytest.mark.usefixtures("by_rows")`.
     """
     monkeypatch.setitem(OVERHEAD, "cpu", 0.0)

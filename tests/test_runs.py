@@ -283,6 +283,13 @@ def test_bad_input_is_one_sentence_and_no_folder(tmp_path, arguments, words, mon
             bad(*arguments, "--debug")
 
 
+def test_a_bad_input_error_of_a_library_keeps_its_traceback(monkeypatch):
+    """Only what this package refuses is a sentence: a ValueError from elsewhere is a fault of ours."""
+    monkeypatch.setattr("dlr.__main__.run_sweep", lambda *arguments: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        bad("sweep", "any.yaml")
+
+
 @pytest.mark.slow
 def test_what_only_the_notebook_can_find_ends_in_one_sentence(tmp_path):
     answer = command("run", "baselines", "--set", "always_keep=16", DLR_RESULTS=str(tmp_path), HF_HUB_OFFLINE="1")
