@@ -33,7 +33,7 @@ def _one_thread():
 
 @pytest.fixture
 def by_rows(monkeypatch):
-    """Layers of tiny models are run by rows too, although that never pays and the product would not.
+    """Layers of tiny models are run by rows too, although that never pays: the product would not.
 
     Modules that test compact execution ask for it:
     `pytestmark = pytest.mark.usefixtures("by_rows")`.
