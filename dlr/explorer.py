@@ -1,9 +1,10 @@
-"""The explorer: thin ipywidgets around the views. Everything on screen is a function of `self.record`.
+"""The explorer: thin ipywidgets around the views, all on screen being a function of `self.record`.
 
     from dlr.explorer import Explorer
-    Explorer()                                  # the embedded router; Explorer(checkpoint="...") for another
+    Explorer()                # the embedded router; Explorer(checkpoint="...") for another
 
-Standard ipywidgets only. Moving the slider re-routes from kept logits at once; losses and times follow when it rests.
+Standard ipywidgets only. Moving the slider re-routes from kept logits at once; losses and times
+follow when it rests.
 """
 
 import asyncio
@@ -23,15 +24,16 @@ from dlr.tokens import Words
 SETTLE = 0.4                     # seconds without a change before the slower step starts
 EXAMPLES = {
     "prose and a name":
-        "The old lighthouse keeper, Mr. Abernathy, climbed the stairs every evening at six. He lit the "
-        "lamp, wrote one line in his book, and waited for the ships that no longer came.",
+        "The old lighthouse keeper, Mr. Abernathy, climbed the stairs every evening at six. He lit "
+        "the lamp, wrote one line in his book, and waited for the ships that no longer came.",
     "code":
-        "def mean(values):\n    \"\"\"Returns the arithmetic mean of `values`.\"\"\"\n    total = 0.0\n"
-        "    for value in values:\n        total += value\n    return total / len(values)",
+        "def mean(values):\n    \"\"\"Returns the arithmetic mean of `values`.\"\"\"\n    "
+        "total = 0.0\n    for value in values:\n        total += value\n    return total / "
+        "len(values)",
     "documentation":
-        "Parameters\n----------\nx : array_like, shape (n_samples, n_features)\n    The data to fit. "
-        "If `None`, the default value is used.\n\nReturns\n-------\nself : object\n    Returns the "
-        "instance itself.",
+        "Parameters\n----------\nx : array_like, shape (n_samples, n_features)\n    The data to "
+        "fit. If `None`, the default value is used.\n\nReturns\n-------\nself : object\n    "
+        "Returns the instance itself.",
     "repetition":
         "one two three four one two three four one two three four one two three four",
     "numbers and rare words":
@@ -52,7 +54,7 @@ def guarded(method):
     def inner(self, *args):
         try:
             return method(self, *args)
-        except Exception as error:          # whatever the model raises must be seen, never swallowed by the widget
+        except Exception as error:          # widgets swallow what is raised; it must be seen
             self.error = error
             self.view.value = views.message(error)
     return inner
@@ -66,15 +68,16 @@ class Quiet:
 
 
 class Later:
-    """Runs `action` once its inputs have rested; at once where no event loop runs (tests, scripts)."""
+    """Runs `action` once its inputs have rested; at once where no event loop runs (tests)."""
 
     def __init__(self, action, delay: float = SETTLE):
         self.action, self.delay, self.handle = action, delay, None
 
     def __call__(self, delay: float | None = None) -> None:
         self.cancel()
+        delay = self.delay if delay is None else delay
         try:
-            self.handle = asyncio.get_running_loop().call_later(self.delay if delay is None else delay, self.action)
+            self.handle = asyncio.get_running_loop().call_later(delay, self.action)
         except RuntimeError:
             self.action()
 
@@ -117,10 +120,12 @@ class Explorer(Quiet, W.VBox):
         checkpoint: folder or label of a checkpoint; the embedded router by default.
         text: what to show first.
         session: a session to share; the explorer then does not close it.
-        loading: dtype, device and load_in_4bit of every checkpoint opened here, see `dlr.session.Session`.
+        loading: dtype, device and load_in_4bit of every checkpoint opened here, see
+            `dlr.session.Session`.
     """
 
-    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None, **loading):
+    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None,
+                 **loading):
         self.error: Exception | None = None
         self.record: Record | None = None
         self.words: Words | None = None
@@ -147,7 +152,8 @@ class Explorer(Quiet, W.VBox):
     def _build(self, text: str) -> None:
         last = len(self.session.routing.layers) - 1
         self.text = text_area(text, "text to explore")
-        self.example = W.Dropdown(options=[("choose an example", ""), *EXAMPLES.items()], layout=WIDE)
+        self.example = W.Dropdown(options=[("choose an example", ""), *EXAMPLES.items()],
+                                  layout=WIDE)
         self._folders = {self.session.name: self.session.folder} | checkpoints()
         self.picker = W.Dropdown(options=list(self._folders), value=self.session.name, layout=WIDE,
                                  disabled=not self._owned, tooltip="checkpoint")
@@ -176,10 +182,11 @@ class Explorer(Quiet, W.VBox):
     @property
     def note(self) -> str:
         """What the reader must know about this text and checkpoint."""
-        empty = "" if self.text.value else "Type some text: an empty one holds its opening token only."
-        return " ".join(filter(None, [self.session.note, empty, self.session.cut(self.record)]))
+        empty = "Type some text: an empty one holds its opening token only."
+        notes = [self.session.note, "" if self.text.value else empty, self.session.cut(self.record)]
+        return " ".join(filter(None, notes))
 
-    # -- record -> view -----------------------------------------------------------------------------------------------
+    # -- record -> view ---------------------------------------------------------------------------
     @guarded
     def read(self) -> None:
         """Reads the text anew: both models, the plan at the slider's budget, then times."""
@@ -237,7 +244,7 @@ class Explorer(Quiet, W.VBox):
             self.view.value = views.view(self.record, self.cost, self.look, self.note, self.words)
             self.error = None
 
-    # -- controls -----------------------------------------------------------------------------------------------------
+    # -- controls ---------------------------------------------------------------------------------
     def _pick_example(self, change) -> None:
         if change["new"]:
             self.text.value = change["new"]

@@ -30,7 +30,8 @@ class Comparison(Quiet, W.VBox):
         loading: dtype, device and load_in_4bit, see `dlr.session.Session`.
     """
 
-    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None, **loading):
+    def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None,
+                 **loading):
         self.error: Exception | None = None
         self.records: tuple[Record, Record] | None = None
         self._owned = session is None
@@ -60,7 +61,8 @@ class Comparison(Quiet, W.VBox):
             column("46%", (self.text, "Text")),
             column("27%", (self.budgets["first"], f"First: {ROUTER}, budget %"),
                    (self.budgets["second"], "Second: budget %")),
-            column("27%", (self.picker, "Second: checkpoint"), (self.plan, "Second: plan"), self.save)])
+            column("27%", (self.picker, "Second: checkpoint"), (self.plan, "Second: plan"),
+                   self.save)])
 
     @guarded
     def _pick(self) -> None:
@@ -77,10 +79,13 @@ class Comparison(Quiet, W.VBox):
             before.close()
         self.read()
 
-    def _side(self, side: str) -> Record:
+    def _side(self, side: str, first: Record | None = None) -> Record:
+        """A side's record; the base model reads the text once where both sides share it."""
         session = self._sessions[side]
-        return session.read(self.text.value, longest=views.LONGEST,
-                            threshold=session.threshold(self.budgets[side].value / 100))
+        threshold = session.threshold(self.budgets[side].value / 100)
+        if first is not None and session is self._sessions["first"]:
+            return session.again(first, threshold=threshold)
+        return session.read(self.text.value, threshold=threshold, longest=views.LONGEST)
 
     @guarded
     def read(self) -> None:
@@ -94,10 +99,10 @@ class Comparison(Quiet, W.VBox):
             second, what = two.static(base, first.skip_ratio)
             self.names = (f"{one.name}, router",
                           "best static plan" if what.startswith("best") else "static plan")
-            note = (f"Second: {what}, on the router’s own weights; whole layers, so its skip ratio is "
-                    "only near the first’s.")
+            note = (f"Second: {what}, on the router’s own weights; whole layers, so its skip ratio "
+                    "is only near the first’s.")
         else:
-            second, note = self._side("second"), ""
+            second, note = self._side("second", first), ""
             self.names = tuple(f"{session.name}, {self.budgets[side].value} %"
                                for side, session in self._sessions.items())
         self.records = (first, second)
@@ -113,7 +118,8 @@ class Comparison(Quiet, W.VBox):
             if self.error is not None:
                 raise ValueError("There is nothing to export: the view shows an error.")
             name = slug("-".join([self.records[0].meta["text_hash"], *self.names]))
-            path = Path(folder or results_folder() / "explorer" / "exports" / name) / "comparison.html"
+            folder = Path(folder or results_folder() / "explorer" / "exports" / name)
+            path = folder / "comparison.html"
             write_atomically(path, views.page(self.view.value, "Comparison"))
             self.downloads.value = views.saved([path])
             return path
@@ -139,8 +145,8 @@ class Generator(Quiet, W.VBox):
         loading: dtype, device and load_in_4bit, see `dlr.session.Session`.
     """
 
-    def __init__(self, checkpoint=None, prompt: str = "The function returns", session: Session | None = None,
-                 **loading):
+    def __init__(self, checkpoint=None, prompt: str = "The function returns",
+                 session: Session | None = None, **loading):
         self.error: Exception | None = None
         self.progress: Progress | None = None
         self._task, self._stopped, self._seed = None, False, -1
@@ -163,7 +169,8 @@ class Generator(Quiet, W.VBox):
         self.stop.on_click(lambda _: self.halt())
 
     def run(self) -> None:
-        """Starts; in a kernel as a task of its event loop, so that Stop is heard, elsewhere to the end at once."""
+        """Starts; in a kernel as a task of its event loop, so that Stop is heard, elsewhere to the
+        end at once."""
         self._stopped, self._seed = False, self._seed + 1
         self.start.disabled, self.stop.disabled = True, False
         try:
@@ -208,8 +215,8 @@ class Generator(Quiet, W.VBox):
 
 
 class Workbench(Quiet, W.Tab):
-    """Explore, Compare and Generate as tabs, each with a copy of the model; the later two are made when opened, and anew
-    where the explorer has another checkpoint by then.
+    """Explore, Compare and Generate as tabs, each with a copy of the model; the later two are made
+    when opened, and anew where the explorer has another checkpoint by then.
 
     Args:
         loading: dtype, device and load_in_4bit, see `dlr.session.Session`.
@@ -223,15 +230,18 @@ class Workbench(Quiet, W.Tab):
         self.explorer = Explorer(checkpoint, text, **loading)
         self.comparison: Comparison | None = None
         self.generator: Generator | None = None
-        super().__init__([self.explorer, W.VBox(), W.VBox()], titles=("Explore", "Compare", "Generate"))
+        super().__init__([self.explorer, W.VBox(), W.VBox()],
+                         titles=("Explore", "Compare", "Generate"))
         self.observe(lambda _: self._open(), "selected_index")
 
     def _open(self) -> None:
-        """Builds the tab just chosen on the checkpoint the explorer has then; an error shows in its place."""
+        """Builds the tab just chosen on the checkpoint the explorer has then; an error shows in its
+        place."""
         source, tabs = self.explorer.session.folder, list(self.children)
         try:
             if self.selected_index == 1 and self._stale(self.comparison, source):
-                tabs[1] = self.comparison = Comparison(source, self.explorer.text.value, **self._loading)
+                tabs[1] = self.comparison = Comparison(source, self.explorer.text.value,
+                                                       **self._loading)
             elif self.selected_index == 2 and self._stale(self.generator, source):
                 tabs[2] = self.generator = Generator(source, **self._loading)
         except Exception as error:

@@ -31,13 +31,15 @@ def rows(record: Record) -> list[dict]:
     for i, (token, kind) in enumerate(zip(words.shown, words.kinds)):
         row = {"document": int(record.document[i]), "position": int(record.position[i]),
                "id": int(record.ids[i]), "token": record.tokens[i], "shown": token.marked,
-               "category": kind, "note": token.note, "active_layers": float(record.active_layers[i])}
+               "category": kind, "note": token.note,
+               "active_layers": float(record.active_layers[i])}
         for name in ("loss_dense", "loss_routed", "entropy_dense", "kl"):
             row[name] = float(getattr(record, name)[i])
         for which in ("dense", "routed"):
             ids = getattr(record, f"top_{which}")[i].tolist()
             row[f"top_{which}"] = [names.get(str(t)) for t in ids]
-            row[f"top_{which}_probability"] = getattr(record, f"top_{which}_probability")[i].tolist()
+            chances = getattr(record, f"top_{which}_probability")[i].tolist()
+            row[f"top_{which}_probability"] = chances
         row["layers"] = table[i].tolist()
         row["router_logits"] = record.logits[i].tolist()
         tokens.append(plain(row))
@@ -63,7 +65,7 @@ def _is_formula(text: str) -> bool:
 
 
 def cell(value):
-    """`value` for a CSV file: a text that a spreadsheet would run gets an apostrophe; numbers stay numbers."""
+    """`value` for a CSV file: a text that a spreadsheet would run gets an apostrophe."""
     return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
 
 
@@ -112,6 +114,7 @@ def export(record: Record, view: str, folder: str | Path | None = None, cost: Co
                          "json.")
     makers = {"html": lambda: page(view), "csv": lambda: to_csv(record),
               "json": lambda: to_json(record, cost) + "\n",
-              "png": lambda: picture(record, "png", look), "pdf": lambda: picture(record, "pdf", look)}
+              "png": lambda: picture(record, "png", look),
+              "pdf": lambda: picture(record, "pdf", look)}
     folder = Path(folder or default_folder(record))
     return [write_atomically(folder / f"tokens.{kind}", makers[kind]()) for kind in formats]

@@ -1,4 +1,4 @@
-"""The explorer's view as a figure: the text over its layers, for papers and for pages without HTML."""
+"""The explorer's view as a figure: the text over its layers, for papers and pages without HTML."""
 
 import warnings
 

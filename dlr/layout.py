@@ -66,9 +66,9 @@ class Layout:
 
     Attributes:
         grid: `[n, L]` share of every layer that each token ran. shares: `[n, l]` of those shown.
-        layers: the layers shown. always: `[l]` whether every token runs it. rates: `[l]` share of the
-            tokens that ran it. depths: `[n]` layers shown that each token ran. low, high: depths at
-            the two ends of the shades.
+        layers: the layers shown. always: `[l]` whether every token runs it. rates: `[l]` share of
+            the tokens that ran it. depths: `[n]` layers shown that each token ran. low, high:
+            depths at the two ends of the shades.
     """
 
     def __init__(self, record: Record, look: Look = Look(), words: Words | None = None):

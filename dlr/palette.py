@@ -1,8 +1,8 @@
 """Colours of the explorer's views.
 
 One cividis ramp (Nuñez et al. 2018, made for colour-blind readers) with black or white text by
-contrast on every step; cut at its dark end where the page is dark. Depth is always given as a number
-as well.
+contrast on every step; cut at its dark end where the page is dark. Depth is always given as a
+number as well.
 """
 
 from matplotlib import colormaps

@@ -9,6 +9,7 @@ Notation: n tokens of all texts, one after the other; U routable units; k top pr
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -178,22 +179,35 @@ def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor,
     return {name: value.cpu() for name, value in kept.items()}
 
 
-@torch.no_grad()
-def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top: int) -> dict:
-    """Tensors of one text, ids `[s]`. Of both models' logits only a few rows are held at a time."""
-    batch = ids.unsqueeze(0)
+def _dense_rows(model, routing: Routing, ids: torch.Tensor, known: dict | None) -> Callable:
+    """The base model's logits of a text by rows; kept in `known`, where given, for its next plan."""
+    key = tuple(ids.tolist())
+    if known is not None and key in known:
+        return known[key]
     with routing.autocast(), frozen_base(model, routing):
-        dense_rows = logits_of(model, routing, batch)
+        rows_of = logits_of(model, routing, ids.unsqueeze(0))
+    if known is None:
+        return rows_of
+    known.clear()                                        # one text at a time
+    known[key] = lambda rows: rows_of(rows).clone()      # _log_p works in place
+    return known[key]
+
+
+@torch.no_grad()
+def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top: int,
+                 dense: dict | None) -> dict:
+    """Tensors of one text, ids `[s]`. Of both models' logits only a few rows are held at a time."""
+    dense_rows = _dense_rows(model, routing, ids, dense)
     with routing.autocast(), routing.using(policy):
-        routed_rows = logits_of(model, routing, batch)
+        routed_rows = logits_of(model, routing, ids.unsqueeze(0))
     plan, following = routing.plan, ids.roll(-1)
     parts = []
     for rows in chunks(model, len(ids)):
         with routing.autocast(), frozen_base(model, routing):
-            dense = _log_p(dense_rows(rows)[0])
+            log_p = _log_p(dense_rows(rows)[0])
         with routing.autocast():
-            routed = _log_p(routed_rows(rows)[0])
-        parts.append(_compared(dense, routed, following[rows], top))
+            log_q = _log_p(routed_rows(rows)[0])
+        parts.append(_compared(log_p, log_q, following[rows], top))
     measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for name in ("loss_dense", "loss_routed", "entropy_dense", "kl"):
         # nothing follows the last token
@@ -234,12 +248,30 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
     """
     if not texts:
         raise ValueError("There is no text to record; give at least one string.")
+    documents = [document_ids(tokenizer, text, model)[:max_len] for text in texts]
+    return record_ids(model, routing, tokenizer, documents, text_hash=hash_of(texts),
+                      policy=policy, top=top, name=name, bar=bar)
+
+
+def hash_of(texts: list[str]) -> str:
+    """Sixteen hex digits that change with the texts."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def record_ids(model, routing: Routing, tokenizer, documents: list[list[int]], *, text_hash: str,
+               policy: Policy | None = None, top: int = 5, name: str = "", bar: bool = True,
+               dense: dict | None = None) -> Record:
+    """As `record`, of texts that are token ids already.
+
+    Args:
+        dense: keeps the base model's pass over the newest text from one call to the next, so that
+            another plan of the same text costs the routed pass alone.
+    """
     policy, device = policy or RouterPolicy(), device_of(model)
     parts = []
-    for index, text in enumerate(tqdm(texts, desc="recording", unit="text",
-                                      disable=not bar or len(texts) < 8)):
-        ids = document_ids(tokenizer, text, model)[:max_len]
-        part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top)
+    for index, ids in enumerate(tqdm(documents, desc="recording", unit="text",
+                                     disable=not bar or len(documents) < 8)):
+        part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top, dense)
         parts.append(part | {"document": torch.full((len(ids),), index)})
     tensors = {key: torch.cat([part[key] for part in parts]) for key in TENSORS}
     config = routing.config
@@ -248,7 +280,7 @@ def record(model, routing: Routing, tokenizer, texts: list[str], *, max_len: int
             "layers": len(routing.layers), "always_keep": config.always_keep,
             "keep_last": config.keep_last, "threshold": routing.threshold,
             "keep_first_tokens": config.forced_tokens, "units_per_layer": routing.units_per_layer,
-            "text_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16],
+            "text_hash": text_hash,
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}
     if not routing.router.ahead:
         meta["replannable"] = False

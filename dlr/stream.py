@@ -1,7 +1,7 @@
-"""Continuations token by token, each token with its depth: the routed model and the dense one in turn, both cached.
+"""Continuations token by token, each token with its depth: the routed model and the dense one.
 
-The two models run step by step alternately, each on its own cache and its own continuation, so that a busy machine
-slows both alike.
+The two run step by step in turn, each on its own cache and its own continuation, so that a busy
+machine slows both alike.
 """
 
 import time
@@ -22,13 +22,12 @@ from dlr.tokens import piece_bytes
 
 @dataclass
 class Side:
-    """One of the two continuations. `seconds` counts decoding steps only, the reading of the prompt apart."""
+    """One of the two continuations; `seconds` are those of `steps`, the prompt's reading apart."""
     ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     depths: list[float] = field(default_factory=list)
     seconds: float = 0.0
     steps: int = 0
-    prompt_seconds: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -52,9 +51,10 @@ class Progress:
 class _Stream:
     """One model's cached decoding."""
 
-    def __init__(self, session: Session, prompt: list[int], dense: bool, generator: torch.Generator | None,
-                 temperature: float):
-        self.session, self.dense, self.generator, self.temperature = session, dense, generator, temperature
+    def __init__(self, session: Session, prompt: list[int], dense: bool,
+                 generator: torch.Generator, temperature: float):
+        self.session, self.dense = session, dense
+        self.generator, self.temperature = generator, temperature
         self.cache, self.side = DynamicCache(), Side()
         self.next = torch.tensor([prompt], device=device_of(session.model))
         self.stop_ids = stop_ids(session)
@@ -63,24 +63,25 @@ class _Stream:
         started = time.perf_counter()
         logits = self.session.model(input_ids=self.next, past_key_values=self.cache, use_cache=True,
                                     **last_only(self.session.model)).logits[0, -1].float().cpu()
-        spent = time.perf_counter() - started
-        if self.side.ids:
-            self.side.seconds, self.side.steps = self.side.seconds + spent, self.side.steps + 1
-        else:
-            self.side.prompt_seconds = spent
+        if self.side.ids:                                   # the prompt has been read
+            self.side.seconds += time.perf_counter() - started
+            self.side.steps += 1
         return logits
 
     def step(self) -> bool:
-        """Decodes one token; False once the model has ended the text. A token's depth is known when it is read."""
+        """Decodes one token; False once the model has ended the text. A token's depth is known when
+        it is read."""
+        routing = self.session.routing
         if self.dense:
-            with frozen_base(self.session.model, self.session.routing):
+            with frozen_base(self.session.model, routing):
                 logits = self._forward()
         else:
             logits = self._forward()
             if self.side.ids:
-                self.side.depths.append(float(self.session.routing.plan.active_layers[0, -1]))
+                self.side.depths.append(float(routing.plan.active_layers[0, -1]))
         if self.temperature > 0:
-            chosen = int(torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=self.generator))
+            chances = (logits / self.temperature).softmax(-1)
+            chosen = int(torch.multinomial(chances, 1, generator=self.generator))
         else:
             chosen = int(logits.argmax())
         self.side.ids.append(chosen)
@@ -90,34 +91,38 @@ class _Stream:
 
 
 def stop_ids(session: Session) -> set[int]:
-    """Tokens that end a text: the tokenizer's and those of the model's generation settings (one, several, or none)."""
+    """Tokens that end a text: the tokenizer's and those of the model's generation settings, which
+    are one, several, or none."""
     settings = getattr(causal_lm(session.model), "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
-    return {session.tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])} - {None}
+    named = named if isinstance(named, (list, tuple)) else [named]
+    return {session.tokenizer.eos_token_id, *named} - {None}
 
 
 @torch.no_grad()
-def generate(session: Session, prompt: str, tokens: int = 60, threshold: float | None = None, temperature: float = 0.0,
-             seed: int = 0, dense: bool = True) -> Iterator[Progress]:
+def generate(session: Session, prompt: str, tokens: int = 60, threshold: float | None = None,
+             temperature: float = 0.0, seed: int = 0, dense: bool = True) -> Iterator[Progress]:
     """Yields after every step; stop by not asking for more. Greedy at temperature 0.
 
     A token's depth is that of the step which reads it, so the newest token's is still to come.
 
     Raises:
-        ValueError: no room is left in the model's context, or a negative number of tokens or temperature, or the
-            tokenizer has no opening token.
+        ValueError: no room is left in the model's context, or a negative number of tokens or
+            temperature, or the tokenizer has no opening token.
     """
     if tokens < 1 or temperature < 0:
-        raise ValueError(f"tokens={tokens} must be 1 or more and temperature={temperature} 0 or more.")
+        raise ValueError(f"tokens={tokens} must be 1 or more and temperature={temperature} 0 or "
+                         "more.")
     ids = document_ids(session.tokenizer, prompt, session.model)
     room = session.context - len(ids)
     if room < 1:
-        raise ValueError(f"The prompt has {len(ids):,} tokens and the model's context is {session.context:,}; shorten it.")
+        raise ValueError(f"The prompt has {len(ids):,} tokens and the model's context is "
+                         f"{session.context:,}; shorten it.")
     routing = session.routing
     streams = [_Stream(session, ids, side, torch.Generator().manual_seed(seed), temperature)
                for side in ((False, True) if dense else (False,))]
-    progress = Progress(prompt, streams[0].side, streams[-1].side if dense else Side(), len(routing.layers),
-                        routing.execution)
+    progress = Progress(prompt, streams[0].side, streams[-1].side if dense else Side(),
+                        len(routing.layers), routing.execution)
     going = [True] * len(streams)
     for _ in range(min(tokens, room)):
         with routing.at(threshold=threshold):

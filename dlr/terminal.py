@@ -7,7 +7,7 @@ terminal.
 import os
 import sys
 
-from dlr.layout import (Cost, Layout, Look, said_depth, said_execution, said_perplexity, steps)
+from dlr.layout import Cost, Layout, Look, said_depth, said_execution, said_perplexity, steps
 from dlr.palette import ink, ramp
 from dlr.record import Record
 from dlr.tokens import spans
@@ -19,7 +19,8 @@ RESET = "\x1b[0m"
 def wants_colour(stream=None) -> bool:
     """Whether `stream` is a terminal and NO_COLOR is not set (https://no-color.org)."""
     stream = stream or sys.stdout
-    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and not os.environ.get("NO_COLOR"))
+    forced, refused = (bool(os.environ.get(name)) for name in ("FORCE_COLOR", "NO_COLOR"))
+    return forced or stream.isatty() and not refused
 
 
 def _paint(text: str, colour: str, on: bool) -> str:
@@ -48,7 +49,8 @@ def profile(layout: Layout) -> str:
 
 def cost_line(record: Record, cost: Cost | None = None) -> str:
     """The numbers of the view's tiles, in one or two lines."""
-    parts = [f"skipped {100 * record.skip_ratio:.1f} %", said_depth(record), said_perplexity(record)]
+    parts = [f"skipped {100 * record.skip_ratio:.1f} %", said_depth(record),
+             said_perplexity(record)]
     if cost is not None:
         parts.insert(2, f"FLOPs {cost.ratio:.3f} × dense")
         if cost.ms_dense is not None:

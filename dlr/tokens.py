@@ -1,4 +1,4 @@
-"""Tokens as a person reads them: what is invisible made visible, byte pieces spelled out, widths and kinds.
+"""Tokens as a person reads them: what is invisible made visible, byte pieces spelled out, kinds.
 
 Pure functions of text; nothing here is HTML. Escaping is the views' business.
 """
@@ -7,6 +7,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from wcwidth import wcswidth
@@ -14,28 +15,27 @@ from wcwidth import wcswidth
 from dlr.categories import categories, partition, stop_words
 from dlr.record import Record
 
-stop_words()                    # read once here: what it imports takes a second, which no first view should wait for
+stop_words()                    # what it imports takes a second: here, not at the first view
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MARKS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
-_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")          # control, format (direction marks, joiners), unassigned
-_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"    # letters and signs by category, but nothing is drawn
+# Categories of control, format (direction marks, joiners) and unassigned characters, of line ends.
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+# Letters and signs by category, but nothing is drawn.
+_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
 BYTES = {sign: byte for byte, sign in bytes_to_unicode().items()}      # of byte-level vocabularies
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def visible(piece: str, spaces: bool = True) -> str:
-    """`piece` with a sign for every character that prints nothing or moves the cursor; spaces only where asked."""
-    out = []
-    for c in piece:
-        if c == " " and not spaces:
-            out.append(c)
-        elif c in MARKS:
-            out.append(MARKS[c])
-        elif unicodedata.category(c) in _UNSEEN or c.isspace() or c in _BLANK:
-            out.append(f"‹{ord(c):04X}›")
-        else:
-            out.append(c)
-    return "".join(out)
+    """`piece` with a sign for every character that prints nothing or moves the cursor; spaces only
+    where asked."""
+    def sign(c: str) -> str:
+        if c in MARKS:
+            return MARKS[c] if spaces or c != " " else c
+        unseen = unicodedata.category(c) in _UNSEEN or c.isspace() or c in _BLANK
+        return f"‹{ord(c):04X}›" if unseen else c
+
+    return "".join(map(sign, piece))
 
 
 def piece_bytes(tokenizer, ids: list[int]) -> dict[str, str]:
@@ -43,7 +43,8 @@ def piece_bytes(tokenizer, ids: list[int]) -> dict[str, str]:
     spelled = {}
     for i in set(ids):
         name = tokenizer.convert_ids_to_tokens(i)
-        if name is None or REPLACEMENT not in tokenizer.decode([i], clean_up_tokenization_spaces=False):
+        text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        if name is None or REPLACEMENT not in text:
             continue
         if byte := _BYTE.fullmatch(name):
             spelled[str(i)] = byte[1].upper()
@@ -54,7 +55,8 @@ def piece_bytes(tokenizer, ids: list[int]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Shown:
-    """One token for display: `text` keeps its spaces, `marked` shows them; `note` tells of bytes and what they join to."""
+    """One token for display: `text` keeps its spaces, `marked` shows them; `note` tells of bytes
+    and what they join to."""
     text: str
     marked: str
     note: str = ""
@@ -68,33 +70,29 @@ class Shown:
 def shown(record: Record) -> list[Shown]:
     """Every token of a record, ready to be escaped and shown."""
     spelled = record.meta.get("bytes", {})
-    out = [Shown(visible(t, spaces=False), visible(t)) for t in record.tokens]
-    start = 0
-    while start < len(out):
-        end = start
-        while end < len(out) and str(int(record.ids[end])) in spelled \
-                and record.document[end] == record.document[start]:
-            end += 1
-        if end > start:
-            _spell(record, spelled, out, start, end)
-        start = max(end, start + 1)
-    return out
+    tokens = [Shown(visible(t, spaces=False), visible(t)) for t in record.tokens]
+    keys = zip([str(i) in spelled for i in record.ids.tolist()], record.document.tolist())
+    for (of_bytes, _), places in groupby(enumerate(keys), key=lambda pair: pair[1]):
+        if of_bytes:
+            _spell(record, spelled, tokens, [place for place, _ in places])
+    return tokens
 
 
-def _spell(record: Record, spelled: dict, out: list[Shown], start: int, end: int) -> None:
-    """Fills in the byte pieces `start` to `end`: their bytes, and the text they make together."""
-    parts = [bytes.fromhex(spelled[str(int(i))]) for i in record.ids[start:end]]
+def _spell(record: Record, spelled: dict, tokens: list[Shown], places: list[int]) -> None:
+    """Fills in byte pieces that stand side by side: their bytes, and what they make together."""
+    parts = [bytes.fromhex(spelled[str(int(record.ids[place]))]) for place in places]
     whole = visible(b"".join(parts).decode("utf-8", errors="replace"))
-    for place, part in zip(range(start, end), parts):
-        kept = part.decode("utf-8", errors="ignore") if len(part) > 1 else ""
-        text = visible(kept, spaces=False) + "⟨" + part.hex(" ").upper() + "⟩"
-        together = f", part of “{whole}” (tokens {int(record.position[start])}–{int(record.position[end - 1])})" \
-            if end - start > 1 else ""
-        out[place] = Shown(text, text, f"bytes {part.hex(' ').upper()}{together}")
+    first, last = (int(record.position[place]) for place in (places[0], places[-1]))
+    together = f", part of “{whole}” (tokens {first}–{last})" if len(places) > 1 else ""
+    for place, part in zip(places, parts):
+        letters = part.decode("utf-8", errors="ignore") if len(part) > 1 else ""
+        text = f"{visible(letters, spaces=False)}⟨{part.hex(' ').upper()}⟩"
+        tokens[place] = Shown(text, text, f"bytes {part.hex(' ').upper()}{together}")
 
 
 def kinds(record: Record) -> list[str]:
-    """One label a token: 'opening', 'bytes', or the first category it belongs to (see `dlr.categories.partition`)."""
+    """One label a token: 'opening', 'bytes', or the first category it belongs to (see
+    `dlr.categories.partition`)."""
     if bool((record.position == 0).all()):                 # no text: nothing to rank
         return ["opening"] * len(record)
     labels = partition(categories(record)).tolist()
@@ -103,7 +101,8 @@ def kinds(record: Record) -> list[str]:
 
 
 class Words:
-    """What no budget changes of a record: its tokens for display and a label for each. Made when first asked for."""
+    """What no budget changes of a record: its tokens for display and a label for each, made when
+    first asked for."""
 
     def __init__(self, record: Record):
         self.record = record

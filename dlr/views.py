@@ -265,12 +265,14 @@ def stream(progress: Progress, always: float) -> Markup:
     state = "stopped" if progress.stopped else "finished" if progress.done else "generating…"
     tiles = [Tile("routed tokens/s", number(routed.rate, 1),
                   said_execution(progress.execution, "LoRA not merged")),
-             Tile("dense tokens/s", number(dense.rate, 1), "base model without adapters, interleaved"),
+             Tile("dense tokens/s", number(dense.rate, 1),
+                  "base model without adapters, interleaved"),
              Tile("layers a token", number(mean, 2), f"of {layers}"),
              Tile("tokens", f"{len(routed.ids)}", state)]
     plain = "".join(_piece(p, i, progress.bytes) for p, i in zip(dense.pieces, dense.ids))
     return render("stream.html", tiles=tiles, layers=layers, tokens=boxes, dense=_broken(plain),
-                  prompt=_broken(visible(progress.prompt, spaces=False)), steps=steps(always, layers))
+                  prompt=_broken(visible(progress.prompt, spaces=False)),
+                  steps=steps(always, layers))
 
 
 # -- files ----------------------------------------------------------------------------------------
