@@ -178,30 +178,30 @@ def latency(table: pd.DataFrame) -> str:
 
 
 def token_analysis(metrics: dict, always_keep: int) -> str:
-    """Notebook 07: whether the plan depends on the token, and how much of the headroom is captured."""
+    """Notebook 07: whether the plan depends on the token, and how much headroom is captured."""
     gap = metrics["shuffled"]
     said = "Token-dependence is worth nothing that can be measured here"
     if gap["low"] > 0:
         said = "The plan depends on the token"
-    first = (f"**{said}.** Shuffled among tokens it costs {gap['nll_difference']:+.4f} nats a token "
-             f"(95 % interval {gap['low']:+.4f} to {gap['high']:+.4f}), that is perplexity "
+    first = (f"**{said}.** Shuffled among tokens it costs {gap['nll_difference']:+.4f} nats a "
+             f"token (95 % interval {gap['low']:+.4f} to {gap['high']:+.4f}), that is perplexity "
              f"{gap['shuffled']:.2f} instead of {gap['routed']:.2f}.")
     shares = metrics["variance"]
     if shares["layers"] is not None:
         first += (f" Of the plan's variance {shares['layers']:.0%} lies between layers, as in a "
                   f"static plan, {shares['tokens']:.0%} in how many layers a token runs and "
                   f"{shares['within']:.0%} in which.")
-    known = metrics["information"]["category"]
+    known, token = metrics["information"]["category"], metrics["between"]["token"]
     lines = [first, f"Categories explain {known['explained']:.1%} of the entropy of depth, after "
-                    f"chance ({known['information']:.3f} bits, chance {known['chance']:.3f}); which "
-                    f"token it is explains {_share(metrics['between']['token'])} of the variance of "
-                    "depth, the rest is context."]
+                    f"chance ({known['information']:.3f} bits, chance {known['chance']:.3f}); "
+                    f"which token it is explains {_share(token)} of the variance of depth, the "
+                    "rest is context."]
     lines += [f"Collapse: {flag}." for flag in metrics["collapse"]["flags"]]
     for row in metrics["rows"]:
         lines.append(f"At {row['skip']:.1%} skip ({row['weights']} weights) the oracle's KL is "
-                     f"{row['oracle']:.3f}, the best static plan's {row['static']:.3f}, the router's "
-                     f"{row['routed']:.3f}: it captures **{_share(row['captured'])}** of the headroom "
-                     f"(95 % interval {_share(row['captured_low'])} to "
+                     f"{row['oracle']:.3f}, the best static plan's {row['static']:.3f}, the "
+                     f"router's {row['routed']:.3f}: it captures **{_share(row['captured'])}** of "
+                     f"the headroom (95 % interval {_share(row['captured_low'])} to "
                      f"{_share(row['captured_high'])}).")
     probes = [row for row in metrics["probes"] if row["depth"] == always_keep]
     if probes:
