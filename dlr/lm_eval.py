@@ -10,7 +10,7 @@ import sys
 
 from lm_eval.__main__ import cli_evaluate
 
-from dlr.checkpoint import WrongBase
+from dlr.restore import WrongBase
 from dlr.settings import SettingsError
 
 import dlr.harness  # noqa: F401  (registers the model)

@@ -17,13 +17,13 @@ from torch import nn
 
 from dlr.plan import static_pair
 from dlr.calibration import threshold_at
-from dlr.checkpoint import restore
 from dlr.discovery import find_checkpoint
 from dlr.encoding import tokenizer_of
 from dlr.folder import RECORDS, digest_of, looks_like, refuse_incomplete
 from dlr.handle import Routing
 from dlr.models import load_base
 from dlr.policy import Policy, RandomByDocument, RouterPolicy, StaticByDocument
+from dlr.restore import restore
 from dlr.routed import routing_of
 from dlr.runs import METRICS, from_project, results_folder, slug
 from dlr.settings import SettingsError

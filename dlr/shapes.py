@@ -5,6 +5,7 @@ Speed depends on shapes and on the plan, not on what the weights are.
 """
 
 import torch
+from torch.nn.functional import interpolate
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from dlr.calibration import threshold_for
@@ -14,11 +15,13 @@ from dlr.opened import load
 
 SHAPES = {
     "tinyllama-1.1b": LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=4096, rms_norm_eps=1e-5),
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=4096,
+        rms_norm_eps=1e-5),
     "qwen2.5-3b": Qwen2Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True),
+        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+        num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=True),
 }
 
 
@@ -27,7 +30,8 @@ def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str
     holds."""
     config = type(SHAPES[shape])(**SHAPES[shape].to_diff_dict())
     config.num_hidden_layers = layers or config.num_hidden_layers
-    config.layer_types = None if not hasattr(config, "layer_types") else ["full_attention"] * config.num_hidden_layers
+    if hasattr(config, "layer_types"):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     rotary = type(model.model.rotary_emb)(config=config)
@@ -62,6 +66,7 @@ def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tenso
 
     A model of another depth gets the pattern stretched over its layers.
     """
-    wide = torch.nn.functional.interpolate(logits.float().unsqueeze(1), size=units, mode="linear", align_corners=True)[:, 0]
-    wide = wide + 1e-4 * torch.rand(wide.shape, generator=torch.Generator().manual_seed(0))      # no ties
+    wide = interpolate(logits.float().unsqueeze(1), units, mode="linear", align_corners=True)[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    wide = wide + 1e-4 * torch.rand(wide.shape, generator=generator)                  # no ties
     return (wide > threshold_for(wide, skip)).float()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import dlr
 from dlr.adapters import NotSaveable
-from dlr.checkpoint import WrongBase
+from dlr.restore import WrongBase
 from dlr.router_config import RouterConfig
 from dlr.folder import atomic_folder
 from dlr.weights import fingerprint, identity
@@ -393,7 +393,7 @@ def test_a_refused_load_leaves_the_model_as_it_was(tmp_path, ids, monkeypatch):
     dlr.save_pretrained(routed(), tmp_path / "c")
     model = tiny()
     names, dense, own = [n for n, _ in model.named_modules()], model(ids).logits, set(model.__dict__)
-    for target in ("dlr.router.Router.load_weights", "dlr.checkpoint.attach", "peft.PeftModel.load_adapter"):
+    for target in ("dlr.router.Router.load_weights", "dlr.restore.attach", "peft.PeftModel.load_adapter"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(target, lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
             dlr.from_pretrained(tmp_path / "c", model)

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dlr
 from dlr.__main__ import main
-from dlr.checkpoint import WrongBase, save_control
+from dlr.checkpoint import save_control
 from dlr.settings import SettingsError
 from dlr.data import read_wikitext, wikitext_articles
+from dlr.restore import WrongBase
 from dlr.router_config import RouterConfig
 from dlr.discovery import HalfWritten, checkpoints, find_checkpoint
 from dlr.flops import active_halves, flops_per_token, layer_flops, plan_flops_per_token, text_flops
