@@ -23,8 +23,7 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class NotSaveable(ValueError):
-    """The model holds something trained that a checkpoint would lose; the message says what to
-    do."""
+    """The model holds something trained that a checkpoint would lose."""
 
 
 # -- which adapter --------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""Saving checkpoints: PEFT's own files for the adapter, plus router.safetensors and
-router_config.json. No pickle.
+"""Saving checkpoints: PEFT's own adapter files, router.safetensors and router_config.json.
 
 A checkpoint is what was trained: what its files would not hold is refused when it is saved. It
 names the base model it was made for by weights, dtype and quantisation; `dlr.restore` brings those
@@ -22,8 +21,7 @@ from dlr.weights import base_record, causal_lm, differences
 
 
 def refuse_unsaveable(model, routing: Routing) -> str | None:
-    """Says, before a training is lost, what of `model` a checkpoint could not hold; returns the
-    name of its adapter, if any.
+    """The name of the adapter of `model`, if any, once all of it can be held by a checkpoint.
 
     Raises:
         NotSaveable: adapters on the router, several active ones, trained base weights, or a base
@@ -94,8 +92,7 @@ def write_router(routing: Routing, folder: Path, model=None) -> None:
 
 
 def save_pretrained(model, folder: str | Path) -> Path:
-    """Saves router and adapter of a routed model into `folder`, beside what else lies there; whole
-    or not at all.
+    """Saves router and adapter of a routed model into `folder`, whole or not at all.
 
     Raises:
         NotSaveable: the model holds something trained that the files would not hold.

@@ -130,8 +130,7 @@ def _cache_key(packages: tuple[str, ...]) -> str:
 
 @lru_cache(maxsize=2)
 def embedded_corpus(packages: tuple[str, ...] = PACKAGES) -> pd.DataFrame:
-    """The corpus as a frame with columns name, split, text; built once (about a minute), then read
-    from the cache.
+    """The corpus as a frame of name, split, text; built once (a minute), then cached.
 
     Raises:
         FileNotFoundError: a package of `packages` is not installed.

@@ -50,8 +50,7 @@ def _hash(texts: list[str]) -> str:
 
 
 def _file_texts(path: Path) -> list[str]:
-    """Documents of one file: WikiExtractor `<doc>` blocks, JSON lines or lists, `<|endoftext|>` or
-    chapter breaks.
+    """Documents of one file: `<doc>` blocks, JSON, or text cut at `<|endoftext|>` or chapters.
 
     Raises:
         ValueError: the file is no UTF-8, no JSON, or holds JSON records without a text.
@@ -164,8 +163,7 @@ def read_wikitext(path: Path) -> str:
 
 
 def load_documents(dataset: str, split: str) -> Documents:
-    """Documents of `split` (train, calibration, validation, test) of 'embedded', a local path, or a
-    Hub dataset."""
+    """Documents of `split` (see SPLITS) of 'embedded', a local path, or a Hub dataset."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
     if dataset == "embedded":
@@ -199,8 +197,7 @@ def token_stream(texts: list[str], tokenizer, describe: str = "tokenising") -> n
 
 
 class PackedBlocks(torch.utils.data.Dataset):
-    """Blocks of `seq_len` consecutive tokens, in an order shuffled by `seed`. Item: {'input_ids':
-    [s] int64}."""
+    """Blocks of `seq_len` tokens, in an order shuffled by `seed`. Item: {'input_ids': `[s]`}."""
 
     def __init__(self, stream: np.ndarray, seq_len: int, seed: int = 0):
         if len(stream) < seq_len:
@@ -218,8 +215,7 @@ class PackedBlocks(torch.utils.data.Dataset):
 
 def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0,
            max_tokens: int | None = None) -> PackedBlocks:
-    """Training blocks of `documents`, which are taken in shuffled order up to `max_tokens`
-    tokens."""
+    """Training blocks of `documents`, taken in shuffled order up to `max_tokens` tokens."""
     texts: list[str] = []
     characters = 0
     for index in np.random.default_rng(seed).permutation(len(documents.texts)):
@@ -233,8 +229,7 @@ def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0,
 
 def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: int,
                    limit: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """One document a row, cut to `max_len` tokens, right-padded: input_ids and attention_mask `[b,
-    s]`.
+    """One document a row, cut to `max_len`, right-padded: input_ids, attention_mask `[b, s]`.
 
     Rows are sorted by length, so that little is padded; `row` `[b]` gives each row's place in
     `documents`.

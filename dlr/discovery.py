@@ -1,5 +1,4 @@
-"""Finding a checkpoint: in a folder, in a run, or the newest of a phase, saying which one was
-taken.
+"""Finding a checkpoint: in a folder, in a run, or the newest of a phase.
 
 Order: the folder itself; its `best`, then the finished `checkpoint`, then the `last` state of its
 training; and for a phase the same in its newest complete run. Half-written checkpoints are skipped
@@ -22,8 +21,7 @@ class HalfWritten(UserWarning):
 
 
 def checkpoints(root: Path | None = None) -> dict[str, Path]:
-    """Label to folder of the routed models there are: the embedded router first, then those of
-    finished runs, trials in `scratch/` last."""
+    """Label to folder: the embedded router, then those of finished runs, `scratch/` last."""
     folders = {EMBEDDED: NANO_ROUTER} if (NANO_ROUTER / CONFIG).is_file() else {}
     root = root or results_folder()
     for pattern in (f"*/*/{METRICS}", f"scratch/*/*/{METRICS}"):
@@ -36,8 +34,7 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
 
 
 def label_of(folder: Path) -> str:
-    """The label of `checkpoints()`, or the last parts of the path: never a whole one, which would
-    name a machine."""
+    """The label of `checkpoints()`, or the last parts of the path, which name no machine."""
     for label, path in checkpoints().items():
         if path.resolve() == folder.resolve():
             return label

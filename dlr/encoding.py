@@ -21,8 +21,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def encode(tokenizer, texts: str | list[str]) -> list[int] | list[list[int]]:
-    """Token ids of one text, or of each of several; no special token is added and none is read out
-    of the text.
+    """Token ids of one text, or of each of several, without any special token.
 
     Raises:
         ValueError: the tokenizer makes special tokens of what a text spells out, whatever it is
@@ -49,8 +48,7 @@ def encode(tokenizer, texts: str | list[str]) -> list[int] | list[list[int]]:
 
 
 def _special_ids(tokenizer) -> set[int]:
-    """Ids that no text may have: those of special tokens, without the one that stands for unknown
-    characters only."""
+    """Ids that no text may have: special tokens, but the one for unknown characters only."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ends = {getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
     unknown = {getattr(tokenizer, "unk_token_id", None)} - ends
@@ -58,8 +56,7 @@ def _special_ids(tokenizer) -> set[int]:
 
 
 def _encode_plainly(tokenizer, text: str, special: set[int]) -> list[int]:
-    """Ids of `text` by a copy of the tokenizer in whose vocabulary special tokens have names that
-    no text spells.
+    """Ids of `text` by a copy of the tokenizer whose special tokens have names no text spells.
 
     Unigram and word-level models hold their special tokens among the pieces of text, so that asking
     them to split those is not enough.
@@ -104,8 +101,7 @@ def _name(tokenizer) -> str:
 
 
 def tokenizer_of(model, folder: str | Path | None = None):
-    """The tokenizer that belongs to a model: the one in checkpoint `folder` where there is one,
-    else its base model's.
+    """The tokenizer in checkpoint `folder` where there is one, else that of the base model.
 
     Raises:
         OSError: neither is there; the message names the base model.
@@ -123,8 +119,7 @@ def tokenizer_of(model, folder: str | Path | None = None):
 
 
 def opening_token(tokenizer) -> int:
-    """The token that opens a document: beginning-of-text where the tokenizer has one, else
-    end-of-text.
+    """The token that opens a document: beginning-of-text if there is one, else end-of-text.
 
     Raises:
         ValueError: it has neither.
@@ -138,8 +133,7 @@ def opening_token(tokenizer) -> int:
 
 
 def padding_token(tokenizer) -> int:
-    """The token that fills up rows: the tokenizer's own, else end-of-text, else beginning-of-text
-    (masked in any case).
+    """The token that fills up rows, which are masked: padding, else end, else beginning-of-text.
 
     Raises:
         ValueError: it has none of them.

@@ -1,5 +1,4 @@
-"""A checkpoint's folder: its own files, written whole beside what else lies there, and what may be
-wrong with them.
+"""A checkpoint's folder: its own files, written whole beside others, and what may be wrong.
 
 The record (router_config.json or control.json) is written last and names the checkpoint's files
 with their digests, so that a save that was killed, or files of two saves in one folder, are refused
@@ -64,8 +63,7 @@ def as_json(record: dict) -> str:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path):
-    """A temporary folder whose files go into `folder` when the block ends without an error; other
-    files there stay.
+    """A temporary folder whose files go into `folder`, beside others, when the block ends well.
 
     Nothing changes while the block runs. Then the old record goes, the parts come, and the new
     record comes last.

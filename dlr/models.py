@@ -90,8 +90,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
 
 
 def add_lora(model, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0):
-    """`model` with LoRA (Hu et al. 2021) on its attention and MLP projections, drawn from
-    `seed`."""
+    """`model` with LoRA (Hu et al. 2021) on attention and MLP projections, drawn from `seed`."""
     from peft import LoraConfig, get_peft_model                # takes seconds to import
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(

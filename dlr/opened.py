@@ -69,8 +69,7 @@ class Opened:
         return iter((self.model, self.tokenizer, self.routing))
 
     def at_skip(self, skip: float, forced: float = 0.0) -> None:
-        """Moves a static plan along its order to `skip`, where a share `forced` of the tokens runs
-        everything anyway."""
+        """Moves a static plan to `skip`, where a share `forced` of tokens runs everything."""
         skip = min(skip, 1 - forced)
         fewer, more, share = static_pair(self.order, self.routing.units, skip, forced)
         self.policy.plans = torch.stack([fewer, more]).float()
@@ -208,8 +207,7 @@ def _needed(*skips: float | None) -> float:
 
 
 def _stored_order(path: Path, name: str | None = None) -> tuple[list[int], float | None]:
-    """The greedy static order in a run's metrics.json, and the measured skip of its row `name`
-    (None: of no row)."""
+    """(the greedy static order in a metrics.json, the measured skip of its row `name`)."""
     rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
     order = next((row["order"] for row in rows if row.get("order")), None)
     if order is None:
@@ -221,8 +219,7 @@ def _stored_order(path: Path, name: str | None = None) -> tuple[list[int], float
 
 
 def _order_near(checkpoint: Path, given: str | None) -> tuple[list[int], float | None]:
-    """The order of a run, and what this very checkpoint's row measured there; a row of another
-    checkpoint is not taken."""
+    """(the order of a run, the skip of this very checkpoint's row there, of no other's)."""
     if given:
         path = from_project(given)
         return _stored_order(path / METRICS if path.is_dir() else path)

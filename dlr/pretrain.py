@@ -1,5 +1,4 @@
-"""Pretraining of the embedded base model: tokenizer, Muon + AdamW, transformers.Trainer,
-warm-up-stable-decay.
+"""Pretraining of the embedded base: tokenizer, Muon + AdamW, Trainer, warm-up-stable-decay.
 
 A stable stage (constant rate) can go on for as long as there is time, is checkpointed and resumes
 by itself; a decay stage started from any of its checkpoints gives a model to export. Muon: Jordan
@@ -43,8 +42,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def pretraining_texts(text_dir: str, seed: int = 0, dataset: str = "") -> list[str]:
-    """Documents of `text_dir` (may be empty) and of the embedded corpus's train split, or of
-    `dataset` instead of both; shuffled."""
+    """Documents of `text_dir` (if any) and the embedded corpus, or of `dataset`; shuffled."""
     texts = load_documents(dataset or "embedded", "train").texts
     if text_dir and not dataset:
         texts = texts + folder_texts(text_dir)
@@ -53,8 +51,7 @@ def pretraining_texts(text_dir: str, seed: int = 0, dataset: str = "") -> list[s
 
 
 def pretraining_stream(text_dir: str, tokenizer, cache: Path, dataset: str = "") -> np.ndarray:
-    """The training tokens `[n]` (uint32, which holds any vocabulary), tokenised once, kept beside
-    `cache` (a .npy file).
+    """The training tokens `[n]` (uint32), tokenised once and kept beside `cache` (a .npy file).
 
     The file's name ends in a hash of texts, tokenizer and the rules of `dlr.encoding`: a stream of
     other text, or one in which spelled-out special tokens end documents, is never taken for this
@@ -81,8 +78,7 @@ def _stream_key(texts: list[str], tokenizer) -> str:
 
 
 def nano_config(vocab_size: int, layers: int = 16, width: int = 192) -> LlamaConfig:
-    """Llama architecture, grouped queries (3 heads of 64, one K/V head), tied embeddings: 7.1 M
-    parameters."""
+    """Llama with grouped queries (heads of 64, one K/V head), tied embeddings: 7.1 M parameters."""
     return LlamaConfig(vocab_size=vocab_size, hidden_size=width, intermediate_size=width * 8 // 3,
                        num_hidden_layers=layers, num_attention_heads=width // 64,
                        num_key_value_heads=1, max_position_embeddings=1024,
@@ -91,8 +87,7 @@ def nano_config(vocab_size: int, layers: int = 16, width: int = 192) -> LlamaCon
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the layers' matrices, AdamW for embeddings and norms, behind one optimizer
-    interface."""
+    """Muon for the layers' matrices, AdamW for embeddings and norms, as one optimizer."""
 
     def __init__(self, model, muon_lr: float, adamw_lr: float):
         matrices, others = [], []
@@ -124,8 +119,7 @@ def pretrain(model, stream: np.ndarray, folder: Path, *, steps: int, seq_len: in
              muon_lr: float, adamw_lr: float, schedule: str, accumulation: int = 1,
              warmup: int = 100, seed: int = 0, save_steps: int = 200,
              compile: bool = False) -> Trainer:
-    """Trains `model` in place for `steps` optimizer steps; goes on from the newest checkpoint in
-    `folder`.
+    """Trains `model` in place for `steps` steps; goes on from the newest checkpoint there.
 
     `schedule` is 'constant_with_warmup' (stable stage) or 'linear' (decay stage).
     """

@@ -93,8 +93,7 @@ def _router_record(record: dict) -> RouterRecord:
 
 
 def _named_base(stored: dict, where: str, model: str | None = None, **loading) -> dict:
-    """The arguments of `models.open_model` for the base a record names, at the dtype and
-    quantisation recorded.
+    """The arguments of `models.open_model` for the base a record names, as it was recorded.
 
     Args:
         stored: the record's `base`; where: the file that says so; model: another name for it.

@@ -1,5 +1,4 @@
-"""Models and plans to measure speed with: published shapes with random weights, and recorded plans
-stretched over them.
+"""Models to measure speed with, and recorded plans stretched over them.
 
 Speed depends on shapes and on the plan, not on what the weights are.
 """
@@ -26,8 +25,7 @@ SHAPES = {
 
 
 def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu"):
-    """A model of a published shape with random weights; `layers` caps its depth to what memory
-    holds."""
+    """A model of a published shape with random weights; `layers` caps its depth."""
     config = type(SHAPES[shape])(**SHAPES[shape].to_diff_dict())
     config.num_hidden_layers = layers or config.num_hidden_layers
     if hasattr(config, "layer_types"):
@@ -61,8 +59,7 @@ def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
 
 
 def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:
-    """Gates `[n, units]` with the token and depth pattern of recorded router logits `[n, U]`, at
-    exactly `skip`.
+    """Gates `[n, units]` with the pattern of recorded logits `[n, U]`, at exactly `skip`.
 
     A model of another depth gets the pattern stretched over its layers.
     """

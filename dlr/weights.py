@@ -29,8 +29,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def base_tensors(model: nn.Module):
-    """(name without adapters' wrappers, tensor or None where it is nowhere) of the base's
-    weights."""
+    """(name without adapters' wrappers, tensor or None where it is nowhere) of base weights."""
     base, seen = causal_lm(model), set()
     tied = getattr(base, "all_tied_weights_keys", None) or {}
 
@@ -142,8 +141,7 @@ def base_record(model: nn.Module) -> dict:
 
 
 def identity(model: nn.Module) -> str:
-    """Sixteen hex digits of weights, dtype and quantisation: results of another base are not taken
-    for this one's."""
+    """Sixteen hex digits of weights, dtype and quantisation: they tell one base from another."""
     record = base_record(model)
     record.pop("name")
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -155,8 +153,7 @@ def _loaded_as(record: dict) -> str:
 
 def differences(stored: dict, now: dict,
                 trained_biases: bool = False) -> tuple[list[str], list[str]]:
-    """(what makes `now` another base than `stored`, what differs in precision alone), as names of
-    fields or of parts of the fingerprint.
+    """(what makes `now` another base than `stored`, what differs in precision alone), by name.
 
     Args:
         trained_biases: the checkpoint's adapter brings biases of its own, so that the base's are
