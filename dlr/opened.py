@@ -21,13 +21,13 @@ from dlr.discovery import find_checkpoint
 from dlr.encoding import tokenizer_of
 from dlr.folder import RECORDS, digest_of, looks_like, refuse_incomplete
 from dlr.handle import Routing
-from dlr.models import load_base
+from dlr.models import load_base, source_of
 from dlr.policy import Policy, RandomByDocument, RouterPolicy, StaticByDocument
 from dlr.restore import restore
 from dlr.routed import routing_of
 from dlr.runs import METRICS, from_project, results_folder, slug
 from dlr.settings import SettingsError
-from dlr.weights import NANO_NAME, base_record, identity
+from dlr.weights import base_record, identity
 
 KINDS = ("routed", "static", "stochastic", "dense", "base")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -130,9 +130,9 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
 
 # -- base models ----------------------------------------------------------------------------------
 def _is_base(name: str | Path | None) -> bool:
-    if name is None or str(name) in ("nano", NANO_NAME):
-        return name is not None
-    folder = from_project(name)
+    if name is None:
+        return False
+    folder = Path(source_of(str(name)))
     if folder.is_dir():
         checkpoint = any((folder / record).exists() for record in RECORDS)
         return (folder / "config.json").is_file() and not checkpoint
