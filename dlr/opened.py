@@ -112,7 +112,7 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
         raise SettingsError(f"skip={skip} must lie between 0 and 1.")
     loading = {"dtype": dtype, "attn_implementation": attn_implementation,
                "load_in_4bit": load_in_4bit, "device": device}
-    if variant == "base" or _is_base(name):
+    if variant == "base" or _is_base(name, variant):
         _refuse_unused("base", {"skip": skip, "order": order, "model": model})
         return _load_base(name, variant, loading)
     folder = find_checkpoint(name, say)
@@ -129,14 +129,16 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
 
 
 # -- base models ----------------------------------------------------------------------------------
-def _is_base(name: str | Path | None) -> bool:
+def _is_base(name: str | Path | None, variant: str | None) -> bool:
+    """Whether `name` is a base model's; where a router is asked for, no Hub id is guessed."""
     if name is None:
         return False
     folder = Path(source_of(str(name)))
     if folder.is_dir():
         checkpoint = any((folder / record).exists() for record in RECORDS)
         return (folder / "config.json").is_file() and not checkpoint
-    return _HUB_ID.fullmatch(str(name)) is not None and not (results_folder() / name).is_dir()
+    hub = variant in (None, "dense") and _HUB_ID.fullmatch(str(name)) is not None
+    return hub and not (results_folder() / name).is_dir()
 
 
 def _load_base(name: str | Path, variant: str | None, loading: dict) -> Opened:

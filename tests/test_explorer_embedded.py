@@ -201,7 +201,7 @@ def test_checkpoints_are_the_embedded_router_and_those_of_finished_runs(tmp_path
     assert list(found) == [EMBEDDED, "token_routing/done/DLR", "scratch/pareto/trial/DLR"]
     assert find_checkpoint(None) == NANO_ROUTER
     with pytest.raises(FileNotFoundError, match="There are: embedded router"):
-        Session("no/such/folder")
+        Session("no/folder")
 
 
 
