@@ -13,6 +13,7 @@ import dlr
 from dlr.compact import OVERHEAD
 from dlr.router_config import RouterConfig
 from dlr.models import add_lora
+from dlr import families
 from dlr.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routed import NotRoutable
 from dlr.rows import plan_rows
@@ -331,3 +332,35 @@ def test_wrong_plans_and_strange_caches_are_refused_before_any_compute(llama, id
     with pytest.raises(ValueError, match="begun by another router"):
         llama(ids[:, :1], past_key_values=cache)
     assert not computed
+
+
+class Renamed(torch.nn.Module):
+    """A Llama layer whose parts no family names so."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.mixer, self.thinker = layer.self_attn, layer.mlp
+        self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
+
+    def forward(self, hidden_states, **kwargs):
+        hidden_states = hidden_states + self.mixer(hidden_states=self.before(hidden_states), **kwargs)[0]
+        return hidden_states + self.thinker(self.between(hidden_states))
+
+
+@torch.no_grad()
+def test_a_family_with_other_names_is_one_entry_in_the_table(llama, ids, monkeypatch):
+    for index, layer in enumerate(llama.model.layers):
+        llama.model.layers[index] = Renamed(layer)
+    with pytest.raises(NotRoutable, match="its 'mixer' may mix tokens"):
+        dlr.attach(llama, OPEN, execution="compact")
+    entry = families.Family(attention=("mixer",), mlp=("thinker",))
+    monkeypatch.setitem(families.FAMILIES, "Renamed", entry)
+    routing = dlr.attach(llama, OPEN, execution="compact")
+    outputs = []
+    for execution in ("masked", "compact"):
+        with routing.at(policy=RandomPlan(0.5, 1), execution=execution):
+            outputs.append(llama(ids).logits)
+    assert torch.allclose(*outputs, atol=1e-5) and routing.plan.compact
+    routing.detach()
+    routing = dlr.attach(llama, OPEN.changed(unit="sublayer"))
+    assert routing.units == 8
