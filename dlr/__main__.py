@@ -8,14 +8,15 @@ import time
 import traceback
 from pathlib import Path
 
-from dlr import evalcommand, serve
-from dlr.phases import PHASES, schema_of
-from dlr.places import Wanted, beside, named, provenance, shown_path
+from dlr.explore import serve
 from dlr.settings import validated
-from dlr.sweeps import run_sweep, write_table
-from dlr.workbook import checked_parameters, effective_of
+from dlr.workbook import evalcommand
+from dlr.workbook.phases import PHASES, schema_of
+from dlr.workbook.places import Wanted, beside, named, provenance, shown_path
+from dlr.workbook.runner import checked_parameters, effective_of
+from dlr.workbook.sweeps import run_sweep, write_table
 
-# `dlr.notebooks` is imported by the commands that need it: it takes half as long as all of these.
+# `dlr.workbook.notebooks` is imported by the commands that need it: it takes half as long as all of these.
 
 EXAMPLES = """examples:
   python -m dlr run                                       a tour: a router beside its controls
@@ -117,7 +118,7 @@ def _run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: b
     Args:
         name: of the run's folder; where nobody gave it, another run that holds it is left alone.
     """
-    from dlr import notebooks
+    from dlr.workbook import notebooks
     notebook = notebooks.read_pair(PHASES[phase].notebook)
     wanted = Wanted(phase, effective_of(phase, parameters, notebook))
     place = named(wanted, name, force) if is_given else beside(wanted, name)
@@ -154,7 +155,7 @@ def sweep(arguments) -> int:
 
 
 def notebooks(arguments) -> int:
-    from dlr.notebooks import refresh
+    from dlr.workbook.notebooks import refresh
     refresh(arguments.names)
     return 0
 

@@ -47,16 +47,16 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("base_model", globals())
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import basemodel
-from dlr.figures_training import layer_harm, pretraining
-from dlr.workbook import open_run
+from dlr.workbook import base_model as basemodel
+from dlr.figures.training import layer_harm, pretraining
+from dlr.workbook.runner import open_run
 
 run = open_run("base_model", config)
 
@@ -114,6 +114,6 @@ for sample in run.metrics["samples"]:
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-from dlr import findings
+from dlr.workbook import findings
 
 Markdown(findings.base_model(run.rows, run.metrics["layer_harm"]))

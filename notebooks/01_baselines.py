@@ -45,14 +45,14 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("baselines", globals())
 
 # %% tags=["nbval-ignore-output"]
-from dlr import study
-from dlr.figures_training import comparison
-from dlr.workbook import open_run, shown
+from dlr.workbook import study
+from dlr.figures.training import comparison
+from dlr.workbook.runner import open_run, shown
 
 run = open_run("baselines", config)
 
@@ -84,6 +84,6 @@ run.figure(comparison(run.rows, "Baselines"), "comparison")
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-from dlr import findings
+from dlr.workbook import findings
 
 Markdown(findings.baselines(run.rows))

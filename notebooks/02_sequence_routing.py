@@ -45,15 +45,15 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("sequence_routing", globals())
 
 # %% tags=["nbval-ignore-output"]
-from dlr import study
-from dlr.figures_training import comparison, training
-from dlr.policy import RouterPolicy
-from dlr.workbook import open_run, shown
+from dlr.workbook import study
+from dlr.figures.training import comparison, training
+from dlr.routing.policy import RouterPolicy
+from dlr.workbook.runner import open_run, shown
 
 run = open_run("sequence_routing", config)
 folders = {f"lambda = {price:g}": f"lambda-{price:g}" for price in config.penalties}
@@ -87,6 +87,6 @@ run.figure(training(run.logs(folders), title), "training")
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-from dlr import findings
+from dlr.workbook import findings
 
 Markdown(findings.sequence(run.rows))

@@ -61,7 +61,7 @@ import sys
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.settings import SettingsError
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("token_routing", globals())
 CHANGES = {"v1": {"objective": "global_penalty", "warm_start": False, "router_lr": 1e-2},
@@ -74,10 +74,10 @@ if unknown:
 configs = {name: config.changed(**CHANGES[name]) for name in CHANGES if name in config.variants}
 
 # %% tags=["nbval-ignore-output"]
-from dlr import study
+from dlr.workbook import study
 from dlr.runs import kind_of
-from dlr.figures_training import comparison, keep_rates, training
-from dlr.workbook import open_run, shown
+from dlr.figures.training import comparison, keep_rates, training
+from dlr.workbook.runner import open_run, shown
 
 run = open_run("token_routing", config)
 folders = {name: name.replace(" ", "-") for name in configs}
@@ -125,6 +125,6 @@ run.figure(keep_rates(skipping, config.always_keep), "keep_rates")
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-from dlr import findings
+from dlr.workbook import findings
 
 Markdown(findings.token_routing(run.rows, config.target_skip, run.metrics["against_static"]))

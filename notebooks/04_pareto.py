@@ -48,15 +48,15 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("pareto", globals())
 
 # %% tags=["nbval-ignore-output"]
-from dlr import study
-from dlr.figures_training import frontier, verdicts
+from dlr.workbook import study
+from dlr.figures.training import frontier, verdicts
 from dlr.runs import Run, finished_runs, project_root, results_folder
-from dlr.workbook import comparable, open_run, results_table, seeds_table, shown
+from dlr.workbook.runner import comparable, open_run, results_table, seeds_table, shown
 
 run = None if config.point == "summary" else open_run("pareto", config)
 
@@ -113,6 +113,6 @@ differences.round(4)
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-from dlr import findings
+from dlr.workbook import findings
 
 Markdown(findings.frontier(differences))

@@ -51,18 +51,18 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("evaluation", globals())
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import evaluation
-from dlr.figures_evaluation import bars, group_tasks, groups, layer_skips, scatter
+from dlr.workbook import evaluation
+from dlr.figures.benchmarks import bars, group_tasks, groups, layer_skips, scatter
 from dlr.runs import Run, project_root
-from dlr.table import environment, scores_table
-from dlr.workbook import open_run
+from dlr.bench.table import environment, scores_table
+from dlr.workbook.runner import open_run
 
 run = open_run("evaluation", config)
 
@@ -117,7 +117,7 @@ skips.rename(columns={"skip": "scored tokens", "context_skip": "prompts"})
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-from dlr import findings
+from dlr.workbook import findings
 
 Markdown(findings.evaluation(rows, run.metrics["against_static"]))
 

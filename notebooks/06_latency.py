@@ -48,7 +48,7 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("latency", globals())
 
@@ -56,10 +56,12 @@ config = notebook_settings("latency", globals())
 import pandas as pd
 import torch
 
-from dlr import costs, latency, shapes
-from dlr.figures_latency import speedups
-from dlr.models import load_base
-from dlr.workbook import open_run
+from dlr.measure import costs
+from dlr.measure import latency
+from dlr.measure import shapes
+from dlr.figures.latency import speedups
+from dlr.base.models import load_base
+from dlr.workbook.runner import open_run
 
 run = open_run("latency", config)
 
@@ -153,6 +155,6 @@ pd.DataFrame(metrics["costs"]).round(3)
 # %% tags=["nbval-ignore-output"]
 from IPython.display import Markdown
 
-from dlr import findings
+from dlr.workbook import findings
 
 Markdown(findings.latency(table))

@@ -48,18 +48,19 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("token_analysis", globals())
 
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr import findings, token_study
-from dlr.figures_analysis import (category_depth, difficulty, headroom, position, predictability,
+from dlr.workbook import findings
+from dlr.workbook import token_study
+from dlr.figures.analysis import (category_depth, difficulty, headroom, position, predictability,
                                   words)
-from dlr.record import Record
-from dlr.workbook import open_run
+from dlr.measure.record import Record
+from dlr.workbook.runner import open_run
 
 run = open_run("token_analysis", config)
 

@@ -34,7 +34,7 @@ import sys
 
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
-from dlr.workbook import notebook_settings
+from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("explorer", globals())
 
@@ -45,7 +45,7 @@ config = notebook_settings("explorer", globals())
 # best static plan; *Generate* a continuation and watch each token's depth as it comes.
 
 # %% tags=["nbval-ignore-output"]
-from dlr.explorer_tabs import Workbench
+from dlr.explore.tabs import Workbench
 
 workbench = Workbench(config.checkpoint or None, config.text or None)
 explorer = workbench.explorer
@@ -61,7 +61,7 @@ workbench
 # self-contained HTML page and the record as CSV and JSON.
 
 # %% tags=["nbval-ignore-output"]
-from dlr.figures_explorer import token_map
+from dlr.explore.picture import token_map
 
 picture = token_map(explorer.record)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dlr.phase_training import ParetoConfig
-from dlr.identity import data_hash
+from dlr.base.identity import data_hash
 from dlr.runs import Run, project_root
+from dlr.workbook.phases.training import ParetoConfig
 
 
 def tracked() -> list[str]:

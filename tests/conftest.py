@@ -8,9 +8,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:      # one of several, as are the kernel
 
 import pytest
 import torch
-from tiny_models import tiny
+from tiny_models import SMALL, tiny
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dlr.compact import OVERHEAD
+from dlr.base.models import NANO
+from dlr.routing.compact import OVERHEAD
 
 
 @pytest.fixture
@@ -39,3 +41,16 @@ def by_rows(monkeypatch):
     `pytestmark = pytest.mark.usefixtures("by_rows")`.
     """
     monkeypatch.setitem(OVERHEAD, "cpu", 0.0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The embedded model's."""
+    return AutoTokenizer.from_pretrained(NANO)
+
+
+@pytest.fixture
+def model():
+    """A random Llama with the embedded vocabulary."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 4096})).eval()

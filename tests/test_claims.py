@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dlr.record import Record
+from dlr.measure.record import Record
 from dlr.runs import project_root
 
 ROOT = project_root()

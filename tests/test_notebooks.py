@@ -16,18 +16,17 @@ import pytest
 from clone import contents, copy_project, environment
 
 import dlr
-from dlr import findings, notebooks
-from dlr.phases import PHASES
-from dlr.run_settings import RunConfig
+from dlr.base.data import load_documents, padded_batches
+from dlr.base.models import NANO_ROUTER, load_base
+from dlr.figures.training import comparison, keep_rates, training, verdicts
+from dlr.measure.evaluate import evaluate, router_logits, skip_ratio
+from dlr.routing.policy import RouterPolicy
+from dlr.runs import Run, finished_runs, kind_of, project_root
 from dlr.settings import SettingsError
-from dlr.data import load_documents, padded_batches
-from dlr.evaluate import evaluate, router_logits, skip_ratio
-from dlr.runs import kind_of
-from dlr.figures_training import comparison, keep_rates, training, verdicts
-from dlr.models import NANO_ROUTER, load_base
-from dlr.policy import RouterPolicy
-from dlr.runs import Run, finished_runs, project_root
-from dlr.workbook import results_table, seeds_table, shown
+from dlr.train.settings import RunConfig
+from dlr.workbook import findings, notebooks
+from dlr.workbook.phases import PHASES
+from dlr.workbook.runner import results_table, seeds_table, shown
 
 NAMES = [name for name, _ in PHASES.values()]
 RESULTS = project_root() / "results"
@@ -137,7 +136,8 @@ def test_no_result_or_notebook_names_a_machine():
 
 
 def test_one_sentence_tells_the_perplexities_apart():
-    from dlr import basemodel, wikitext
+    from dlr.bench import wikitext
+    from dlr.workbook import base_model as basemodel
     said = set()
     for name in (name for name in NAMES if name not in ("06_latency", "08_explorer")):
         prose = " ".join(" ".join(cell.source.split()) for cell in committed(name).cells

@@ -3,9 +3,27 @@
 import copy
 
 import torch
-from transformers import (AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, GPT2Config,
-                          GPTNeoXConfig, GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, OPTConfig, Phi3Config,
-                          Qwen2Config, Qwen3Config, SmolLM3Config)
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+import dlr
+from dlr.routing.config import RouterConfig
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
@@ -31,3 +49,16 @@ def tiny(family: str = "llama", seed: int = 0):
     """A random model of six layers in evaluation mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()
+
+
+OPEN = RouterConfig(always_keep=2, keep_first_tokens=0)
+
+
+def half_skipping(model, config=OPEN):
+    """A router whose random logits close about half the gates."""
+    torch.manual_seed(5)
+    routing = dlr.attach(model, config)
+    with torch.no_grad():
+        routing.router.net[-1].weight.normal_(std=2.0)
+        routing.router.net[-1].bias.zero_()
+    return routing

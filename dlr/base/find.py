@@ -1,0 +1,133 @@
+"""Finding a checkpoint: in a folder, in a run, or the newest of a phase.
+
+Order: the folder itself; its `best`, then the finished `checkpoint`, then the `last` state of its
+training; and for a phase the same in its newest complete run. Half-written checkpoints are skipped
+with a warning.
+"""
+
+import warnings
+from pathlib import Path
+
+from dlr.base.folder import CONFIG, looks_like, missing_part
+from dlr.base.models import NANO_ROUTER
+from dlr.runs import METRICS, from_project, results_folder
+
+EMBEDDED = "embedded router"            # its label; on a command line it is 'nano-router'
+_BEST, _LAST = ("best", "checkpoint-best", "checkpoint"), ("last", "checkpoint-last")
+
+
+class HalfWritten(UserWarning):
+    """A checkpoint folder that lacks a part, and was skipped."""
+
+
+def checkpoints(root: Path | None = None) -> dict[str, Path]:
+    """Label to folder: the embedded router, then those of finished runs, `scratch/` last."""
+    folders = {EMBEDDED: NANO_ROUTER} if (NANO_ROUTER / CONFIG).is_file() else {}
+    root = root or results_folder()
+    for pattern in (f"*/*/{METRICS}", f"scratch/*/*/{METRICS}"):
+        for metrics in sorted(root.glob(pattern)):
+            for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
+                folder = config.parent
+                named = folder.parent if folder.name == "checkpoint" else folder
+                folders[str(named.relative_to(root))] = folder
+    return folders
+
+
+def label_of(folder: Path) -> str:
+    """The label of `checkpoints()`, or the last parts of the path, which name no machine."""
+    for label, path in checkpoints().items():
+        if path.resolve() == folder.resolve():
+            return label
+    return "/".join(part for part in folder.parts[-3:] if part not in ("checkpoint", "/"))
+
+
+def _candidates(folder: Path) -> list[tuple[str, Path]]:
+    """(how it is called aloud, folder), best first, in a run's or a variant's folder."""
+    def number(path: Path) -> int:
+        tail = path.name.rsplit("-", 1)[-1]
+        return int(tail) if tail.isdigit() else -1
+
+    named = [("best", folder / name) for name in _BEST]
+    named += [("half-written", path) for path in folder.glob(".checkpoint.*.tmp")]
+    named += [("last", folder / name) for name in _LAST]
+    named += [("last", path) for path in
+              sorted(folder.glob("trainer/checkpoint-*"), key=number, reverse=True)]
+    return [(said, path) for said, path in named if path.is_dir()]
+
+
+def _best_in(folder: Path) -> tuple[str, Path] | None:
+    """(how it is called aloud, folder) of the best complete checkpoint here or one folder down."""
+    inner = sorted(path for path in folder.iterdir()
+                   if path.is_dir() and not path.name.startswith("."))
+    inner.sort(key=lambda path: path.name not in ("router", "DLR"))    # before its controls
+    named = [pair for place in (folder, *inner) for pair in _candidates(place)]
+    named.sort(key=lambda pair: pair[0] == "last")                     # any best before any last
+    for said, path in named:
+        problem = missing_part(path)
+        if problem is None:
+            return said, path
+        if looks_like(path) or path.name.startswith("."):
+            warnings.warn(f"Skipped the half-written checkpoint {str(path)!r}: {problem}.",
+                          HalfWritten, stacklevel=3)
+    return None
+
+
+def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
+    """The checkpoint folder meant by `where`.
+
+    Args:
+        where: 'nano-router', a checkpoint's folder, a run's or a variant's, a phase, or a label of
+            `checkpoints`. A relative path is looked for from here, then from the project's root.
+            None: the embedded router, or the first checkpoint there is.
+
+    Raises:
+        FileNotFoundError: there is none; the message says where was looked, and what there is.
+    """
+    if where is None:
+        where = next(iter(checkpoints()), EMBEDDED)
+    if str(where) in ("nano-router", EMBEDDED):
+        if not looks_like(NANO_ROUTER):
+            raise FileNotFoundError(
+                "There is no embedded router (dlr/nano/router) in this copy of the project. Name a "
+                "checkpoint, for example --set checkpoint=results/token_routing/quick/DLR, or "
+                "train one: python -m dlr run. There are: "
+                f"{', '.join(checkpoints()) or 'none'}.")
+        return NANO_ROUTER
+    folder = from_project(where)
+    if not folder.is_dir():
+        folder = results_folder() / where
+    if not folder.is_dir():
+        phases = sorted({label.split("/")[0] for label in checkpoints()} - {EMBEDDED})
+        raise FileNotFoundError(
+            f"There is no checkpoint {str(where)!r}: it is neither a folder nor a phase "
+            f"({', '.join(phases) or 'none has a run'}). There are: "
+            f"{', '.join(checkpoints()) or 'none'}. python -m dlr run trains one. For a base model "
+            "give 'nano', a folder with config.json, or a Hub id with --variant base.")
+    if looks_like(folder):
+        problem = missing_part(folder)
+        if problem:
+            raise FileNotFoundError(f"The checkpoint {str(folder)!r} is half-written: {problem}. "
+                                    "Give another one, or run its training again.")
+        return folder
+    if folder.resolve().parent == results_folder().resolve():
+        return _newest_of(folder, say)
+    best = _best_in(folder)
+    if best is None:
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no complete checkpoint: looked for {', '.join(_BEST + _LAST)} "
+            "and trainer/checkpoint-*, here and one folder down.")
+    say(f"checkpoint: {best[0]} of {folder.name}: {best[1]}")
+    return best[1]
+
+
+def _newest_of(phase: Path, say) -> Path:
+    """The best checkpoint of the newest complete run of a phase that has one."""
+    runs = sorted(phase.glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for metrics in runs:
+        best = _best_in(metrics.parent)
+        if best is not None:
+            say(f"checkpoint: {best[0]} of the newest complete run with one, "
+                f"{metrics.parent.name}: {best[1]}")
+            return best[1]
+    raise FileNotFoundError(f"None of the {len(runs)} complete runs of {phase.name!r} holds a "
+                            f"checkpoint; train one with 'python -m dlr run {phase.name}'.")

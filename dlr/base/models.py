@@ -1,0 +1,98 @@
+"""Base models: the embedded one, a local folder, or the Hugging Face Hub; LoRA through PEFT."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from dlr.routing.decoder import projections_of
+from dlr.routing.packed import keep_differentiable
+from dlr.routing.weights import NANO, NANO_NAME
+from dlr.runs import from_project
+
+# PEFT 0.21 still asks transformers 5.23 for the old name of this property.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+NANO_ROUTER = NANO / "router"            # a trained, calibrated router for it
+DTYPES = ("float32", "bfloat16", "float16")
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+       "bnb_4bit_compute_dtype": "bfloat16"}
+_PICKLE = ("The weights of {} are there as a pickle only (pytorch_model.bin); loading one runs "
+           "whatever code it holds, so it is refused. Ask for a safetensors copy, or convert it "
+           "where you trust it: "
+           "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder).")
+
+
+def load_base(name: str = "nano", *, dtype: str | None = None,
+              attn_implementation: str | None = None, load_in_4bit: bool | None = None,
+              device: str | None = None):
+    """(model, tokenizer) of the base `name`; arguments and errors as in `open_model`."""
+    model = open_model(name, dtype, attn_implementation, NF4 if load_in_4bit else None, device)
+    return model, AutoTokenizer.from_pretrained(source_of(name))
+
+
+def source_of(name: str) -> str:
+    """The folder or Hub id of a base model; the embedded one goes by name."""
+    if name in ("nano", NANO_NAME):
+        return str(NANO)
+    return str(from_project(name)) if from_project(name).is_dir() else name
+
+
+def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,
+               quantisation: dict | None = None, device: str | None = None, upcast: bool = True):
+    """The base model `name`, in evaluation mode and without gradients.
+
+    Args:
+        name: 'nano' (the embedded model), a local folder or a Hub id. A relative folder is looked
+            for from here, then from the project's root.
+        dtype: of the weights; None is the base's own (of the embedded model float32, in which it
+            is measured).
+        quantisation: bitsandbytes' settings, as `NF4`; None leaves the base as it is stored.
+        device: where the weights go; None is the CPU.
+        upcast: float32 for what a 4-bit base does not pack.
+
+    Raises:
+        ConnectionError: neither a local folder nor reachable on the Hub; the message names the
+            embedded model.
+        ValueError: the weights are there as a pickle only, or an unknown dtype.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    source = source_of(name)
+    dtype = dtype or ("float32" if source == str(NANO) else "auto")
+    options = {"dtype": getattr(torch, dtype, dtype),
+               "attn_implementation": attn_implementation or "sdpa", "use_safetensors": True,
+               "adapter_kwargs": {"subfolder": "none"}}       # no adapter that lies beside the base
+    if device:
+        options["device_map"] = {"": device}
+    if quantisation:
+        ours = ("loaded_as", "quant_method")
+        options["quantization_config"] = BitsAndBytesConfig(
+            **{name: value for name, value in quantisation.items() if name not in ours})
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise ValueError(_PICKLE.format(repr(source)))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except Exception as error:          # a missing file or network each raise a class of their own
+        if folder.exists():
+            raise
+        if "safetensors" in str(error):
+            raise ValueError(_PICKLE.format(repr(name))) from error
+        raise ConnectionError(f"The model {name!r} is no local folder and could not be downloaded "
+                              f"from the Hugging Face Hub ({type(error).__name__}). Without a "
+                              "network use model='nano', the embedded base model.") from error
+    if quantisation and quantisation.get("load_in_4bit") and upcast:
+        from peft import prepare_model_for_kbit_training  # takes seconds to import
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return keep_differentiable(model).eval().requires_grad_(False)
+
+
+def add_lora(model, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0):
+    """`model` with LoRA (Hu et al. 2021) on attention and MLP projections, drawn from `seed`."""
+    from peft import LoraConfig, get_peft_model  # takes seconds to import
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
+        target_modules=projections_of(model)))

@@ -1,0 +1,151 @@
+"""Figures of training runs: variants side by side, the frontier, the steps, single layers."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from dlr.figures.register import figure
+from dlr.figures.style import COLOURS, drawn, heat, intervals
+from dlr.runs import KINDS, Run, kind_of
+
+
+def _default(phase: str, ending: str, *arguments):
+    """Registers a figure of the rows of a phase's default run."""
+    return figure(phase, run="default", files=lambda runs: {
+        phase + ending: (run.rows, *arguments) for run in runs.values()})
+
+
+@_default("token_routing", "", "Token-level routing")
+@_default("baselines", "", "Baselines")
+@_default("sequence_routing", "", "Sequence-level routing")
+@drawn
+def comparison(rows: list[dict], title: str = ""):
+    """Perplexity with 95 % intervals beside measured skip, one row a variant."""
+    table = pd.DataFrame(rows[::-1])
+    colours = [COLOURS[kind_of(row)] for row in rows[::-1]]
+    picture, (left, right) = plt.subplots(1, 2, figsize=(8, 0.36 * len(rows) + 1.2), sharey=True,
+                                          gridspec_kw={"width_ratios": [3, 2]})
+    for place, (row, colour) in enumerate(zip(table.itertuples(), colours)):
+        left.errorbar(row.perplexity, place, xerr=[[row.perplexity - row.perplexity_low],
+                                                   [row.perplexity_high - row.perplexity]],
+                      fmt="o", color=colour, capsize=3)
+        right.barh(place, 100 * row.skip, color=colour)
+        right.text(100 * row.skip + 1, place, f"{100 * row.skip:.1f}", va="center", fontsize=8)
+    left.set_yticks(np.arange(len(table)), table["variant"])
+    left.set_ylim(-0.7, len(table) - 0.3)
+    left.set_xlabel("test perplexity (95 % interval over documents)")
+    if table["perplexity"].max() > 4 * table["perplexity"].min():
+        left.set_xscale("log")
+        left.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+        left.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        left.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    right.set_xlabel("measured skip (%)")
+    right.set_xlim(0, max(70, 100 * table["skip"].max() + 12))
+    picture.suptitle(title)
+    return picture
+
+
+@_default("token_routing", "_keep_rates", 4, "Token-level routing")
+@_default("baselines", "_keep_rates", 4, "Baselines")
+@_default("sequence_routing", "_keep_rates", 4, "Sequence-level routing")
+@drawn
+def keep_rates(rows: list[dict], always_keep: int = 4, title: str = ""):
+    """Share of tokens that run each routable unit, one row a variant; None without rows."""
+    rates = {row["variant"]: row["keep_rate"] for row in rows}
+    return heat(rates, rows[0], always_keep, "keep rate", title) if rates else None
+
+
+def verdicts(runs: dict[str, Run]) -> pd.DataFrame:
+    """Router against best static plan, paired, of each run with both; `skip` is the router's."""
+    return pd.DataFrame([{"run": name, "skip": run.rows[0]["skip"], **difference}
+                         for name, run in runs.items()
+                         if (difference := run.metrics.get("against_static"))])
+
+
+def _lines(axes, table: pd.DataFrame) -> None:
+    """Mean perplexity over seeds by measured skip, a line a kind, with one standard deviation."""
+    kinds = [kind_of(row) for row in table.to_dict("records")]
+    data = table.assign(kind=kinds, budget=table["skip"].round(1))
+    for kind, group in data.groupby("kind", sort=False):
+        points = group.groupby("budget").agg(skip=("skip", "mean"), mean=("perplexity", "mean"),
+                                             spread=("perplexity", "std")).fillna(0.0)
+        axes.errorbar(100 * points["skip"], points["mean"], yerr=points["spread"],
+                      label=KINDS[kind], color=COLOURS[kind], marker="o", capsize=3,
+                      lw=2 if kind in ("routed", "static") else 1,
+                      ls="-" if len(points) > 1 else "none")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.set_ylabel("test perplexity")
+
+
+@figure("pareto", lambda runs: {"pareto": (
+    pd.DataFrame([row for run in runs.values() for row in run.rows]), verdicts(runs),
+    "Embedded model")})
+@drawn
+def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
+    """Perplexity against measured skip, and below it the router against the best static plan.
+
+    Args:
+        table: rows of all runs; lines are means over seeds, with one standard deviation.
+        differences: of `verdicts`; a point is a run, with its paired 95 % interval over documents.
+    """
+    picture, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 6.2), sharex=True,
+                                             height_ratios=[5, 2])
+    if len(differences):
+        shift = differences.groupby(differences["skip"].round(1)).cumcount() * 0.8
+        intervals(lower, 100 * differences["skip"] + shift, differences, "nll_difference", ms=4,
+                  capsize=2)
+    lower.axhline(0, color=COLOURS["static"], lw=1)
+    lower.set_xlabel("measured skip on the test split (%)")
+    lower.set_ylabel("DLR - best static\n(nats a token)")
+    _lines(upper, table)
+    upper.set_title(title)
+    upper.legend(frameon=False, fontsize=8)
+    return picture
+
+
+@drawn
+def training(logs: dict[str, pd.DataFrame], title: str = ""):
+    """Cross-entropy and skip over each variant's steps, with the budget; None without logs."""
+    if not logs:
+        return None
+    picture, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    for (name, log), colour in zip(logs.items(), sns.color_palette("colorblind", len(logs))):
+        left.plot(log["step"], log["ce"].rolling(5, min_periods=1).mean(), label=name, color=colour)
+        right.plot(log["step"], 100 * log["skip"], color=colour)
+    goal = 100 * next(iter(logs.values()))["goal"].iloc[-1]
+    right.axhline(goal, color="black", lw=0.8, ls=":")
+    right.text(0, goal + 1, "target", fontsize=8)
+    left.set(xlabel="step", ylabel="training cross-entropy (nats)")
+    right.set(xlabel="step", ylabel="skip in training (%)", ylim=(-2, 102))
+    left.legend(frameon=False, fontsize=8)
+    picture.suptitle(title)
+    return picture
+
+
+@figure("base_model", lambda runs: {"base_model_layers": (run.metrics["layer_harm"], "Base model")
+                                    for run in runs.values() if "layer_harm" in run.metrics})
+@drawn
+def layer_harm(harm: list[float], title: str = ""):
+    """Loss added by skipping each single layer."""
+    picture, axes = plt.subplots(figsize=(6, 2.6))
+    axes.bar(range(len(harm)), harm, color=COLOURS["routed"])
+    axes.set(xlabel="layer skipped", ylabel="loss added (nats a token)", title=title)
+    if max(harm) > 20 * max(sorted(harm)[len(harm) // 2], 1e-6):
+        axes.set_yscale("log")
+    return picture
+
+
+@drawn
+def pretraining(history: pd.DataFrame):
+    """Training loss by tokens seen, stage by stage."""
+    picture, axes = plt.subplots(figsize=(6, 3))
+    colours = COLOURS["routed"], COLOURS["static"]
+    for (stage, group), colour in zip(history.groupby("stage", sort=False), colours):
+        axes.plot(group["tokens"] / 1e6, group["loss"], label=stage, color=colour)
+    axes.set(xlabel="tokens seen (millions)", ylabel="training loss (nats a token)")
+    axes.legend(frameon=False)
+    return picture

@@ -1,0 +1,112 @@
+"""FLOPs a token, in closed form, for dense and routed decoders. One multiply-add counts as two.
+
+K/V complete: a token that skips a layer still pays for that layer's key and value projections, so
+that later tokens find them; it saves the queries, the attention scores, the output projection and
+the MLP.
+"""
+
+import torch
+
+from dlr.routing.families import names
+
+_UNGATED = frozenset(names("ungated"))
+
+
+def _text(config):
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def layer_flops(config, context: float | torch.Tensor) -> tuple:
+    """(key and value projections, the rest of attention, the MLP) of one decoder layer for one
+    token that attends to `context` tokens.
+
+    Args:
+        config: a transformers text config; context: tokens attended to, the token itself included.
+    """
+    config = _text(config)
+    width, heads = config.hidden_size, config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head = getattr(config, "head_dim", None) or width // heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or \
+        getattr(config, "n_inner", None) or 4 * width
+    matrices = 2 if config.model_type in _UNGATED else 3
+    keys_values = 2 * 2 * width * kv_heads * head
+    projections = 2 * 2 * width * heads * head
+    scores = 2 * 2 * context * heads * head
+    return keys_values, projections + scores, matrices * 2 * width * inner
+
+
+def active_halves(gates: torch.Tensor, always: int,
+                  units_per_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layers whose attention ran, layers whose MLP ran), of gates or keep rates `[..., U]`.
+
+    Args:
+        always: layers outside the routable ones. units_per_layer: 1 where a gate decides on both
+            halves, 2 where attention and MLP alternate.
+    """
+    gates = gates.double()
+    attention = gates[..., ::units_per_layer].sum(-1)
+    mlp = gates[..., units_per_layer - 1::units_per_layer].sum(-1)
+    return always + attention, always + mlp
+
+
+def flops_per_token(config, active: float | torch.Tensor | tuple,
+                    context: float | torch.Tensor) -> float | torch.Tensor:
+    """FLOPs one token costs: active layers in full, of the others keys and values, and the head.
+
+    Args:
+        active: how many layers it runs, or a pair where their attention and MLP are counted apart
+            (`active_halves`).
+        active, context: numbers, or tensors `[n]`; `context` is how many positions the token
+            attends to.
+    """
+    text = _text(config)
+    attention, mlp = active if isinstance(active, tuple) else (active, active)
+    keys_values, attending, thinking = layer_flops(text, context)
+    return attention * attending + mlp * thinking + text.num_hidden_layers * keys_values + \
+        2 * text.hidden_size * text.vocab_size
+
+
+def plan_flops_per_token(config, context: float, keep_rate: list[float], always_keep: int = 0,
+                         keep_last: int = 0, router_hidden: int = 0,
+                         adapter_rank: int = 0) -> float:
+    """FLOPs of one token under a plan's keep rates; norms and activations are left out.
+
+    Args:
+        keep_rate: mean gate of each unit: one a routable layer, or two (its attention, then its
+            MLP).
+        always_keep, keep_last: layers outside the routable ones. router_hidden: width of the
+            router's hidden layers, 0 where no router runs (static plans). adapter_rank: of the
+            low-rank path past a skipped unit, 0 = none.
+
+    Raises:
+        ValueError: the keep rates do not fit the layers.
+    """
+    text = _text(config)
+    routable = text.num_hidden_layers - always_keep - keep_last
+    if routable < 1 or len(keep_rate) not in (routable, 2 * routable):
+        raise ValueError(f"{len(keep_rate)} keep rates do not fit {routable} routable layers.")
+    rates = torch.tensor(keep_rate, dtype=torch.double)
+    attention, mlp = active_halves(rates, always_keep + keep_last, len(keep_rate) // routable)
+    router = 2 * (text.hidden_size * router_hidden + router_hidden**2 + router_hidden
+                  * len(keep_rate))
+    skipped = (len(keep_rate) - sum(keep_rate)) * adapter_flops(text.hidden_size, adapter_rank)
+    return flops_per_token(text, (float(attention), float(mlp)), context) + router + skipped
+
+
+def adapter_flops(width: int, rank: int) -> int:
+    """FLOPs of the low-rank path past one skipped unit, for one token."""
+    return 2 * 2 * width * rank
+
+
+def router_flops(router) -> int:
+    """FLOPs the router costs a token."""
+    return 2 * sum(p.numel() for name, p in router.named_parameters() if p.ndim == 2
+                   and name.startswith("net"))
+
+
+def text_flops(config, active: torch.Tensor | tuple, position: torch.Tensor,
+               router: int = 0) -> float:
+    """FLOPs of whole texts: `active` as in `flops_per_token` and `position` `[n]`, and the router's
+    own cost a token."""
+    return float((flops_per_token(config, active, position.double() + 1) + router).sum())

@@ -1,0 +1,235 @@
+"""Latency of a plan, beside dense, truncation (the ceiling), masked and two-pass, in turns.
+
+Every routed system runs its router, and then follows a recorded plan, so that all systems skip the
+same.
+"""
+
+import contextlib
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+# waits for an accelerator before it reads the clock
+from torch.utils.benchmark import timer
+from transformers import DynamicCache
+
+from dlr.measure.shapes import random_model, recorded_gates
+from dlr.progress import tqdm
+from dlr.routing.attach import Routing, attach
+from dlr.routing.config import RouterConfig
+from dlr.routing.device import device_of, fast_bf16
+from dlr.routing.policy import RecordedPlan
+
+SYSTEMS = ("dense", "truncation", "masked", "two-pass", "compact")
+REFERENCES = ("masked", "two-pass")               # save nothing: timed in every second turn only
+
+
+@dataclass
+class Subject:
+    """A model under measurement, and the recorded gates `[n, U]` it follows at each skip ratio."""
+    name: str
+    model: torch.nn.Module
+    routing: Routing
+    gates: dict[float, torch.Tensor]
+
+    @property
+    def layers(self) -> int:
+        return len(self.routing.layers)
+
+    def active(self, skip: float) -> float:
+        """Layers a token runs on average."""
+        return self.layers - self.routing.units * skip
+
+    def bound(self, skip: float) -> float:
+        """Speed-up over dense if time were proportional to the layers run."""
+        return self.layers / self.active(skip)
+
+    def plan(self, skip: float, tokens: int | None = None) -> torch.Tensor:
+        """Recorded gates `[n, U]`, beginning with `tokens` neighbours whose mean skip is as near
+        `skip` as any such have.
+
+        A few tokens may well run deeper or shallower than all do on average; truncation does not.
+        """
+        gates = self.gates[skip]
+        if tokens is None or tokens >= len(gates):
+            return gates
+        # of each run of so many neighbours
+        skips = 1 - gates.mean(1).unfold(0, tokens, 1).mean(1)
+        return gates.roll(-int((skips - skip).abs().argmin()), 0)
+
+    @contextlib.contextmanager
+    def as_system(self, system: str, skip: float, tokens: int | None = None):
+        """The model set up as one of SYSTEMS at one skip ratio, for work of so many tokens."""
+        routing, config = self.routing, self.model.config
+        depth = config.num_hidden_layers
+        routed = system not in ("dense", "truncation")
+        policy = RecordedPlan(self.plan(skip, tokens)) if routed else None
+        execution = "compact" if system == "compact" else "masked"
+        strategy = "two_pass" if system == "two-pass" else "single_pass"
+        try:
+            with routing.at(policy=policy, execution=execution, strategy=strategy), torch.no_grad():
+                yield
+        finally:
+            config.num_hidden_layers = depth
+
+
+def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int | None = None,
+            dtype: torch.dtype | None = None, device: str = "cpu", always_keep: int = 4,
+            model=None) -> Subject:
+    """A model of shape `name` (or `model`) with a router, and the recorded plan on its layers."""
+    dtype = dtype or (torch.bfloat16 if fast_bf16() else torch.float32)
+    model = model if model is not None else random_model(name, layers, dtype, device)
+    routing = attach(model, RouterConfig(always_keep=always_keep, keep_first_tokens=0))
+    return Subject(name, model, routing, {s: recorded_gates(logits, routing.units, s)
+                                          for s in {0.0, *skips}})
+
+
+class Prefill:
+    """One pass over `length` tokens with last-token logits; its layers are timed apart."""
+    label = "prefill"
+    systems = SYSTEMS
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    def __init__(self, subject: Subject, batch: int, length: int):
+        self.subject, self.batch, self.length = subject, batch, length
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(2, subject.model.config.vocab_size, (batch, length),
+                            generator=generator)
+        self.ids = ids.to(device_of(subject.model))
+
+    def run(self) -> dict[str, float]:
+        """Seconds by part: 'layers' (embedding to final norm) and 'end to end'."""
+        marks = []
+        hook = self.subject.routing.decoder.register_forward_hook(lambda *a: marks.append(timer()))
+        try:
+            start = timer()
+            self.subject.model(self.ids, use_cache=False, logits_to_keep=1)
+            end = timer()
+        finally:
+            hook.remove()
+        return {"layers": marks[-1] - start, "end to end": end - start}
+
+
+class Decode:
+    """`steps` greedy steps of one token a sequence after a context; seconds a step."""
+    label = "decode"
+    # two passes have no cached form
+    systems = ("dense", "truncation", "masked", "compact")
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.steps
+
+    def __init__(self, subject: Subject, batch: int, length: int, steps: int = 16):
+        self.subject, self.batch, self.length, self.steps = subject, batch, length, steps
+        self.prompt = Prefill(subject, batch, length).ids
+        self.caches: dict[tuple, DynamicCache] = {}
+
+    def _context(self, layers: int) -> DynamicCache:
+        """A cache of `length` dense tokens, made once a depth and cropped back afterwards."""
+        if layers not in self.caches:
+            cache = DynamicCache(config=self.subject.model.config)
+            with self.subject.routing.disabled():
+                self.subject.model(self.prompt, past_key_values=cache, logits_to_keep=1)
+            self.caches[layers] = cache
+        return self.caches[layers]
+
+    def run(self) -> dict[str, float]:
+        """Seconds a step, 'end to end'."""
+        model = self.subject.model
+        cache = self._context(model.config.num_hidden_layers)
+        start = timer()
+        for step in range(self.steps):
+            model(self.prompt[:, step:step + 1], past_key_values=cache, logits_to_keep=1)
+        end = timer()
+        cache.crop(-self.steps)
+        return {"end to end": (end - start) / self.steps}
+
+
+def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
+    """(system, skip, depth) of every case: truncation has the depths around the active layers."""
+    chosen = []
+    for system, skip in itertools.product(systems, skips):
+        if system == "dense":
+            chosen.append((system, 0.0, subject.layers))
+        elif skip == 0.0 and system != "compact":
+            continue                            # only compact execution claims to be free at 0 %
+        elif system == "truncation":
+            active = subject.active(skip)
+            chosen += [(system, skip, depth) for depth in {math.floor(active), math.ceil(active)}]
+        else:
+            chosen.append((system, skip, subject.layers))
+    return sorted(set(chosen), key=lambda v: (SYSTEMS.index(v[0]), v[1], v[2]))
+
+
+def measure(work, skips: list[float], systems: list[str] | None = None,
+            repeats: int = 5) -> pd.DataFrame:
+    """Seconds of every system at every skip ratio, in turns, each in an order of its own.
+
+    Every system runs once a turn, so that drift of the machine (heat, other users) falls on all
+    alike. The first turn warms up and is not counted.
+
+    Returns:
+        One row a system, skip and part, with median, q1, q3 (seconds), bound (by layer count),
+        speedup over dense, share_of_truncation and share_of_bound. Speed-ups and shares are medians
+        (and quartiles: `speedup_q1`, ...) of ratios within a turn, which drift between turns leaves
+        alone.
+    """
+    subject = work.subject
+    variants = _variants(subject, systems or work.systems, skips)
+    times: list[dict] = []
+    for turn in tqdm(range(repeats + 1), desc=f"{subject.name}, {work.label}, batch {work.batch}",
+                     unit="turn"):
+        warm_up = turn == 0
+        for system, skip, depth in random.Random(turn).sample(variants, len(variants)):
+            if system in REFERENCES and turn % 2 == 0 and not warm_up:
+                continue
+            with subject.as_system(system, skip, work.tokens):
+                subject.model.config.num_hidden_layers = depth
+                seconds = work.run()
+            if not warm_up:
+                case = {"turn": turn, "system": system, "skip": skip, "depth": depth}
+                times += [case | {"part": part, "seconds": spent}
+                          for part, spent in seconds.items()]
+    return _table(subject, work, _at_active_depth(subject, pd.DataFrame(times)))
+
+
+def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
+    """Seconds `[turn, (part, system, skip)]`; truncation's are interpolated between the two depths
+    of the same turn.
+
+    A plan of 4.4 active layers is compared with 0.6 of the time at depth 4 and 0.4 of that at depth
+    5.
+    """
+    runs = times.sort_values("depth").groupby(["turn", "part", "system", "skip"])["seconds"]
+    # one and the same run, but for truncation
+    shallower, deeper = runs.first(), runs.last()
+    share = shallower.index.get_level_values("skip").map(lambda skip: subject.active(skip) % 1)
+    return (shallower + share * (deeper - shallower)).unstack(["part", "system", "skip"])
+
+
+def _table(subject: Subject, work, times: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    order = sorted(times, key=lambda key: (SYSTEMS.index(key[1]), key[2]))
+    for part, system, skip in order:
+        seconds = times[part, system, skip].dropna()
+        q1, median, q3 = seconds.quantile([0.25, 0.5, 0.75])
+        row = {"model": subject.name, "layers": subject.layers,
+               "dtype": str(subject.model.dtype).split(".")[-1], "work": work.label, "part": part,
+               "batch": work.batch, "length": work.length, "system": system, "skip": skip,
+               "median": median, "q1": q1, "q3": q3, "turns": len(seconds),
+               "bound": subject.bound(skip)}
+        for name, other in (("speedup", ("dense", 0.0)),
+                            ("share_of_truncation", ("truncation", skip))):
+            ratio = times[part, *other] / seconds if (part,
+                                                      *other) in times else seconds * float("nan")
+            row |= {f"{name}{end}": ratio.quantile(share)
+                    for end, share in (("", 0.5), ("_q1", 0.25), ("_q3", 0.75))}
+        rows.append(row | {"share_of_bound": row["speedup"] / row["bound"]})
+    return pd.DataFrame(rows)

@@ -1,0 +1,103 @@
+"""Logits of a long text in bounded memory: the model runs once, its head on a few rows at a time.
+
+A text of 32,000 tokens under a vocabulary of 152,000 has logits of 20 GB. What follows the decoder
+(head, soft caps, scales) is each family's own and works row by row, so the family's own code is
+given the decoder's rows in chunks.
+
+Notation: s tokens of the text, V vocabulary.
+"""
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dlr.routing.attach import Routing, causal_lm
+
+# Logits held at a time: 50 MB in float32. Blocks above 32 MB go back to the system at once; smaller
+# ones would stay in the C library's heap, which then grows all the same.
+ELEMENTS = 3 * 2**22
+
+
+def last_only(model) -> dict:
+    """What to pass to a forward pass of which only the last token's logits, or none, are wanted; {}
+    where `model` has no such setting."""
+    known = inspect.signature(type(causal_lm(model)).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+def chunks(model, tokens: int, texts: int = 1) -> list[slice]:
+    """Slices of `tokens` places, whose logits in `texts` texts have about `ELEMENTS` elements."""
+    vocabulary = causal_lm(model).config.get_text_config().vocab_size
+    step = max(1, ELEMENTS // (vocabulary * texts))
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def logits_of(model, routing: Routing, ids: torch.Tensor,
+              mask: torch.Tensor | None = None) -> Callable[[slice], torch.Tensor]:
+    """Runs `model` on ids `[b, s]`, and returns a function from a slice of n places to their
+    logits `[b, n, V]`.
+
+    Call the function under the adapters and the autocast of the pass itself: the head may have
+    adapters too.
+    """
+    asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if len(chunks(model, ids.shape[1], len(ids))) <= 1:
+        logits = model(**asked).logits
+        return lambda places: logits[:, places]
+    outputs, thread = [], threading.get_ident()
+
+    def keep(module, arguments, output):
+        if threading.get_ident() == thread:
+            outputs.append(output)
+
+    handle = routing.decoder.register_forward_hook(keep)
+    try:
+        model(**asked, **last_only(model))
+    finally:
+        handle.remove()
+    replay = _Replay(outputs[-1])
+    head = _with_decoder(causal_lm(model), routing.decoder, replay)
+
+    def logits_at(places: slice) -> torch.Tensor:
+        replay.places = places
+        return type(head).forward(head, input_ids=ids[:, places], use_cache=False).logits
+
+    return logits_at
+
+
+class _Replay(nn.Module):
+    """Stands for a decoder that has run: gives its output at some places again."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output, self.places = output, slice(None)
+
+    def forward(self, *arguments, **options):
+        if isinstance(self.output, tuple):
+            return (self.output[0][:, self.places], *self.output[1:])
+        return dataclasses.replace(self.output,
+                                   last_hidden_state=self.output.last_hidden_state[:, self.places])
+
+
+def _with_decoder(causal: nn.Module, decoder: nn.Module, stand_in: nn.Module) -> nn.Module:
+    """`causal` with `stand_in` for its decoder. Both share every other part; `causal` itself is not
+    touched, since another thread may be using it."""
+    path = next(name for name, module in causal.named_modules() if module is decoder).split(".")
+    head = parent = _shallow(causal)
+    for name in path[:-1]:
+        parent._modules[name] = parent = _shallow(parent._modules[name])
+    parent._modules[path[-1]] = stand_in
+    return head
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    copied = module.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    # put there by offloading, and bound to the original
+    copied.__dict__.pop("forward", None)
+    copied.__dict__["_modules"] = dict(module._modules)
+    return copied

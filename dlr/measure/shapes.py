@@ -1,0 +1,69 @@
+"""Models to measure speed with, and recorded plans stretched over them.
+
+Speed depends on shapes and on the plan, not on what the weights are.
+"""
+
+import torch
+from torch.nn.functional import interpolate
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from dlr.base.data import load_documents, padded_batches
+from dlr.base.opened import load
+from dlr.measure.evaluate import router_logits
+from dlr.routing.budget import threshold_for
+
+SHAPES = {
+    "tinyllama-1.1b": LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=4096,
+        rms_norm_eps=1e-5),
+    "qwen2.5-3b": Qwen2Config(
+        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+        num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=True),
+}
+
+
+def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu"):
+    """A model of a published shape with random weights; `layers` caps its depth."""
+    config = type(SHAPES[shape])(**SHAPES[shape].to_diff_dict())
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if hasattr(config, "layer_types"):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    rotary = type(model.model.rotary_emb)(config=config)
+    model.to_empty(device=device)
+    model.model.rotary_emb = rotary.to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.02, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+    model.tie_weights()
+    return model.eval()
+
+
+def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
+    """Router logits `[n, U]` of test documents, in reading order, by the router of `checkpoint`.
+
+    Args:
+        checkpoint: as in `dlr.base.find.find_checkpoint`, a relative path from here or from the
+            project's root; '' is the embedded router. The text is cut by the checkpoint's own
+            tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    model, tokenizer, routing = load(checkpoint or "nano-router", variant="routed")
+    batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 8, limit=documents)
+    return router_logits(model, routing, batches)[0]
+
+
+def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:
+    """Gates `[n, units]` with the pattern of recorded logits `[n, U]`, at exactly `skip`.
+
+    A model of another depth gets the pattern stretched over its layers.
+    """
+    wide = interpolate(logits.float().unsqueeze(1), units, mode="linear", align_corners=True)[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    wide = wide + 1e-4 * torch.rand(wide.shape, generator=generator)                  # no ties
+    return (wide > threshold_for(wide, skip)).float()

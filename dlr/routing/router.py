@@ -1,0 +1,162 @@
+"""The router: a small float32 network from the state after layer K to one logit a routable unit.
+
+Notation: b batch, s sequence, d width, U routable units. Gumbel straight-through gates: Jang et al.
+2017, Maddison et al. 2017; straight-through estimator: Bengio et al. 2013.
+"""
+
+import importlib
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dlr.routing.config import RouterConfig
+from dlr.settings import SettingsError
+
+ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds it
+
+
+class Dense(nn.Module):
+    """A linear layer that PEFT's target_modules="all-linear" does not take for the base's."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        made = nn.Linear(inputs, outputs)
+        self.weight, self.bias = made.weight, made.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+class Router(nn.Module):
+    """RMSNorm, three linear layers with GELU between, and (optionally) low-rank skip paths.
+
+    Another router is a subclass, named by `RouterConfig.router_class`, in a file `router_*.py`
+    beside this one or anywhere that is imported first. With `ahead = False` it is asked layer by
+    layer: `forward(hidden, unit)` gets the state `[b, s, d]` before the unit's layer and returns
+    that unit's logits `[b, s, 1]`. No plan is known ahead then, so such a router runs masked only.
+
+    It lives inside the base model's module tree, so that optimizers, clipping and DDP see its
+    parameters, but keeps out of the base model's `state_dict`: its weights belong to router files
+    (see `weights`).
+    """
+
+    ahead: ClassVar[bool] = True
+
+    def __init__(self, width: int, units: int, config: RouterConfig):
+        super().__init__()
+        hidden, self.width = config.router_hidden, width
+        self.net = nn.Sequential(Dense(width, hidden), nn.GELU(), Dense(hidden, hidden), nn.GELU(),
+                                 Dense(hidden, units))
+        nn.init.normal_(self.net[-1].weight, std=0.01)
+        nn.init.constant_(self.net[-1].bias, config.keep_bias)
+        rank = config.skip_adapter_rank
+        self.down = self.up = None
+        if rank:
+            down = (torch.randn(rank, width) / width**0.5 for _ in range(units))
+            self.down = nn.ParameterList(map(nn.Parameter, down))
+            up = (torch.zeros(width, rank) for _ in range(units))
+            self.up = nn.ParameterList(map(nn.Parameter, up))
+        self.register_load_state_dict_post_hook(self._not_missing)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Router logits `[..., U]` (float32) from states `[..., d]`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = hidden.float()
+            x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+            return self.net(x)
+
+    def skipped(self, unit: int, x: torch.Tensor) -> torch.Tensor:
+        """What a token carries past a unit that it skips: x, plus a low-rank term if any."""
+        if self.down is None:
+            return x
+        return x + F.linear(F.linear(x, self.down[unit].to(x.dtype)), self.up[unit].to(x.dtype))
+
+    # The base model's state_dict must not change when a router is attached.
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        pass
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        return {} if destination is None else destination
+
+    @staticmethod
+    def _not_missing(module, incompatible) -> None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if f"{ROUTER_NAME}." not in key]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Name to tensor, contiguous on the CPU: what a router file holds."""
+        return {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+
+    @classmethod
+    def sizes(cls, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """(width, units) by a router's weights; a subclass with another network has its own."""
+        ends = ("net.0.weight", "net.4.bias")
+        first, last = (tensors.get(name, torch.empty(1)).shape[-1:] for name in ends)
+        return (*(first or (1,)), *(last or (1,)))
+
+    @classmethod
+    def refuse_unfit(cls, tensors: dict[str, torch.Tensor], config: RouterConfig) -> None:
+        """Raises ValueError, before a router is built, where `tensors` are none of its weights."""
+        with torch.device("meta"):
+            cls(*cls.sizes(tensors), config)._fits(tensors)
+        odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if odd:
+            raise ValueError("These router weights hold infinite or undefined numbers "
+                             f"({odd[0]!r}): the training that wrote them diverged, or the file "
+                             "was damaged.")
+
+    def _fits(self, tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+        own = dict(self.named_parameters())
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
+        if wrong:
+            raise ValueError("These router weights do not fit this router; first difference: "
+                             f"{wrong[0]!r}.")
+        return own
+
+    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies `tensors` in; raises ValueError where names or shapes differ."""
+        with torch.no_grad():
+            for name, parameter in self._fits(tensors).items():
+                parameter.copy_(tensors[name])
+
+
+def router_class(name: str) -> type[Router]:
+    """The class that `RouterConfig.router_class` names.
+
+    Raises:
+        SettingsError: there is none of that name; the message names those there are.
+    """
+    def known() -> dict[str, type[Router]]:
+        classes = [Router]
+        for each in classes:  # grows meanwhile: subclasses of subclasses too
+            classes += each.__subclasses__()
+        return {each.__name__: each for each in classes}
+    if name not in known():
+        for file in sorted(Path(__file__).parent.glob("router_*.py")):
+            importlib.import_module(f"{__package__}.{file.stem}")
+    if name not in known():
+        raise SettingsError(f"router_class={name!r} is no router; there are "
+                            f"{', '.join(sorted(known()))}. Import the file that defines it first, "
+                            "or put it beside dlr's own as router_NAME.py.")
+    return known()[name]
+
+
+def hard_gates(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Deterministic gates at evaluation: 1.0 where logit > threshold."""
+    return (logits > threshold).float()
+
+
+def straight_through_gates(logits: torch.Tensor, threshold: float, temperature: float,
+                           noise: bool = True) -> torch.Tensor:
+    """Hard 0/1 gates forward, gradient of the relaxed gates backward (binary Gumbel-softmax)."""
+    shifted = logits - threshold
+    if noise:
+        uniform = torch.rand_like(shifted).clamp(1e-6, 1 - 1e-6)
+        shifted = shifted + uniform.log() - (1 - uniform).log()    # two Gumbels' difference
+    soft = torch.sigmoid(shifted / temperature)
+    hard = (soft > 0.5).float()
+    return hard + soft - soft.detach()

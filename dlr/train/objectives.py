@@ -1,0 +1,119 @@
+"""Budgets on the layers run: a class each, found by the name that a run's settings give.
+
+A new objective is one class: a subclass of `Objective` with a `name`, here or in a file that is
+imported before the settings are made.
+
+    class Squared(Objective, name="squared"):
+        class Weights(Settings):
+            weight: float = Field(8.0, ge=0.0)          # given as weights={"weight": 4.0}
+
+        def term(self, plan):
+            return self.weights.weight * (1 - plan.budget - self.config.target_skip) ** 2
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from dlr.routing.budget import Controller
+from dlr.routing.plan import Plan
+from dlr.settings import Settings, SettingsError, validated
+
+SLOPE = "slope"       # of the skip ratio over the threshold, from the logistic noise of drawn gates
+
+
+class Objective:
+    """What a budget adds to the loss and does after each step; this one adds and does nothing.
+
+    Args:
+        config: the run's settings. What are no settings of their own are in `config.weights`.
+
+    Attributes:
+        Weights: what the budget can be told, with its defaults.
+        calibrates: whether a threshold is chosen on held-out text once the training is done.
+    """
+    Weights: ClassVar[type[Settings]] = Settings
+    calibrates: ClassVar[bool] = False
+
+    def __init_subclass__(cls, name: str, **options):
+        super().__init_subclass__(**options)
+        OBJECTIVES[name] = cls
+
+    def __init__(self, config):
+        self.config, self.weights = config, self.weights_of(config)
+        ramp = 0 if config.warm_start else round(config.ramp * config.steps)
+        self.controller = Controller(config.target_skip, config.dual_rate, ramp)
+
+    @classmethod
+    def weights_of(cls, config) -> Settings:
+        """The class's weights under a run's settings.
+
+        Raises:
+            SettingsError: `config.weights` holds one that the class does not have, one that is a
+                setting of its own, or a wrong value.
+        """
+        names = cls.Weights.model_fields.keys() & type(config).model_fields.keys()
+        settings = {name: getattr(config, name) for name in names}
+        for name in settings.keys() & config.weights.keys():
+            raise SettingsError(f"{name} is a setting of its own; give {name}, not weights")
+        return validated(settings | config.weights, cls.Weights)
+
+    @property
+    def router_steps(self) -> int:
+        """Steps in which the router learns by gradients, counted from the first."""
+        return self.config.steps
+
+    def term(self, plan: Plan) -> torch.Tensor:
+        """What is added to a pass's loss, in nats; `plan.gates` `[b, s, U]` carry gradients."""
+        return torch.zeros((), device=plan.gates.device)
+
+    def after_step(self, routing, step: int, row: dict) -> None:
+        """Called after optimizer step `step` (1 = first) with its log row."""
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+class Controlled(Objective, name="controlled"):
+    """No term in the loss: the threshold, a unit's price, is moved by the skip missed."""
+    calibrates = True
+
+    @property
+    def router_steps(self) -> int:
+        share = self.config.router_share if self.config.warm_start else 1
+        return round(share * self.config.steps)
+
+    def after_step(self, routing, step, row):
+        if step <= self.router_steps:
+            calibration = routing.calibration
+            calibration.threshold = self.controller.update(
+                calibration.threshold, row["skip"], step - 1, row[SLOPE])
+
+
+class GlobalPenalty(Objective, name="global_penalty"):
+    """`penalty` times the mean gate: one price for every layer and token, no target."""
+
+    class Weights(Settings):
+        penalty: float = Field(1.0, ge=0.0)        # lambda of 'global_penalty' and of 'original'
+
+    def term(self, plan):
+        return self.weights.penalty * plan.budget
+
+
+class Original(Objective, name="original"):
+    """The first studies' budget: L1 on each layer's keep rate, and a squared target term.
+
+    Kept so that its failure can be shown: the L1 terms, summed over layers, swamp the target, and
+    nearly every layer is dropped.
+    """
+
+    class Weights(GlobalPenalty.Weights):
+        l1_weight: float = Field(5.0, ge=0.0)      # per-layer L1, summed over layers
+        target_weight: float = Field(8.0, ge=0.0)  # squared distance to the target
+
+    def term(self, plan):
+        weights, keep = self.weights, plan.gates[plan.real].mean(0)
+        missed = 1 - keep.mean() - self.config.target_skip
+        cost = weights.l1_weight * keep.sum() + weights.target_weight * missed ** 2
+        return weights.penalty * cost

@@ -1,0 +1,100 @@
+"""The settings of a training run.
+
+Flat on purpose: every field is a parameter of a notebook, a params file and `--set`. A field's
+default is the value in the notebook's parameters cell. `dlr.settings` says how they are read.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dlr.routing.config import RouterConfig
+from dlr.routing.device import fast_bf16
+from dlr.settings import Dtype, MachineDecides, Named, Seed
+from dlr.train.objectives import OBJECTIVES, Original
+
+
+class RunConfig(RouterConfig, Original.Weights):
+    """Everything one training run depends on, beside the router's own settings and its objective's.
+
+    Units are in the comments; ratios lie between 0 and 1.
+    """
+    toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32,
+                     "calibration_docs": 4, "eval_docs": 4, "warm_tokens": 64, "warm_epochs": 1,
+                     "warm_rounds": 1, "save_steps": 2, "bf16": False}
+    splits: ClassVar = ("train", "calibration", "test")     # of `dataset`: part of a run's identity
+
+    # model and data
+    model: Named = "nano"                       # 'nano' (embedded), a local folder or a Hub id
+    dataset: Named = "embedded"                 # 'embedded', a local file or folder, or a Hub id
+    load_in_4bit: bool = False                  # NF4 base through bitsandbytes
+    dtype: Dtype = "float32"
+    attn_implementation: str = "sdpa"
+    seq_len: int = Field(256, ge=8)             # tokens a training block
+    eval_len: int = Field(256, ge=8)            # tokens a document is cut to where it is evaluated
+    calibration_docs: int = Field(160, ge=1)    # documents that choose the threshold
+    eval_docs: int = Field(240, ge=1)           # of the test split (243 in the embedded corpus)
+    static_docs: int = Field(32, ge=1)          # read by the search for the best static plan
+
+    # objective
+    objective: str = "controlled"               # the name of a class of dlr.train.objectives
+    weights: dict[str, Any] = {}                # of an objective of one's own, by name
+    target_skip: float = Field(0.4, ge=0.0, le=1.0)     # the budget asked for
+    ramp: float = Field(0.2, ge=0.0, le=1.0)    # share of the steps in which the budget grows
+    dual_rate: float = Field(1.0, gt=0.0)       # share of the missed skip that one step makes good
+    kd_weight: float = Field(0.5, ge=0.0, le=1.0)       # loss = (1 - kd_weight) CE + kd_weight KD
+    kd_temperature: float = Field(1.0, gt=0.0)
+    gumbel_start: float = Field(1.0, gt=0.0)    # temperature of straight-through gates, first step
+    gumbel_end: float = Field(0.5, gt=0.0)      # the same, last step
+
+    # warm start
+    warm_start: bool = True                     # regress the router on marginal harm first
+    warm_tokens: int = Field(6144, ge=64)       # tokens labelled, each with R + 2 forward passes
+    # plans of round 1: the best static one, or random ones; later rounds take the router's own
+    warm_background: Literal["static", "random"] = "static"
+    warm_rounds: int = Field(2, ge=1)
+    warm_epochs: int = Field(30, ge=1)
+    router_share: float = Field(0.0, ge=0.0, le=1.0)    # of the steps: a warm router learns
+
+    # optimisation
+    steps: int = Field(150, ge=1)
+    batch_size: int = Field(8, ge=1)            # sequences a forward pass
+    accumulation: int = Field(1, ge=1)
+    lr: float = Field(1e-3, gt=0.0)             # LoRA
+    router_lr: float = Field(1e-3, gt=0.0)
+    warmup: float = Field(0.05, ge=0.0, le=1.0)         # share of the steps
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    # stochastic depth: the probability that a routable layer is dropped
+    layer_drop: float = Field(0.0, ge=0.0, lt=1.0)
+    # autocast wherever a model runs; None: where it is fast
+    bf16: Annotated[bool | None, MachineDecides()] = None
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(50, ge=1)
+    seed: Seed = 0
+
+    @field_validator("objective")
+    @classmethod
+    def _a_known_objective(cls, name: str) -> str:
+        if name not in OBJECTIVES:
+            raise ValueError(f"the objectives are {', '.join(OBJECTIVES)}; one of your own is "
+                             "known once the file of its class is imported")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        OBJECTIVES[self.objective].weights_of(self)
+        if self.level == "sequence" and self.warm_start:
+            raise ValueError("warm_start labels single tokens and level='sequence' has none; set "
+                             "warm_start=false.")
+        return self
+
+    @property
+    def autocast(self) -> bool:
+        """Whether training and evaluation compute in bfloat16: `bf16`, or what is fast here."""
+        return fast_bf16() if self.bf16 is None else self.bf16
+
+    def router(self) -> RouterConfig:
+        """The part of the settings a router is built from."""
+        return RouterConfig(**{name: getattr(self, name) for name in RouterConfig.model_fields})

@@ -1,0 +1,255 @@
+"""Training on transformers.Trainer: one step's loss, log and objective, and exact resumption."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from dlr.base.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
+from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.progress import tqdm
+from dlr.routing.attach import routing_of
+from dlr.routing.plan import gate_entropy
+from dlr.routing.policy import Policy, RouterPolicy
+from dlr.routing.router import ROUTER_NAME
+from dlr.runs import write_atomically
+from dlr.train.objectives import OBJECTIVES, SLOPE, Objective
+from dlr.train.settings import RunConfig
+
+STATE = "trainer_state.json"          # the last file that Trainer's first process writes
+# Of log.csv; the keep rate of each unit follows.
+LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy",
+               "temperature", "lr", "tokens_per_second")
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Stacks packed blocks or pads unequal rows on the right.
+
+    Labels are -100 at padding and at each row's first token: Trainer counts predicted positions.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, :len(row["input_ids"])] = row["input_ids"]
+        mask[i, :len(row["input_ids"])] = 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class DLRTrainer(Trainer):
+    """Trains LoRA of a routed PEFT model and, for as many steps as its objective says, the router.
+
+    Args:
+        policy: None trains the router's own plan. Under a fixed one (static, stochastic depth,
+            dense) LoRA alone is trained.
+        noise: whether gates are drawn with Gumbel noise while the router learns.
+    """
+    # compute_loss divides by the number of labels in the whole accumulated batch, so Trainer must
+    # not divide again: batch 1 x 4 accumulated then equals batch 4 x 1.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, config: RunConfig, dataset, folder: Path,
+                 policy: Policy | None = None, noise: bool = True):
+        self.config = config
+        self.routing = routing_of(model)
+        self.folder = Path(folder)
+        refuse_unsaveable(model, self.routing)         # before a training that could not be kept
+        self.learns_routing = policy is None
+        self.policy = policy or RouterPolicy(training=True, noise=noise)
+        objective = OBJECTIVES[config.objective] if self.learns_routing else Objective
+        self.objective = objective(config)
+        self._sums: dict[str, float] = {}
+        self._clock = time.perf_counter()
+        arguments = TrainingArguments(
+            output_dir=str(self.folder / "trainer"), max_steps=config.steps, seed=config.seed,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulation, learning_rate=config.lr,
+            warmup_steps=round(config.warmup * config.steps), lr_scheduler_type="linear",
+            weight_decay=0.0, bf16=config.autocast, save_steps=config.save_steps,
+            save_total_limit=1, logging_strategy="no", disable_tqdm=True, report_to=[],
+            use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
+            activation_checkpointing=config.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False})
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        super().__init__(model, arguments, train_dataset=dataset, data_collator=collate)
+        self.model_accepts_loss_kwargs = True          # Trainer then counts all accumulated labels
+        self.remove_callback(PrinterCallback)          # log.csv and the progress bar say more
+        self.add_callback(_StepEnd(self))
+
+    # -- one step ----------------------------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        config, routing = self.config, self.routing
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        real = mask.bool()
+        count = predicted(real).sum()
+        share = 1.0                            # of the labels in the whole accumulated batch
+        if num_items_in_batch is not None:
+            share = count * self.accelerator.num_processes / num_items_in_batch
+        with self.compute_loss_context_manager():
+            teacher = None
+            if config.kd_weight:
+                with frozen_base(self.accelerator.unwrap_model(model), routing):
+                    teacher = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with routing.using(self._policy_now()):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        ce = cross_entropy(logits, ids, real).mean()
+        kd = ce * 0
+        if teacher is not None:
+            kd = kl_to_teacher(logits, teacher, real, config.kd_temperature).mean()
+        budget = self.objective.term(routing.plan)
+        loss = (1 - config.kd_weight) * ce + config.kd_weight * kd + budget
+        self._record(ce=ce, kd=kd, budget=budget, tokens=real.sum(), count=count)
+        return (loss * share, logits) if return_outputs else loss * share
+
+    def _policy_now(self) -> Policy | None:
+        step, steps = self.state.global_step, max(1, self.config.steps - 1)
+        if self.learns_routing:
+            start, end = self.config.gumbel_start, self.config.gumbel_end
+            self.policy.temperature = start + (end - start) * min(1.0, step / steps)
+            self.policy.training = step < self.objective.router_steps
+        return self.policy
+
+    def _record(self, tokens, count, **terms) -> None:
+        """Sums over the accumulated batch: losses by predicted tokens, the plan by real ones."""
+        plan, tokens, count = self.routing.plan, float(tokens), float(count)
+        values = {name: (count, float(value.detach())) for name, value in terms.items()}
+        values["skip"] = tokens, plan.skip_ratio
+        if plan.logits is not None:
+            logits = plan.logits[plan.real].detach()
+            open_share = torch.sigmoid(logits - self.routing.calibration.threshold)
+            values["gate_entropy"] = tokens, gate_entropy(open_share)
+            values[SLOPE] = tokens, float((open_share * (1 - open_share)).mean())
+        for unit, keep in enumerate(plan.keep_rate.tolist()):
+            values[f"keep_{unit}"] = tokens, keep
+        for name, (weight, value) in values.items():
+            for key, amount in ((name, weight * value), (f"{name} weight", weight)):
+                self._sums[key] = self._sums.get(key, 0.0) + amount
+        self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
+
+    def _means(self) -> tuple[dict[str, float], float]:
+        """Means over the step's tokens on all processes, and their number; the sums begin anew."""
+        sums, self._sums = self._sums, {}
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        if self.accelerator.num_processes > 1:   # every process must move the one threshold alike
+            totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
+        totals = dict(zip(sums, totals.tolist()))
+        means = {name: totals[name] / totals[f"{name} weight"] for name in sums
+                 if f"{name} weight" in sums}
+        return means, totals["tokens"]
+
+    def step_done(self, step: int) -> dict:
+        """Tells the objective that `step` (1 = first) is done, and logs it; returns its row.
+
+        The row holds means over the step's tokens: of accumulated batches and all processes.
+
+        log.csv is Trainer's own history, which a run that goes on has from its checkpoint.
+        """
+        row, tokens = self._means()
+        now = time.perf_counter()
+        is_sampled = getattr(self.policy, "training", False)       # else no gate has a temperature
+        row |= {"step": step, "goal": self.objective.controller.goal(step - 1),
+                "threshold": self.routing.calibration.threshold,
+                "temperature": self.policy.temperature if is_sampled else None,
+                "lr": self.lr_scheduler.get_last_lr()[0],
+                "tokens_per_second": tokens / (now - self._clock)}
+        self._clock = now
+        self.objective.after_step(self.routing, step, row)
+        self.log(row)
+        if self.args.should_save:
+            columns = [*LOG_COLUMNS, *(name for name in row if name.startswith("keep_"))]
+            log = pd.DataFrame(self.state.log_history).reindex(columns=columns)
+            write_atomically(self.folder / "log.csv", log.to_csv(index=False, float_format="%.6g"))
+        return row
+
+    # -- optimizer, checkpoints --------------------------------------------------------------------
+    def create_optimizer(self, model=None):
+        """AdamW with one learning rate for LoRA and one for the router."""
+        lora, router = [], []
+        for name, parameter in (model or self.model).named_parameters():
+            if ROUTER_NAME in name:
+                parameter.requires_grad_(self.learns_routing)
+            if parameter.requires_grad:
+                (router if ROUTER_NAME in name else lora).append(parameter)
+        groups = [{"params": parameters, "lr": rate} for parameters, rate in
+                  ((lora, self.config.lr), (router, self.config.router_lr)) if parameters]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        return self.optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_router(self.routing, folder, self.accelerator.unwrap_model(self.model))
+            (folder / "training_args.bin").unlink(missing_ok=True)                     # a pickle
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        self.routing.router.load_weights(load_file(folder / WEIGHTS))
+        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        self.routing.calibration.threshold = record["threshold"]
+
+    def fit(self) -> None:
+        """Trains, from the newest complete checkpoint in the run's folder where there is one.
+
+        Raises:
+            ValueError: that checkpoint was written by another number of processes.
+        """
+        output, processes = Path(self.args.output_dir), self.accelerator.num_processes
+        with self.accelerator.main_process_first():      # one process tidies up, the others wait
+            last = get_last_checkpoint(str(output)) if output.is_dir() else None
+            while last and not whole(Path(last), processes):         # killed while it was written
+                os.rename(last, output / f"broken-{Path(last).name}")
+                last = get_last_checkpoint(str(output))
+        self.train(resume_from_checkpoint=last)
+        self.routing.policy = RouterPolicy()
+        self.model.eval()
+
+
+def whole(checkpoint: Path, processes: int) -> bool:
+    """Whether every process has written its part of a checkpoint: the state file comes before some.
+
+    Raises:
+        ValueError: the parts are of another number of processes: going on would be another run.
+    """
+    if not (checkpoint / STATE).is_file():
+        return False
+    needed = {f"rng_state_{rank}.pth" for rank in range(processes)}
+    if processes == 1:
+        needed = {"rng_state.pth"}
+    written = {path.name for path in checkpoint.glob("rng_state*.pth")}
+    if written - needed:
+        raise ValueError(f"The checkpoint {checkpoint.name!r} in {str(checkpoint.parent)!r} was "
+                         f"written by {len(written)} process(es) and this run has {processes}: go "
+                         "on with as many, or remove that folder to begin again.")
+    return written == needed
+
+
+class _StepEnd(TrainerCallback):
+    """The trainer's own end of each optimizer step, and the progress bar."""
+
+    def __init__(self, trainer: DLRTrainer):
+        self.trainer, self.bar = trainer, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:      # each process draws gates of its own; the data has its order
+            torch.manual_seed(args.seed + args.process_index)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training",
+                        unit="step", disable=not state.is_world_process_zero)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        row = self.trainer.step_done(state.global_step)
+        self.bar.set_postfix(ce=f"{row['ce']:.3f}", skip=f"{row['skip']:.0%}", refresh=False)
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

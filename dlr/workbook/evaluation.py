@@ -1,0 +1,96 @@
+"""Notebook 05's work: every variant of an evaluation, one after the other, in one table."""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+
+from dlr.base.folder import looks_like, missing_part
+from dlr.base.opened import load
+from dlr.bench.harness import DLRLM
+from dlr.bench.run import run_benchmark
+from dlr.bench.table import Z, row_of
+from dlr.runs import finished_runs, from_project, results_folder, slug
+from dlr.settings import SettingsError
+from dlr.workbook.phases.evaluation import EvaluationConfig, VariantSpec
+
+
+def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
+    """The rows asked for: the base, every checkpoint of the phase on it, and `config.variants`."""
+    specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
+    for run, files in (finished_runs(config.phase) if config.phase else {}).items():
+        if files["run"].get("settings", {}).get("model", config.model) != config.model:
+            continue                                         # another base model's checkpoints
+        for checkpoint in sorted((results_folder() / config.phase / run).glob("*/checkpoint")):
+            if not looks_like(checkpoint):
+                continue
+            missing = missing_part(checkpoint)
+            if missing:
+                say(f"warning: {run}/{checkpoint.parent.name} is left out: {missing}")
+            else:
+                specs.append(VariantSpec(name=f"{run}, {checkpoint.parent.name}",
+                                         checkpoint=str(checkpoint)))
+    return specs + list(config.variants)
+
+
+def _refuse_confusion(specs: list[VariantSpec]) -> None:
+    names = [spec.name for spec in specs]
+    folders = [slug(name) for name in names]
+    for place, spec in enumerate(specs):
+        if folders.count(folders[place]) > 1:
+            raise SettingsError(f"Two variants are named {spec.name!r}, or so much alike that they "
+                                "would share a folder; give each its own name.")
+        if spec.match is not None and spec.match not in names[:place]:
+            raise SettingsError(f"{spec.name!r} is to match {spec.match!r}, which is no earlier "
+                                f"row ({', '.join(names)}).")
+
+
+def evaluate_variants(config: EvaluationConfig, folder: Path,
+                      say=print) -> tuple[list[dict], dict, list[dict]]:
+    """(rows, the harness's results by variant, paired differences) of all variants, resumably.
+
+    Raises:
+        SettingsError: two rows of one name, or `match` names no earlier row.
+    """
+    specs = specs_of(config, say)
+    _refuse_confusion(specs)
+    data_dir = str(from_project(config.data_dir)) if config.data_dir else None
+    rows, results = [], {}
+    for spec in specs:
+        loaded = load(spec.checkpoint, variant=spec.variant, skip=spec.skip, order=spec.order,
+                      say=say, dtype=config.dtype, attn_implementation=config.attn_implementation,
+                      load_in_4bit=config.load_in_4bit)
+        loaded.name = spec.name
+        lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
+        results[spec.name] = run_benchmark(
+            lm, config.tasks, folder / "tasks" / slug(spec.name), data_dir=data_dir,
+            num_fewshot=config.num_fewshot, limit=config.limit, say=say,
+            match=results[spec.match]["tasks"] if spec.match else None)
+        rows.append(row_of(lm, results[spec.name], config.tasks))
+        lm.close()
+        del lm, loaded                      # before the next one is loaded: a card may not hold two
+        gc.collect()
+    harness = {name: result["harness"] for name, result in results.items()}
+    return rows, harness, paired(results, specs)
+
+
+def _outcomes(record: dict) -> np.ndarray:
+    return np.array(list(record["outcomes"]), int)
+
+
+def paired(results: dict[str, dict], specs: list[VariantSpec]) -> list[dict]:
+    """Mean accuracy of a routed row minus its matched static row's, on the same items (95 %)."""
+    rows = []
+    for spec in specs:
+        if spec.match is None:
+            continue
+        routed, static = results[spec.match]["tasks"], results[spec.name]["tasks"]
+        differences = [_outcomes(routed[name]) - _outcomes(static[name]) for name in static
+                       if static[name].get("outcomes") and routed[name].get("outcomes")]
+        if differences:
+            mean = float(np.mean([d.mean() for d in differences]))
+            error = float(np.sqrt(sum(d.var(ddof=1) / len(d) for d in differences if len(d) > 1))
+                          / len(differences))
+            rows.append({"routed": spec.match, "static": spec.name, "tasks": len(differences),
+                         "difference": mean, "low": mean - Z * error, "high": mean + Z * error})
+    return rows

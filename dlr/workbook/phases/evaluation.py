@@ -1,0 +1,52 @@
+"""05: the settings of the notebook that runs benchmark tasks on every variant."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from dlr.settings import Dtype, Local, LocalPath, Named, Settings, distinct
+from dlr.workbook.phases import PhaseSettings, phase
+
+
+class VariantSpec(Settings):
+    """One row of an evaluation: a checkpoint and what decides which layers run (dlr.load)."""
+    name: str
+    checkpoint: Named = "nano"          # checkpoint, run or phase; 'nano-router'; or a base model
+    variant: Literal["routed", "static", "stochastic", "dense", "base"] | None = None
+    skip: float | None = Field(None, ge=0.0, le=1.0)
+    order: Annotated[str | None, LocalPath()] = None       # run that holds the greedy static order
+    match: str | None = None                # name of a routed row: its measured skip, task by task
+
+
+# The comparison that every clone can make, beside the embedded base, which is always the first row.
+EMBEDDED_ROWS = [
+    VariantSpec(name="router", checkpoint="nano-router"),
+    VariantSpec(name="static plan", checkpoint="nano-router", variant="static",
+                order="results/token_routing/router", match="router")]
+
+
+@phase("05_evaluation")
+class EvaluationConfig(PhaseSettings):
+    """05: tasks through lm-evaluation-harness, every variant in one table (`dlr.bench.run`)."""
+    toy: ClassVar = {"limit": 2.0}
+    data: ClassVar = ""                     # tasks and checkpoints are told apart one by one
+
+    phase: str = ""                         # a phase: each checkpoint of its finished runs is a row
+    variants: list[VariantSpec] = EMBEDDED_ROWS            # rows beside those and the base model's
+    model: Named = "nano"                   # base model of the checkpoints, for the base row
+    # harness tasks, groups, tags; wikitext103, embedded
+    tasks: Annotated[list[str], Field(min_length=1), distinct()] = ["embedded"]
+    num_fewshot: int | None = Field(None, ge=0)     # examples a question; None: the task's own
+    limit: float | None = Field(40.0, gt=0.0)    # rows of each task, or a share below 1; None: all
+    data_dir: Local = ""                    # folder of local files instead of the hub
+    batch_size: int = Field(16, ge=1)       # requests a forward pass
+    dtype: Dtype | None = None              # of the base's weights; None: as the checkpoint's
+    attn_implementation: str = "sdpa"       # sdpa, eager or flash_attention_2
+    load_in_4bit: bool | None = None    # NF4 base through bitsandbytes; None: as the checkpoint's
+
+    @model_validator(mode="after")
+    def _rows_of_this_base(self):
+        """The default rows are of the embedded model: another base, or a phase, brings its own."""
+        if self.variants == EMBEDDED_ROWS and (self.phase or self.model != "nano"):
+            self.variants = []
+        return self

@@ -1,0 +1,34 @@
+"""06: the settings of the notebook that times dense, truncated, masked and compact execution."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from dlr.settings import Count, Dtype, Local, MachineDecides, Seed, distinct
+from dlr.workbook.phases import PhaseSettings, phase
+
+Counts = Annotated[list[Count], Field(min_length=1), distinct()]
+Skip = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+@phase("06_latency")
+class LatencyConfig(PhaseSettings):
+    """06: time of each way to execute, under the plan of a trained router."""
+    toy: ClassVar = {"layers": 5, "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1,
+                     "plan_docs": 2, "skips": [0.5]}
+    data: ClassVar = "recorded plan"
+
+    shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
+    checkpoint: Local = ""              # whose router's plan is recorded; '': the embedded router
+    layers: int = Field(0, ge=0)        # caps the depth to what memory holds; 0: the whole model
+    # auto: bfloat16 where it is fast
+    dtype: Annotated[Literal["auto"] | Dtype, MachineDecides()] = "auto"
+    skips: Annotated[list[Skip], Field(min_length=1), distinct()] = [0.25, 0.4, 0.5]
+    lengths: Counts = [512]                 # tokens of a prefill
+    batches: Counts = [1]                   # sequences of a prefill
+    context: int = Field(256, ge=1)         # tokens in the cache before decoding
+    decode_batches: Counts = [1]
+    decode_steps: int = Field(16, ge=1)     # steps a turn
+    repeats: int = Field(9, ge=1)           # turns; medians and quartiles are taken over them
+    plan_docs: int = Field(16, ge=1)        # test documents whose plan is recorded
+    seed: Seed = 0

@@ -1,0 +1,265 @@
+"""What the notebooks share: load a base once, train variants on it, measure each with controls."""
+
+import shutil
+import warnings
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from transformers import set_seed
+
+from dlr.base.checkpoint import save_control, save_pretrained
+from dlr.base.data import load_documents, packed, padded_batches
+from dlr.base.models import add_lora, load_base
+from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, summary
+from dlr.measure.static import evaluate_static, order_of_mean_plan
+from dlr.routing.attach import Routing, attach
+from dlr.routing.plan import static_pair
+from dlr.routing.policy import (LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy,
+                                ShuffledPlan)
+from dlr.runs import KINDS
+from dlr.train.settings import RunConfig
+from dlr.train.trainer import DLRTrainer
+from dlr.train.warmstart import warm_start
+from dlr.workbook import static_order
+
+
+@dataclass
+class Bench:
+    """A base model and its data, reused by every variant of a notebook."""
+    config: RunConfig
+    base: torch.nn.Module
+    tokenizer: object
+    calibration: list[dict]
+    test: list[dict]
+    # of documents, by variant, for paired tests
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    # the variant whose LoRA and router are on the base
+    open: "Variant | None" = None
+
+    def blocks(self, config: RunConfig):
+        """Packed training blocks for steps and warm start, in an order of the run's seed."""
+        tokens = config.steps * config.batch_size * config.accumulation * config.seq_len
+        tokens += config.warm_rounds * (config.warm_tokens + config.batch_size * config.seq_len)
+        documents = load_documents(config.dataset, "train")
+        return packed(documents, self.tokenizer, config.seq_len, config.seed, 2 * tokens)
+
+
+def open_bench(config: RunConfig) -> Bench:
+    """Loads model, tokenizer, calibration and test documents of `config`."""
+    base, tokenizer = load_base(config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit,
+                                attn_implementation=config.attn_implementation)
+    if torch.cuda.is_available() and not config.load_in_4bit:
+        base.to("cuda")
+
+    def batches(split: str, limit: int) -> list[dict]:
+        documents = load_documents(config.dataset, split)
+        return padded_batches(documents, tokenizer, config.eval_len, 2 * config.batch_size, limit)
+    return Bench(config, base, tokenizer, batches("calibration", config.calibration_docs),
+                 batches("test", config.eval_docs))
+
+
+@dataclass
+class Variant:
+    """A trained model; close it before the next one is made on the same base."""
+    name: str
+    config: RunConfig
+    model: torch.nn.Module
+    routing: Routing
+    notes: dict = field(default_factory=dict)
+    bench: Bench | None = None
+
+    def close(self) -> None:
+        """Takes router and LoRA off the base again."""
+        self.routing.detach()
+        self.model.unload()
+        if self.bench is not None and self.bench.open is self:
+            self.bench.open = None
+
+
+def _clear(bench: Bench) -> None:
+    """Takes off the base what a cell that was stopped has left there."""
+    if bench.open is not None:
+        warnings.warn(f"The variant {bench.open.name!r} was still on the base model; it is taken "
+                      "off.", stacklevel=3)
+        bench.open.close()
+
+
+def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
+    """Fresh LoRA and router on the bench's base."""
+    _clear(bench)
+    set_seed(config.seed)
+    model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha,
+                     dropout=config.lora_dropout, seed=config.seed)
+    try:
+        routing = attach(model, config.router(), bf16=config.autocast)
+    except BaseException:
+        model.unload()
+        raise
+    bench.open = Variant(name, config, model, routing, bench=bench)
+    return bench.open
+
+
+def train(bench: Bench, name: str, config: RunConfig, folder: Path,
+          policy: Policy | None = None) -> Variant:
+    """Fresh LoRA and router on the bench's base, trained under `config`, a control under `policy`.
+
+    Goes on from a checkpoint in `folder` where there is one. A trained router is calibrated and
+    saved. With a warm start and `router_share=0` (the defaults) gradients train LoRA alone: the
+    router is regressed on harm labels (see `warmstart`) and stays as it is. Where training stops
+    with an error or an interrupt, the base model is given back as it was.
+    """
+    order = None
+    if policy is None and config.warm_start and config.warm_background == "static":
+        order = best_static_order(bench, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    variant = _variant(bench, name, config)
+    try:
+        _fit(bench, variant, folder, policy, order)
+    except BaseException:
+        variant.close()
+        raise
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    for labels in folder.glob("harm-*.safetensors"):
+        labels.unlink()
+    return variant
+
+
+def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None,
+         order: list[int] | None) -> None:
+    """Warm start, training, calibration and checkpoint of a variant."""
+    config, model, routing = variant.config, variant.model, variant.routing
+    blocks = bench.blocks(config)
+    if policy is None and config.warm_start:
+        variant.notes |= warm_start(model, routing, blocks, config, folder, order)
+    set_seed(config.seed)
+    trainer = DLRTrainer(model, config, blocks, folder, policy)
+    trainer.fit()
+    if policy is None:
+        if trainer.objective.calibrates:
+            calibrate_router(model, routing, bench.calibration, config.target_skip)
+        variant.notes["threshold"] = routing.calibration.threshold
+        save_pretrained(model, folder / "checkpoint")
+
+
+def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None,
+            kind: str = "routed", **notes) -> dict:
+    """One row of the results table: `variant` evaluated on the test split under `policy`."""
+    table = evaluate(variant.model, variant.routing, bench.test, policy, describe=label)
+    return row_of(bench, variant, label, table, kind, **notes)
+
+
+def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind: str,
+           **notes) -> dict:
+    """The row of a document table, which is kept for paired comparisons.
+
+    Args:
+        kind: what `label`, which is for readers, is a case of: one of KINDS. `of` in the row is the
+            variant trained.
+    """
+    routing, config = variant.routing, variant.config
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}.")
+    bench.tables[label] = table
+    always = routing.first + routing.config.keep_last
+    return {"variant": label, "kind": kind, "of": variant.name, "unit": routing.config.unit,
+            "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip,
+            "steps": config.steps, **summary(table, always, routing.units_per_layer), **notes}
+
+
+def base_row(bench: Bench) -> dict:
+    """The untouched base model on the test split."""
+    _clear(bench)
+    routing = attach(bench.base, bench.config.router(), bf16=bench.config.autocast)
+    try:
+        variant = Variant("base", bench.config, bench.base, routing)
+        return measure(bench, variant, "base", None, "base")
+    finally:
+        routing.detach()
+
+
+def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int]:
+    """`static_order.best_static_order` of the base, under a variant's settings or its own."""
+    _clear(bench)
+    return static_order.best_static_order(bench.base, bench.calibration, config or bench.config)
+
+
+def forced_share(bench: Bench, keep_first_tokens: int) -> float:
+    """Share of the test split's tokens that run every layer because they open a document."""
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in bench.test])
+    return float(lengths.clamp(max=keep_first_tokens).sum() / lengths.sum())
+
+
+def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
+    """A routed model's row and, on its weights, the plans it must beat: shuffled, mean, random.
+
+    `against_router` of a control is its loss less the router's: positive where the router wins.
+    """
+    routing, name, seed = variant.routing, variant.name, variant.config.seed
+    routed = measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)
+    skip, order = routed["skip"], order_of_mean_plan(routed["keep_rate"])
+    forced = forced_share(bench, routing.config.keep_first_tokens)
+    shuffled = measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled")
+    table = evaluate_static(variant.model, routing, bench.test, order, skip, forced)
+    mean = row_of(bench, variant, f"{name}, mean plan", table, "mean")
+    random = measure(bench, variant, f"{name}, random plan",
+                     RandomPlan(skip / (1 - forced), seed), "random")
+    for row in (shuffled, mean, random):
+        row["against_router"] = paired_difference(bench.tables[row["variant"]], bench.tables[name])
+    return [routed, shuffled, mean, random]
+
+
+def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float,
+               order: list[int] | None = None, name: str = "best static") -> dict:
+    """The static plan along `order`, by default the greedy one, healed by the same LoRA budget."""
+    order = order or best_static_order(bench, config)
+    forced = forced_share(bench, config.keep_first_tokens)
+    plan = MixedStaticPlan(*static_pair(order, len(order), skip, forced))
+    with closing(train(bench, name, config, folder, plan)) as variant:
+        model, routing = variant.model, variant.routing
+        save_control(model, routing, folder / "checkpoint", "static", order, skip, forced)
+        table = evaluate_static(model, routing, bench.test, order, skip, forced)
+        return row_of(bench, variant, name, table, "static", order=order)
+
+
+def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
+    """LoRA at full depth with the same steps and data."""
+    with closing(train(bench, "dense LoRA", config, folder, LayerDrop(0.0))) as variant:
+        save_control(variant.model, variant.routing, folder / "checkpoint", "dense")
+        return measure(bench, variant, "dense LoRA", None, "dense")
+
+
+def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
+                    skips: list[float]) -> list[dict]:
+    """LoRA under stochastic depth, evaluated at full depth and with `skips` dropped at random.
+
+    Raises:
+        ValueError: `config.layer_drop` is 0, so that no depth is stochastic.
+    """
+    if config.layer_drop == 0:
+        raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 "
+                         "(0.5, say).")
+    policy = LayerDrop(config.layer_drop)
+    with closing(train(bench, "stochastic depth", config, folder, policy)) as variant:
+        save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
+                     skip=config.layer_drop)
+        rows = [measure(bench, variant, "stochastic depth, full", None, "stochastic")]
+        forced = forced_share(bench, config.keep_first_tokens)
+        for skip in skips:
+            plan = RandomPlan(skip / (1 - forced), config.seed)
+            name = f"stochastic depth, {skip:.0%} dropped"
+            rows.append(measure(bench, variant, name, plan, "stochastic"))
+        return rows
+
+
+def against_static(bench: Bench, routed: str) -> dict | None:
+    """Loss of the routed model less that of the best static plan, in nats a token, paired.
+
+    Negative: the router wins. None where either was not among the variants.
+    """
+    if "best static" not in bench.tables or routed not in bench.tables:
+        return None
+    return paired_difference(bench.tables[routed], bench.tables["best static"])
+

@@ -1,0 +1,163 @@
+"""Sweeps: a grid of settings, run point by point; what is finished is not run again."""
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import pandas as pd
+
+from dlr.base.identity import resolved, said
+from dlr.progress import tqdm
+from dlr.runs import Run, finished_runs, project_root, results_folder, slug, write_atomically
+from dlr.settings import SettingsError, checked_name, effective, read_params
+from dlr.workbook.phases import schema_of
+from dlr.workbook.places import Wanted
+from dlr.workbook.runner import effective_of, results_table, seeds_table
+
+
+def expand(sweep: dict) -> list[tuple[str, dict]]:
+    """(run name, parameters) of every point of a sweep file; no two points share a name.
+
+    A sweep file holds `phase`, optional `common` settings, and `grid`: mappings whose lists are
+    multiplied out. Values of a setting that is itself a list are written as lists of lists.
+
+    Raises:
+        SettingsError: the file is none of a sweep, or a point no notebook takes.
+    """
+    unknown = sorted(sweep.keys() - {"phase", "common", "grid"})
+    if unknown or "phase" not in sweep or "grid" not in sweep:
+        raise SettingsError("a sweep file holds phase, grid and, if you like, common"
+                            + (f"; unknown: {', '.join(unknown)}" if unknown else ""))
+    schema, common = schema_of(str(sweep["phase"])), sweep.get("common") or {}
+    grid = sweep["grid"] if isinstance(sweep["grid"], list) else [sweep["grid"]]
+    is_grid = grid and all(isinstance(axes, dict) and axes for axes in grid)
+    if not is_grid or not isinstance(common, dict):
+        raise SettingsError("common is a mapping of settings, and grid one (or a list of them) of "
+                            "lists to multiply out")
+    points = []
+    for axes in grid:
+        lists = {name: value if isinstance(value, list) else [value]
+                 for name, value in axes.items()}
+        points += [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+    points = [point for place, point in enumerate(points) if point not in points[:place]]
+    for point in points:
+        effective(common | point, schema)
+    names = [_point_name(point) for point in points]
+    lower = [name.casefold() for name in names]       # model: [a/b, a-b] would share a folder
+    names = [_hashed(name, point) if lower.count(name.casefold()) > 1 or len(name.encode()) > 120
+             else name for name, point in zip(names, points)]
+    return [(name, common | point | {"run_name": name}) for name, point in zip(names, points)]
+
+
+def _point_name(point: dict) -> str:
+    """A point's settings as a folder's name: 'router-target_skip=0.2-seed=0'."""
+    return slug("-".join(value if isinstance(value, str) else f"{name}={value}"
+                         for name, value in point.items()))
+
+
+def _hashed(name: str, point: dict) -> str:
+    """`name`, cut, with a hash of the point's settings."""
+    return f"{name[:60]}-{hashlib.sha256(repr(sorted(point.items())).encode()).hexdigest()[:6]}"
+
+
+def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
+    """The points that are still to run.
+
+    Raises:
+        SettingsError: some hold other settings or data, and `force` does not replace them.
+    """
+    waiting = []
+    other = {}
+    for name, parameters in points:
+        run = Run(results_folder() / phase / name)
+        wanted = Wanted(phase, effective_of(phase, parameters))
+        differences = wanted.differences(run) if run.exists and not force else {}
+        if differences:
+            other[name] = differences
+        if force or not run.done:
+            waiting.append((name, parameters))
+    if other:
+        raise SettingsError(
+            f"{len(points)} runs, {len(other)} hold other settings or data "
+            f"({said(next(iter(other.values())))}): {', '.join(list(other)[:4])}"
+            f"{' ...' if len(other) > 4 else ''}. Nothing was run. --name NAME puts this sweep "
+            "beside them, --force replaces them.")
+    return waiting
+
+
+def run_sweep(path: str | Path, jobs: int = 1, prefix: str = "",
+              force: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """Runs what a sweep file asks for and is not there yet, `jobs` at a time.
+
+    Args:
+        prefix: begins the names of this sweep's runs, so that it stands beside another one.
+        force: run all of it again, in place of what is there.
+
+    Returns:
+        The rows of all runs of the sweep, and the names of those that failed.
+    """
+    sweep = read_params(path)
+    phase, points = str(sweep.get("phase")), expand(sweep)
+    if prefix:
+        points = [(f"{checked_name(prefix)}-{name}", parameters) for name, parameters in points]
+    points = [(name, resolved(parameters, schema_of(phase)) | {"run_name": name})
+              for name, parameters in points]
+    waiting = _standing(phase, points, force)
+    print(f"{len(points)} runs, {len(points) - len(waiting)} finished already, {jobs} at a time",
+          flush=True)
+    failed = []
+    with (ThreadPoolExecutor(jobs) as pool,
+          tqdm(total=len(waiting), desc="sweep", unit="run") as bar):
+        try:
+            runs = {}
+            for place, (name, parameters) in enumerate(waiting):
+                if 0 < place < jobs:
+                    time.sleep(3)                      # kernels that start together race for ports
+                runs[pool.submit(_run_point, phase, name, parameters, jobs, force)] = name
+            for run in as_completed(runs):
+                bar.update()
+                if run.result():
+                    failed.append(runs[run])
+                    output = results_folder() / phase / runs[run] / "output.txt"
+                    bar.write(f"{runs[run]} failed; see {output}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results_table(phase, names=[name for name, _ in points]), failed
+
+
+def _run_point(phase: str, name: str, parameters: dict, jobs: int, force: bool) -> int:
+    """Runs one point in a process of its own, which writes output.txt; returns its exit status."""
+    folder = results_folder() / phase / name
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DLR_TERMINAL": "1"}
+    with (tempfile.TemporaryDirectory() as scratch,
+          (folder / "output.txt").open("w", encoding="utf-8") as output):
+        file = Path(scratch) / f"{name}.yaml"
+        file.write_text(json.dumps(parameters), encoding="utf-8")
+        command = [sys.executable, "-m", "dlr", "run", phase, "--params", str(file), "--name", name]
+        return subprocess.run(command + ["--force"] * force, stdout=output, env=environment,
+                              stderr=subprocess.STDOUT, cwd=project_root()).returncode
+
+
+def write_table(path: str | Path, table: pd.DataFrame, prefix: str = "") -> tuple[str, Path]:
+    """A sweep's means over seeds as markdown, and the file that keeps them.
+
+    That is table.md of the phase while this sweep's runs are all there are; beside others it gets a
+    name of its own.
+    """
+    phase = str(read_params(path)["phase"])
+    text = seeds_table(table).to_markdown(index=False)
+    alone = finished_runs(phase).keys() <= set(table["run"])
+    name = "table" if alone else f"table-{prefix or slug(Path(path).stem)}"
+    file = results_folder() / phase / f"{name}.md"
+    write_atomically(file, text + "\n")
+    return text, file

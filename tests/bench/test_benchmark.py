@@ -1,0 +1,96 @@
+"""Which rows an evaluation makes, what is above chance, paired differences, and the figures made from a results file."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from dlr.bench.table import _above, scores_table
+from dlr.figures.benchmarks import bars, group_tasks, groups, layer_skips, scatter
+from dlr.settings import SettingsError
+from dlr.workbook.evaluation import evaluate_variants, paired, specs_of
+from dlr.workbook.phases.evaluation import EvaluationConfig, VariantSpec
+
+ROUTED = VariantSpec(name="routed", checkpoint="a/router")
+STATIC = VariantSpec(name="static", checkpoint="a/static", match="routed")
+
+
+def outcomes(*strings):
+    return {"tasks": {f"group_{i}": {"outcomes": text} for i, text in enumerate(strings)}}
+
+
+def row(variant, kind, score, skip):
+    return {"variant": variant, "kind": kind, "skip": skip, "active_layers": 16.0, "flops": 1e6, "keep_rate": [0.5, 1.0],
+            "requests": 8, "truncated": 0, "perplexity": {},
+            "scores": [{"task": "group", "metric": "acc,none", "score": score, "stderr": 0.01, "chance": 0.5, "skip": skip,
+                        "tasks": 2, "tasks_not_above_chance": ["group_1"], "above_chance": True, "notes": []}]}
+
+
+@pytest.fixture
+def comparison():
+    rows = [row("base", "base", 0.7, 0.0), row("DLR", "routed", 0.6, 0.4)]
+    leaf = {"acc_stderr,none": 0.02}
+    harness = {"base": {"group_subtasks": {"group": ["group_0", "group_1"]},
+                        "results": {"group_0": leaf | {"acc,none": 0.9}, "group_1": leaf | {"acc,none": 0.5}}},
+               "DLR": {"group_subtasks": {"group": ["group_0", "group_1"]},
+                       "results": {"group_0": leaf | {"acc,none": 0.8}, "group_1": leaf | {"acc,none": 0.4}}}}
+    return rows, harness
+
+
+def test_paired_differences_are_taken_item_by_item():
+    found = {"routed": outcomes("1111", "1100"), "static": outcomes("1110", "1100")}
+    (difference,) = paired(found, [ROUTED, STATIC])
+    assert difference["difference"] == pytest.approx(0.125) and difference["tasks"] == 2
+    # one of four items differs on one of two tasks: its own variance alone, halved by the mean over tasks
+    half = 1.96 * np.sqrt(np.var([0, 0, 0, 1], ddof=1) / 4) / 2
+    assert (difference["low"], difference["high"]) == pytest.approx((0.125 - half, 0.125 + half))
+    same = paired({"routed": outcomes("1010"), "static": outcomes("1010")}, [ROUTED, STATIC])[0]
+    assert same["difference"] == same["low"] == same["high"] == 0
+
+
+def test_above_chance_is_the_exact_test_for_one_task_and_the_interval_for_a_group():
+    one = [{"outcomes": "1" * 61 + "0" * 39}]
+    assert _above({"chance": 0.5}, one) and not _above({"chance": 0.55}, one)
+    group = [{"outcomes": "1"}, {"outcomes": "1"}]
+    assert _above({"score": 0.6, "stderr": 0.04, "chance": 0.5}, group)
+    assert not _above({"score": 0.6, "stderr": 0.06, "chance": 0.5}, group)
+    assert not _above({"score": 0.9, "stderr": None, "chance": 0.5}, group)
+
+
+def test_the_base_model_leads_and_named_variants_follow():
+    config = EvaluationConfig(model="nano", variants=[ROUTED, STATIC])
+    assert [spec.name for spec in specs_of(config)] == ["base", "routed", "static"]
+
+
+@pytest.mark.parametrize("variants, message", [
+    ([ROUTED, ROUTED], "Two variants are named 'routed'"),
+    ([ROUTED, ROUTED.changed(name="routed?")], "would share a folder"),
+    ([STATIC, ROUTED], "'static' is to match 'routed', which is no earlier row"),
+])
+def test_rows_that_cannot_be_told_apart_or_matched_are_refused(variants, message, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        evaluate_variants(EvaluationConfig(variants=variants), tmp_path)
+
+
+def test_the_table_says_where_a_score_is_not_above_chance(comparison):
+    table = scores_table(comparison[0])
+    assert list(table["variant"]) == ["base", "DLR"]
+    assert table["group (acc)"][1] == "0.6000 ± 0.0100 (1 of 2 tasks not above chance)"
+
+
+def test_a_group_is_drawn_task_by_task_best_on_top(comparison):
+    rows, harness = comparison
+    assert groups(rows) == ["group"]
+    axes = group_tasks(rows, harness, "group").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "0"]
+    dots = [container[0].get_xdata().tolist() for container in axes.containers]
+    assert dots == [[0.5, 0.9], [0.4, 0.8]]
+    plt.close("all")
+
+
+def test_every_row_is_in_the_figures(comparison):
+    rows, _ = comparison
+    assert [bar.get_width() for bar in bars(rows).axes[0].patches] == [0.6, 0.7]
+    assert {text.get_text() for text in scatter(rows).axes[0].get_legend().get_texts()} == {"base", "DLR"}
+    heat = layer_skips(rows, always_keep=4).axes[0]
+    assert [label.get_text() for label in heat.get_xticklabels()] == ["4", "5"]
+    plt.close("all")

@@ -1,0 +1,313 @@
+"""Gradients, accumulation, padding, distillation and resumption."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import half_skipping, tiny
+from transformers import set_seed
+
+import dlr
+from dlr.base.models import add_lora
+from dlr.measure.evaluate import calibrate_router, evaluate, perplexity, skip_ratio
+from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.routing.config import RouterConfig
+from dlr.routing.plan import Plan, gate_entropy
+from dlr.routing.policy import RouterPolicy
+from dlr.settings import Settings, SettingsError, validated
+from dlr.train.objectives import OBJECTIVES, GlobalPenalty, Objective, Original
+from dlr.train.settings import RunConfig
+from dlr.train.trainer import DLRTrainer, collate
+
+SETTINGS = {"always_keep": 2, "steps": 2, "bf16": False, "warm_start": False, "target_skip": 0.5, "lr": 1e-2,
+            "router_lr": 1e-2, "lora_rank": 2}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Fixed rows of unequal length."""
+
+    def __init__(self, count=8, seed=3, equal=False):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = [12] * count if equal else [12, 7, 9, 12, 5, 12, 8, 10][:count]
+        self.rows = [{"input_ids": torch.randint(2, 97, (n,), generator=generator)} for n in lengths]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def loss_and_gradients(strategy, checkpointing=False):
+    model = tiny()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=0, strategy=strategy))
+    ids = torch.randint(2, 97, (2, 10), generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(7)
+    with routing.using(RouterPolicy(training=True)):
+        logits = model(ids, use_cache=False).logits
+    loss = cross_entropy(logits, ids, torch.ones_like(ids).bool()).mean() + routing.plan.budget
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("other", [("two_pass", False), ("single_pass", True), ("two_pass", True)])
+def test_two_passes_and_checkpointing_give_the_same_loss_and_gradients(other):
+    loss, gradients = loss_and_gradients("single_pass")
+    loss2, gradients2 = loss_and_gradients(*other)
+    assert loss == pytest.approx(loss2, abs=1e-6)
+    for name, gradient in gradients.items():
+        assert gradient is not None and torch.allclose(gradient, gradients2[name], atol=1e-6), name
+    assert any("dlr_router" in n and g.abs().max() > 0 for n, g in gradients.items())
+
+
+def trained(tmp_path, data, ready=None, **changes):
+    """Trained LoRA and router; `ready(model, routing)` changes them before."""
+    set_seed(0)
+    config = RunConfig(**{**SETTINGS, **changes})
+    model = add_lora(tiny(), rank=config.lora_rank)
+    routing = dlr.attach(model, config.router())
+    if ready:
+        ready(model, routing)
+    trainer = DLRTrainer(model, config, data, tmp_path, noise=False)
+    trainer.fit()
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("objective", ["controlled", "global_penalty"])
+def test_accumulation_equals_a_larger_batch(tmp_path, objective):
+    """Not so for 'original': its squared target term is no mean over tokens."""
+    data = Rows(equal=objective == "global_penalty")
+    once = trained(tmp_path / "a", data, batch_size=4, objective=objective)
+    four = trained(tmp_path / "b", data, batch_size=1, accumulation=4, objective=objective)
+    for name in once:
+        assert torch.allclose(once[name], four[name], atol=2e-5), name
+
+
+def test_padding_changes_no_loss():
+    model, rows = tiny(), Rows().rows
+    routing = half_skipping(model)
+    batch = collate(rows[:4])
+    real = batch["attention_mask"].bool()
+    together = cross_entropy(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+                             batch["input_ids"], real)
+    skipped = (1 - routing.plan.kept).sum()
+    alone, alone_skipped = [], 0
+    for row in rows[:4]:
+        ids = row["input_ids"][None]
+        alone.append(cross_entropy(model(ids).logits, ids, torch.ones_like(ids).bool()))
+        alone_skipped += (1 - routing.plan.kept).sum()
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert skipped == alone_skipped
+    assert (batch["labels"] != -100).sum() == predicted(real).sum()
+
+
+def test_distilling_a_model_from_itself_costs_nothing(ids):
+    model = tiny()
+    routing = half_skipping(model)
+    with frozen_base(model, routing):
+        teacher = model(ids).logits
+    real = torch.ones_like(ids).bool()
+    assert kl_to_teacher(teacher, teacher, real, 2.0).abs().max() == 0
+    assert kl_to_teacher(model(ids).logits, teacher, real).mean() > 1e-4
+
+
+def test_frozen_base_is_the_base_whatever_lora_and_router_do(ids):
+    base = tiny()
+    before = base(ids).logits
+    config = RunConfig(**SETTINGS)
+    model = add_lora(base, rank=config.lora_rank)
+    routing = half_skipping(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert not torch.allclose(model(ids).logits, before)
+    with frozen_base(model, routing):
+        assert torch.equal(model(ids).logits, before)
+    routing.detach()
+    assert torch.equal(model.unload()(ids).logits, before)
+
+
+def test_kl_in_chunks_equals_kl_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 8, 50, generator=generator, requires_grad=True) for _ in range(2))
+    real = torch.ones(3, 8).bool()
+    whole = kl_to_teacher(student, teacher.detach(), real, 2.0)
+    monkeypatch.setattr("dlr.measure.likelihood.ROWS", 4)
+    parts = kl_to_teacher(student, teacher.detach(), real, 2.0)
+    assert torch.allclose(whole, parts)
+    assert torch.allclose(*(torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (whole, parts)))
+
+
+def test_the_original_budget_falls_until_nothing_runs_and_its_target_term_alone_does_not():
+    """Why it was given up: the L1 terms, summed over layers, outweigh the target at every skip ratio."""
+    def budget(skip, **weights):
+        gates = torch.full((1, 1000, 4), 1 - skip)
+        plan = Plan(gates, None, torch.ones(1, 1000).bool(), 2)
+        return Original(RunConfig(objective="original", target_skip=0.4, **weights)).term(plan).item()
+    skips = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    whole = [budget(skip, l1_weight=5.0, target_weight=8.0) for skip in skips]
+    assert whole == sorted(whole, reverse=True)
+    target = [budget(skip, l1_weight=0.0, target_weight=8.0) for skip in skips]
+    assert skips[target.index(min(target))] == 0.4 and min(target) == pytest.approx(0)
+
+
+def test_one_global_penalty_is_the_same_price_for_every_gate_of_a_real_token():
+    gates, real = torch.ones(2, 3, 4, requires_grad=True), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    GlobalPenalty(RunConfig(objective="global_penalty", penalty=0.8)).term(Plan(gates, None, real, 2)).backward()
+    assert torch.allclose(gates.grad[real], torch.tensor(0.8 / 16)) and (gates.grad[~real] == 0).all()
+
+
+@pytest.fixture
+def squared():
+    """An objective of one's own, as a notebook or a user's file defines it."""
+    class Squared(Objective, name="squared"):
+        class Weights(Settings):
+            weight: float = 8.0
+
+        def term(self, plan):
+            return self.weights.weight * (1 - plan.budget - self.config.target_skip) ** 2
+
+        def after_step(self, routing, step, row):
+            told.append((step, row["skip"]))
+    told = []
+    yield told
+    del OBJECTIVES["squared"]
+
+
+def test_an_objective_is_one_class_with_its_term_its_weights_and_its_end_of_a_step(tmp_path, squared):
+    trained(tmp_path / "mild", Rows(equal=True), objective="squared", weights={"weight": 0.5})
+    trained(tmp_path / "plain", Rows(equal=True), objective="squared")
+    mild, plain = (pd.read_csv(tmp_path / name / "log.csv") for name in ("mild", "plain"))
+    assert plain["budget"][0] == pytest.approx(8 * (plain["skip"][0] - 0.5) ** 2, rel=1e-4)
+    assert plain["budget"][0] == pytest.approx(16 * mild["budget"][0], rel=1e-4)
+    assert [step for step, _ in squared] == [1, 2, 1, 2] and squared[0][1] == pytest.approx(mild["skip"][0], abs=1e-6)
+    for given, words in (({"objective": "squred"}, "the objectives are controlled, global_penalty, original, squared"),
+                         ({"objective": "squared", "weights": {"wieght": 1.0}}, "did you mean 'weight'"),
+                         ({"weights": {"weight": 1.0}}, "unknown setting 'weight'"),
+                         ({"objective": "original", "weights": {"penalty": 1.0}}, "penalty is a setting of its own")):
+        with pytest.raises(SettingsError, match=words):
+            validated(given, RunConfig)
+
+
+def test_the_log_tells_what_happened(tmp_path):
+    """Also of unequal rows in accumulated batches: what it says of the plan is a mean over real tokens, padding left out."""
+    data, seen = Rows(), []
+    record = DLRTrainer._record
+    def noted(trainer, **values):
+        seen.append(trainer.routing.plan)
+        record(trainer, **values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DLRTrainer, "_record", noted)
+        trained(tmp_path, data, batch_size=2, accumulation=2, steps=3)
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert list(log["step"]) == [1, 2, 3]
+    for column in ("ce", "kd", "budget", "skip", "goal", "gate_entropy", "temperature", "lr", "tokens_per_second"):
+        assert log[column].notna().all(), column
+    for step in range(3):
+        kept = torch.cat([plan.kept for plan in seen[2 * step:2 * step + 2]])
+        assert log["skip"][step] == pytest.approx(1 - kept.mean().item(), abs=1e-5)
+        assert log[[f"keep_{i}" for i in range(4)]].loc[step].to_numpy() == pytest.approx(kept.mean(0).numpy(), abs=1e-5)
+        shares = torch.cat([plan.logits[plan.real] for plan in seen[2 * step:2 * step + 2]]) - log["threshold"][step]
+        assert log["gate_entropy"][step] == pytest.approx(gate_entropy(shares.sigmoid()), abs=1e-4)
+
+
+def test_a_log_shows_no_temperature_where_no_gate_is_drawn(tmp_path):
+    """A warm router whose share of the steps is 0 is not trained: its gates are hard, its threshold stays."""
+    trained(tmp_path, Rows(equal=True), batch_size=4, steps=4, warm_start=True, router_share=0.5)
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["temperature"].notna().tolist() == [True, True, False, False]
+    assert log["threshold"][2:].nunique() == 1 and log["threshold"][:3].nunique() == 3
+
+
+class Counting(torch.utils.data.Dataset):
+    """Rows that count up from a start of their own: something to learn."""
+
+    def __init__(self, starts):
+        self.rows = [{"input_ids": (start + torch.arange(16)) % 90 + 2} for start in starts]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def test_training_learns_what_carries_over_and_a_cold_router_is_held_at_its_target(tmp_path):
+    """At rising logits: nothing in the loss holds them, and a threshold moved by a fixed number of logits stays behind."""
+    config = RunConfig(**{**SETTINGS, "steps": 60, "target_skip": 0.3, "batch_size": 8, "lora_rank": 8, "kd_weight": 0.0})
+    set_seed(0)
+    model = add_lora(tiny(), rank=config.lora_rank)
+    routing = dlr.attach(model, config.router())
+    held = torch.stack([row["input_ids"] for row in Counting(range(1, 90, 3)).rows])
+    batch = [{"input_ids": held, "attention_mask": torch.ones_like(held), "row": torch.arange(len(held))}]
+    untrained = perplexity(evaluate(model, routing, batch, None))
+    DLRTrainer(model, config, Counting([s for s in range(90) if s % 3 != 1]), tmp_path).fit()
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["skip"][20:].mean() == pytest.approx(0.3, abs=0.045) and log["skip"][-10:].mean() == pytest.approx(0.3, abs=0.035)
+    calibrate_router(model, routing, batch, 0.3)
+    table = evaluate(model, routing, batch, RouterPolicy())
+    assert perplexity(table) < 0.75 * untrained and skip_ratio(table) == pytest.approx(0.3, abs=0.01)
+
+
+SCRIPT = """
+import sys, time, torch
+sys.path[:0] = {paths!r}
+torch.set_num_threads(1)
+from pathlib import Path
+import test_training as T
+slow = T.DLRTrainer.step_done
+def step_done(self, step):
+    row = slow(self, step)
+    print("step", step, flush=True)
+    time.sleep({pause})
+    return row
+T.DLRTrainer.step_done = step_done
+weights = T.trained(Path({folder!r}), T.Rows(equal=True), batch_size=2, steps=12, save_steps=3)
+from safetensors.torch import save_file
+save_file(weights, {folder!r} + "/end.safetensors")
+"""
+
+
+def _start(folder, pause):
+    paths = [str(Path(__file__).parents[n]) for n in range(3)]
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(paths=paths, folder=str(folder), pause=pause)],
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert _start(folder, 0).wait(120) == 0
+    return load_file(folder / "end.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_after", [2, 7])
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, uninterrupted, kill_after):
+    """kill -9 before the first checkpoint or after the second, then resume: bitwise what an uninterrupted run ends with."""
+    process = _start(tmp_path / "killed", 0.15)
+    for line in process.stdout:
+        if line.strip() == f"step {kill_after}":
+            time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "end.safetensors").exists()
+    assert _start(tmp_path / "killed", 0).wait(120) == 0
+    whole, resumed = uninterrupted, load_file(tmp_path / "killed" / "end.safetensors")
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+    assert list(pd.read_csv(tmp_path / "killed" / "log.csv")["step"]) == list(range(1, 13))
