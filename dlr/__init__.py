@@ -8,9 +8,10 @@ from dlr.base.checkpoint import save_pretrained  # noqa: E402
 from dlr.base.opened import load  # noqa: E402
 from dlr.base.restore import from_pretrained  # noqa: E402
 from dlr.measure.evaluate import calibrate  # noqa: E402
-from dlr.routing.attach import NotRoutable, attach, routing_of  # noqa: E402
+from dlr.routing.attach import attach  # noqa: E402
 from dlr.routing.budget import budget  # noqa: E402
 from dlr.routing.config import RouterConfig  # noqa: E402
+from dlr.routing.decoder import NotRoutable, routing_of  # noqa: E402
 from dlr.routing.plan import Plan  # noqa: E402
 from dlr.routing.policy import StaticPlan  # noqa: E402
 

@@ -16,7 +16,7 @@ from dlr.workbook.places import Wanted, beside, named, provenance, shown_path
 from dlr.workbook.runner import checked_parameters, effective_of
 from dlr.workbook.sweeps import run_sweep, write_table
 
-# `dlr.workbook.notebooks` is imported by the commands that need it: it takes half as long as all of these.
+# Commands that need `dlr.workbook.notebooks` import it: it takes half as long as all of these.
 
 EXAMPLES = """examples:
   python -m dlr run                                       a tour: a router beside its controls
@@ -123,8 +123,8 @@ def _run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: b
     wanted = Wanted(phase, effective_of(phase, parameters, notebook))
     place = named(wanted, name, force) if is_given else beside(wanted, name)
     if place.done and not force:
-        print(f"{phase}: finished before, {provenance(place)}; --force runs it again, --name keeps both. "
-              f"{shown_path(place.folder)}")
+        print(f"{phase}: finished before, {provenance(place)}; --force runs it again, --name keeps "
+              f"both. {shown_path(place.folder)}")
         return
     if force:
         place.clear()

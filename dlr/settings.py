@@ -67,7 +67,7 @@ RunName = Annotated[str, AfterValidator(lambda name: name and checked_name(name)
 
 class PhaseSettings(Settings):
     """What every notebook is told."""
-    run_name: RunName = ""             # folder below results/<phase>/; '': exploratory (dlr.workbook.places)
+    run_name: RunName = ""             # folder below results/<phase>/; '': exploratory
 
 
 def distinct(shown="{}"):

@@ -54,7 +54,8 @@ config = notebook_settings("base_model", globals())
 # %% tags=["nbval-ignore-output"]
 import pandas as pd
 
-from dlr.workbook import base_model as basemodel
+from dlr.base.models import load_base
+from dlr.workbook import base_model
 from dlr.figures.training import layer_harm, pretraining
 from dlr.workbook.runner import open_run
 
@@ -68,11 +69,11 @@ run = open_run("base_model", config)
 
 # %% tags=["nbval-ignore-output"]
 if not run.done:
-    history = basemodel.history_of(config)
-    base, tokenizer = basemodel.load_base()
-    scores = basemodel.bits_per_byte(base, tokenizer, config)
-    harm = basemodel.layer_harm(base, tokenizer, config)
-    samples = basemodel.continuations(base, tokenizer, config.seed)
+    history = base_model.history_of(config)
+    base, tokenizer = load_base()
+    scores = base_model.bits_per_byte(base, tokenizer, config)
+    harm = base_model.layer_harm(base, tokenizer, config)
+    samples = base_model.continuations(base, tokenizer, config.seed)
     run.finish(scores, layer_harm=harm, samples=samples, history=history.to_dict("records"))
 
 # %% [markdown]

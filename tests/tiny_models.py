@@ -3,24 +3,10 @@
 import copy
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    OPTConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import (AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma2Config,
+                          Gemma3TextConfig, GPT2Config, GPTNeoXConfig, GraniteConfig, LlamaConfig,
+                          MistralConfig, Olmo2Config, OPTConfig, Phi3Config, Qwen2Config,
+                          Qwen3Config, SmolLM3Config)
 
 import dlr
 from dlr.routing.config import RouterConfig

@@ -1,8 +1,8 @@
 """Saving checkpoints: PEFT's own adapter files, router.safetensors and router_config.json.
 
 A checkpoint is what was trained: what its files would not hold is refused when it is saved. It
-names the base model it was made for by weights, dtype and quantisation; `dlr.base.restore` brings those
-back.
+names the base model it was made for by weights, dtype and quantisation; `dlr.base.restore` brings
+those back.
 """
 
 from pathlib import Path
@@ -14,8 +14,9 @@ from dlr.base.adapters import (NotSaveable, active_adapter, adapted, refuse_unsa
 from dlr.base.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder,
                              digests)
 from dlr.base.models import source_of
-from dlr.routing.attach import Routing, routing_of
 from dlr.routing.config import RouterRecord
+from dlr.routing.decoder import routing_of
+from dlr.routing.handle import Routing
 from dlr.routing.router import ROUTER_NAME
 from dlr.routing.weights import base_record, causal_lm, differences
 from dlr.runs import save_tensors, write_atomically

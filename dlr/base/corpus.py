@@ -6,8 +6,8 @@ module. Splits are decided by a hash of the module's name, so that a document ne
 another package changes.
 
 Some documents are docstrings of tokenizers and spell out `<|endoftext|>`. That is text: they are
-kept as they are, content hash included, and `dlr.base.encoding` turns it into ordinary tokens. Token
-streams cached under other rules are made anew.
+kept as they are, content hash included, and `dlr.base.encoding` turns it into ordinary tokens.
+Token streams cached under other rules are made anew.
 
     python -m dlr.base.corpus            # builds the cache, prints sizes and the content hash
 """

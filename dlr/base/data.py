@@ -2,8 +2,8 @@
 
 Notation: b batch, s sequence length. Training data is packed (documents joined by the end-of-text
 token, cut into blocks of s); evaluation data keeps one document a row, right-padded, so that
-intervals can be taken over documents. Text becomes ids in `dlr.base.encoding` alone: a special token
-that a text spells out stays text.
+intervals can be taken over documents. Text becomes ids in `dlr.base.encoding` alone: a special
+token that a text spells out stays text.
 """
 
 import csv

@@ -20,8 +20,8 @@ from dlr.base.find import find_checkpoint
 from dlr.base.folder import RECORDS, digest_of, looks_like, refuse_incomplete
 from dlr.base.models import load_base, source_of
 from dlr.base.restore import restore
-from dlr.routing.attach import routing_of
 from dlr.routing.budget import threshold_at
+from dlr.routing.decoder import routing_of
 from dlr.routing.handle import Routing
 from dlr.routing.plan import static_pair
 from dlr.routing.policy import Policy, RandomByDocument, RouterPolicy, StaticByDocument

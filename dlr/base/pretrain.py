@@ -53,9 +53,9 @@ def pretraining_texts(text_dir: str, seed: int = 0, dataset: str = "") -> list[s
 def pretraining_stream(text_dir: str, tokenizer, cache: Path, dataset: str = "") -> np.ndarray:
     """The training tokens `[n]` (uint32), tokenised once and kept beside `cache` (a .npy file).
 
-    The file's name ends in a hash of texts, tokenizer and the rules of `dlr.base.encoding`: a stream of
-    other text, or one in which spelled-out special tokens end documents, is never taken for this
-    one.
+    The file's name ends in a hash of texts, tokenizer and the rules of `dlr.base.encoding`: a
+    stream of other text, or one in which spelled-out special tokens end documents, is never
+    taken for this one.
     """
     texts = pretraining_texts(text_dir, dataset=dataset)
     path = cache.with_name(f"{cache.stem}-{_stream_key(texts, tokenizer)}.npy")

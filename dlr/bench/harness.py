@@ -22,9 +22,9 @@ from dlr.base.opened import Opened, load
 from dlr.bench.metering import Meter, Watch, end_watch
 from dlr.bench.options import OPENING, checked, refuse_absent, typed
 from dlr.progress import tqdm
-from dlr.routing.attach import causal_lm
 from dlr.routing.device import device_of
 from dlr.routing.router import ROUTER_NAME
+from dlr.routing.weights import causal_lm
 from dlr.settings import SettingsError
 
 # a warning for each truncated request

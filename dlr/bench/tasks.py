@@ -72,8 +72,8 @@ def _json_rows(path: Path, fields: dict[str, type]) -> list[tuple[str, dict]]:
 def _open(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"--data-dir holds no {str(path)!r}. The forms it serves "
-                                f"({SERVED}) are described at the top of dlr/bench/tasks.py; without "
-                                "--data-dir the task comes from the Hugging Face Hub.")
+                                f"({SERVED}) are described at the top of dlr/bench/tasks.py; "
+                                "without --data-dir the task comes from the Hugging Face Hub.")
     return path.open(encoding="utf-8", newline="")
 
 

@@ -2,11 +2,11 @@
 in bits a byte.
 
 Each article is a document of its own, opened by the tokenizer's first token
-(`dlr.base.encoding.opening_token`). A window of the model's context (at most `window` tokens) moves by
-`stride`; each step scores the `stride` new tokens and takes the rest as context, so every token is
-scored once, with at least `window - stride` tokens before it where the article has them. Words are
-split at white space and bytes counted in the text as distributed (no detokenising); the interval is
-over articles.
+(`dlr.base.encoding.opening_token`). A window of the model's context (at most `window` tokens) moves
+by `stride`; each step scores the `stride` new tokens and takes the rest as context, so every token
+is scored once, with at least `window - stride` tokens before it where the article has them. Words
+are split at white space and bytes counted in the text as distributed (no detokenising); the
+interval is over articles.
 """
 
 from pathlib import Path

@@ -15,8 +15,8 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dlr.explore.layout import (Cost, Layout, Look, change, grid, level, lines_of, number,
-                                said_execution, said_plan, steps)
+from dlr.explore.layout import (Cost, Layout, Look, change, level, lines_of, number, said_execution,
+                                said_plan, steps)
 from dlr.explore.stream import Progress
 from dlr.explore.style import ink, ramp
 from dlr.explore.tokens import Words, spans, visible

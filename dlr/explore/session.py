@@ -30,10 +30,12 @@ from dlr.measure.flops import active_halves, adapter_flops, router_flops, text_f
 from dlr.measure.likelihood import frozen_base
 from dlr.measure.logits import last_only
 from dlr.measure.record import Record, document_ids, hash_of, record_ids
-from dlr.routing.attach import NANO_NAME, NotRoutable, Routing, causal_lm, routing_of
 from dlr.routing.budget import DIAL, calibration_curve, threshold_at
+from dlr.routing.decoder import NotRoutable, routing_of
 from dlr.routing.device import device_of
+from dlr.routing.handle import Routing
 from dlr.routing.policy import GivenPlan, Policy, RecordedPlan, StaticPlan
+from dlr.routing.weights import NANO_NAME, causal_lm
 from dlr.runs import finished_runs, project_root, results_folder
 
 TURNS = 3                        # runs whose median time is shown

@@ -16,8 +16,8 @@ from dlr.explore.tokens import piece_bytes
 from dlr.measure.likelihood import frozen_base
 from dlr.measure.logits import last_only
 from dlr.measure.record import document_ids, pieces
-from dlr.routing.attach import causal_lm
 from dlr.routing.device import device_of
+from dlr.routing.weights import causal_lm
 
 
 @dataclass

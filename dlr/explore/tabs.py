@@ -10,7 +10,7 @@ from pathlib import Path
 import ipywidgets as W
 
 from dlr.base.find import checkpoints
-from dlr.explore import html as views
+from dlr.explore import html
 from dlr.explore.session import Session
 from dlr.explore.stream import Progress, generate
 from dlr.explore.widgets import (FIRST, WIDE, Explorer, Later, Quiet, budget_slider, column,
@@ -85,7 +85,7 @@ class Comparison(Quiet, W.VBox):
         threshold = session.threshold(self.budgets[side].value / 100)
         if first is not None and session is self._sessions["first"]:
             return session.again(first, threshold=threshold)
-        return session.read(self.text.value, threshold=threshold, longest=views.LONGEST)
+        return session.read(self.text.value, threshold=threshold, longest=html.LONGEST)
 
     @guarded
     def read(self) -> None:
@@ -95,7 +95,7 @@ class Comparison(Quiet, W.VBox):
         static = self.plan.value == STATIC
         self.budgets["second"].disabled = static
         if static:
-            base = first if two is one else two.read(self.text.value, longest=views.LONGEST)
+            base = first if two is one else two.read(self.text.value, longest=html.LONGEST)
             second, what = two.static(base, first.skip_ratio)
             self.names = (f"{one.name}, router",
                           "best static plan" if what.startswith("best") else "static plan")
@@ -107,7 +107,7 @@ class Comparison(Quiet, W.VBox):
                                for side, session in self._sessions.items())
         self.records = (first, second)
         notes = dict.fromkeys(filter(None, [one.note, two.note, one.cut(first), note]))
-        self.view.value = views.comparison(first, second, self.names,
+        self.view.value = html.comparison(first, second, self.names,
                                            (one.flops(first), two.flops(second)),
                                            note=" ".join(notes))
         self.error = None
@@ -120,11 +120,11 @@ class Comparison(Quiet, W.VBox):
             name = slug("-".join([self.records[0].meta["text_hash"], *self.names]))
             folder = Path(folder or results_folder() / "explorer" / "exports" / name)
             path = folder / "comparison.html"
-            write_atomically(path, views.page(self.view.value, "Comparison"))
-            self.downloads.value = views.saved([path])
+            write_atomically(path, html.page(self.view.value, "Comparison"))
+            self.downloads.value = html.saved([path])
             return path
         except Exception as error:
-            self.downloads.value = views.message(error)
+            self.downloads.value = html.message(error)
 
     def close(self) -> None:
         """Closes the widgets and frees the models it loaded."""
@@ -195,14 +195,14 @@ class Generator(Quiet, W.VBox):
                 await asyncio.sleep(0.005)          # lets the kernel hear the stop button
             self.error = None
         except Exception as error:                  # shown in the view; the next run works
-            self.error, self.view.value = error, views.message(error)
+            self.error, self.view.value = error, html.message(error)
         finally:
             self.start.disabled, self.stop.disabled = False, True
 
     def _draw(self, progress: Progress) -> None:
         self.progress = progress
         config = self.session.routing.config
-        self.view.value = views.stream(progress, config.always_keep + config.keep_last)
+        self.view.value = html.stream(progress, config.always_keep + config.keep_last)
 
     def close(self) -> None:
         """Stops, closes the widgets and frees the model."""
@@ -245,7 +245,7 @@ class Workbench(Quiet, W.Tab):
             elif self.selected_index == 2 and self._stale(self.generator, source):
                 tabs[2] = self.generator = Generator(source, **self._loading)
         except Exception as error:
-            tabs[self.selected_index] = W.HTML(views.message(error))
+            tabs[self.selected_index] = W.HTML(html.message(error))
         self.children = tabs
 
     @staticmethod

@@ -13,7 +13,7 @@ import functools
 import ipywidgets as W
 
 from dlr.base.find import checkpoints
-from dlr.explore import html as views
+from dlr.explore import html
 from dlr.explore.export import FORMATS, export
 from dlr.explore.layout import Cost, Look
 from dlr.explore.session import TURNS, Session
@@ -56,7 +56,7 @@ def guarded(method):
             return method(self, *args)
         except Exception as error:          # widgets swallow what is raised; it must be seen
             self.error = error
-            self.view.value = views.message(error)
+            self.view.value = html.message(error)
     return inner
 
 
@@ -194,7 +194,7 @@ class Explorer(Quiet, W.VBox):
             later.cancel()
         self.record = None              # after an error nothing is shown, least of all another text
         threshold = self.session.threshold(self.budget.value / 100)
-        self.record = self.session.read(self.text.value, threshold=threshold, longest=views.LONGEST)
+        self.record = self.session.read(self.text.value, threshold=threshold, longest=html.LONGEST)
         self.words = Words(self.record)
         self.cost = self.session.flops(self.record)
         self.show()
@@ -241,7 +241,7 @@ class Explorer(Quiet, W.VBox):
     def show(self) -> None:
         """Draws the record."""
         if self.record is not None:
-            self.view.value = views.view(self.record, self.cost, self.look, self.note, self.words)
+            self.view.value = html.view(self.record, self.cost, self.look, self.note, self.words)
             self.error = None
 
     # -- controls ---------------------------------------------------------------------------------
@@ -281,9 +281,9 @@ class Explorer(Quiet, W.VBox):
             paths = export(self.record, self.view.value, folder, self.cost, self.look,
                            self.formats.value)
         except Exception as error:
-            self.downloads.value = views.message(error)
+            self.downloads.value = html.message(error)
             return []
-        self.downloads.value = views.saved(paths)
+        self.downloads.value = html.saved(paths)
         return paths
 
     def close(self) -> None:

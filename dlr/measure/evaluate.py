@@ -11,10 +11,11 @@ from dlr.base.data import Documents, padded_batches
 from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.measure.logits import chunks, last_only, logits_of
 from dlr.progress import tqdm
-from dlr.routing.attach import Routing, routing_of
 from dlr.routing.budget import calibration_curve, threshold_for
 from dlr.routing.config import Calibration
+from dlr.routing.decoder import routing_of
 from dlr.routing.device import device_of
+from dlr.routing.handle import Routing
 from dlr.routing.policy import Policy, RouterPolicy, refuse_without_plan
 
 BOOTSTRAP = 1000

@@ -11,8 +11,8 @@ import torch
 
 from dlr.base.adapters import without_adapters
 from dlr.measure.likelihood import ROWS, frozen_base, predicted
-from dlr.routing.attach import Routing
 from dlr.routing.device import device_of
+from dlr.routing.handle import Routing
 from dlr.routing.policy import GivenPlan, RouterPolicy
 
 

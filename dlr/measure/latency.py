@@ -18,9 +18,10 @@ from transformers import DynamicCache
 
 from dlr.measure.shapes import random_model, recorded_gates
 from dlr.progress import tqdm
-from dlr.routing.attach import Routing, attach
+from dlr.routing.attach import attach
 from dlr.routing.config import RouterConfig
 from dlr.routing.device import device_of, fast_bf16
+from dlr.routing.handle import Routing
 from dlr.routing.policy import RecordedPlan
 
 SYSTEMS = ("dense", "truncation", "masked", "two-pass", "compact")

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dlr.routing.attach import Routing, causal_lm
+from dlr.routing.handle import Routing
+from dlr.routing.weights import causal_lm
 
 # Logits held at a time: 50 MB in float32. Blocks above 32 MB go back to the system at once; smaller
 # ones would stay in the C library's heap, which then grows all the same.

@@ -20,10 +20,11 @@ from dlr.base.encoding import encode, opening_token
 from dlr.measure.likelihood import frozen_base
 from dlr.measure.logits import chunks, logits_of
 from dlr.progress import tqdm
-from dlr.routing.attach import Routing, causal_lm, describe_base
 from dlr.routing.device import device_of
+from dlr.routing.handle import Routing
 from dlr.routing.plan import active_layers, skip_ratio
 from dlr.routing.policy import Policy, RouterPolicy
+from dlr.routing.weights import causal_lm, describe_base
 from dlr.runs import save_tensors, write_atomically
 
 TENSORS = ("ids", "document", "position", "gates", "logits", "loss_dense", "loss_routed",
@@ -180,7 +181,7 @@ def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor,
 
 
 def _dense_rows(model, routing: Routing, ids: torch.Tensor, known: dict | None) -> Callable:
-    """The base model's logits of a text by rows; kept in `known`, where given, for its next plan."""
+    """The base model's logits of a text by rows; `known`, where given, keeps them."""
     key = tuple(ids.tolist())
     if known is not None and key in known:
         return known[key]

@@ -6,7 +6,7 @@ import pandas as pd
 
 from dlr.measure.evaluate import evaluate
 from dlr.progress import tqdm
-from dlr.routing.attach import Routing
+from dlr.routing.handle import Routing
 from dlr.routing.plan import static_gates, static_pair
 from dlr.routing.policy import StaticPlan
 

@@ -7,18 +7,13 @@ import torch._dynamo
 from torch import nn
 
 from dlr.routing.config import RouterConfig
-from dlr.routing.decoder import (HANDLE, NotRoutable, causal_lm, decoder_and_layers,
-                                 refuse_layerdrop, routing_of)
+from dlr.routing.decoder import HANDLE, NotRoutable, causal_lm, decoder_and_layers, refuse_layerdrop
 from dlr.routing.device import execution_device
 from dlr.routing.families import ANY_MASK
 from dlr.routing.handle import Routing
 from dlr.routing.hooks import RunsMasked
 from dlr.routing.packed import keep_differentiable
 from dlr.routing.router import router_class
-from dlr.routing.weights import NANO_NAME, describe_base
-
-__all__ = ["NANO_NAME", "NotRoutable", "Routing", "RunsMasked", "attach", "causal_lm",
-           "decoder_and_layers", "describe_base", "routing_of"]
 
 
 def attach(model: nn.Module, config: RouterConfig | None = None,
@@ -39,18 +34,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None,
     config = config or RouterConfig()
     base = causal_lm(model)
     decoder, layers = decoder_and_layers(model)
-    if HANDLE in base.__dict__:
-        raise NotRoutable(f"This {type(base).__name__} already has a router; call "
-                          "routing_of(model).detach() first.")
-    if config.always_keep + config.keep_last >= len(layers):
-        raise NotRoutable(f"always_keep={config.always_keep} and keep_last={config.keep_last} "
-                          f"leave none of the model's {len(layers)} layers to route; together they "
-                          f"must be below {len(layers)}.")
-    attention = base.config.get_text_config()._attn_implementation
-    if config.kv == "drop" and attention not in ANY_MASK:
-        raise NotRoutable("kv='drop' needs an attention that takes any mask; load the model with "
-                          "attn_implementation='sdpa' or 'eager'.")
-    refuse_layerdrop(decoder)
+    _refuse_unroutable(base, config, decoder, layers)
     _compile_with_hooks()
     per_layer = 2 if config.unit == "sublayer" else 1
     keep_differentiable(base)
@@ -84,6 +68,22 @@ def _refuse_unplannable(name: str, config: RouterConfig) -> None:
             raise NotRoutable(f"{name} decides on each layer from the state before it, so that no "
                               f"plan is known ahead, which {setting}={getattr(config, setting)!r} "
                               f"needs. Use {setting}={value!r}.")
+
+
+def _refuse_unroutable(base, config: RouterConfig, decoder, layers) -> None:
+    """Raises NotRoutable where this model cannot be routed under these settings."""
+    if HANDLE in base.__dict__:
+        raise NotRoutable(f"This {type(base).__name__} already has a router; call "
+                          "routing_of(model).detach() first.")
+    if config.always_keep + config.keep_last >= len(layers):
+        raise NotRoutable(f"always_keep={config.always_keep} and keep_last={config.keep_last} "
+                          f"leave none of the model's {len(layers)} layers to route; together they "
+                          f"must be below {len(layers)}.")
+    attention = base.config.get_text_config()._attn_implementation
+    if config.kv == "drop" and attention not in ANY_MASK:
+        raise NotRoutable("kv='drop' needs an attention that takes any mask; load the model with "
+                          "attn_implementation='sdpa' or 'eager'.")
+    refuse_layerdrop(decoder)
 
 
 def _compile_with_hooks() -> None:

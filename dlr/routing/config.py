@@ -31,7 +31,7 @@ class RouterConfig(Settings):
 
     @property
     def forced_tokens(self) -> int:
-        """Tokens at the start of a sequence that run every layer whatever the router says, pooled ones included."""
+        """Tokens at a sequence's start that run every layer in any case, pooled ones included."""
         return max(self.keep_first_tokens, self.pool_tokens if self.level == "sequence" else 0)
 
     @model_serializer(mode="wrap")

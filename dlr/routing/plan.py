@@ -142,7 +142,7 @@ def skip_ratio(gates: torch.Tensor) -> float:
 
 
 def active_layers(gates: torch.Tensor, always: int, units_per_layer: int) -> torch.Tensor:
-    """Layers each token ran, of hard gates `[..., U]`: halves where attention and MLP are gated apart."""
+    """Layers each token ran, of hard gates `[..., U]`; halves where units are sublayers."""
     return always + gates.sum(-1) / units_per_layer
 
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dlr.base.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
 from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.progress import tqdm
-from dlr.routing.attach import routing_of
+from dlr.routing.decoder import routing_of
 from dlr.routing.plan import gate_entropy
 from dlr.routing.policy import Policy, RouterPolicy
 from dlr.routing.router import ROUTER_NAME

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher
 from dlr.progress import tqdm
-from dlr.routing.attach import Routing
 from dlr.routing.budget import threshold_for
 from dlr.routing.device import device_of
+from dlr.routing.handle import Routing
 from dlr.routing.plan import static_pair
 from dlr.routing.policy import GivenPlan, RouterPolicy, refuse_without_plan
 from dlr.routing.router import hard_gates

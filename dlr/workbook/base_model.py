@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.base.data import Documents, folder_texts, load_documents, padded_batches, read_wikitext
 from dlr.base.encoding import encode, opening_token, padding_token
-from dlr.base.models import NANO, load_base
+from dlr.base.models import NANO
 from dlr.base.pretrain import (STAGE, new_model, pretrain, pretraining_stream, pretraining_texts,
                                train_tokenizer)
 from dlr.measure.evaluate import bootstrap, evaluate, perplexity

@@ -15,7 +15,8 @@ from dlr.base.data import load_documents, packed, padded_batches
 from dlr.base.models import add_lora, load_base
 from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, summary
 from dlr.measure.static import evaluate_static, order_of_mean_plan
-from dlr.routing.attach import Routing, attach
+from dlr.routing.attach import attach
+from dlr.routing.handle import Routing
 from dlr.routing.plan import static_pair
 from dlr.routing.policy import (LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy,
                                 ShuffledPlan)

@@ -15,8 +15,9 @@ from dlr.measure.categories import categories, frequencies, load_spacy, part_of_
 from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, perplexity
 from dlr.measure.probes import predictability
 from dlr.measure.record import Record, record
-from dlr.routing.attach import Routing, attach
+from dlr.routing.attach import attach
 from dlr.routing.budget import threshold_at
+from dlr.routing.handle import Routing
 from dlr.routing.policy import RouterPolicy, ShuffledPlan
 from dlr.runs import save_tensors
 from dlr.workbook.phases.token_analysis import TokenAnalysisConfig

@@ -9,22 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import (
-    IA3Config,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    TrainableTokensConfig,
-    get_peft_model,
-)
+from peft import (IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig,
+                  TrainableTokensConfig, get_peft_model)
 from tiny_models import FAMILIES, OPEN, SMALL, half_skipping, tiny
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig,
+                          LlamaForCausalLM)
 
 import dlr
 from dlr.base.adapters import NotSaveable

@@ -9,22 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from dlr.base.corpus import (
-    SPLITS,
-    _drop_repeats,
-    content_hash,
-    embedded_corpus,
-    split_of,
-)
-from dlr.base.data import (
-    Documents,
-    PackedBlocks,
-    folder_texts,
-    load_documents,
-    packed,
-    padded_batches,
-    token_stream,
-)
+from dlr.base.corpus import SPLITS, _drop_repeats, content_hash, embedded_corpus, split_of
+from dlr.base.data import (Documents, PackedBlocks, folder_texts, load_documents, packed,
+                           padded_batches, token_stream)
 from dlr.base.encoding import encode
 from dlr.base.models import NANO
 

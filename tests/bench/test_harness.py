@@ -21,13 +21,8 @@ from dlr.bench.wikitext import strided_perplexity, windows
 from dlr.measure.evaluate import router_logits
 from dlr.routing.attach import attach
 from dlr.routing.config import RouterConfig
-from dlr.routing.policy import (
-    RandomByDocument,
-    RouterPolicy,
-    StaticByDocument,
-    StaticPlan,
-    uniform_from,
-)
+from dlr.routing.policy import (RandomByDocument, RouterPolicy, StaticByDocument, StaticPlan,
+                                uniform_from)
 
 pytestmark = pytest.mark.usefixtures("by_rows")
 

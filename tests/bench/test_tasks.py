@@ -22,13 +22,8 @@ from dlr.base.opened import load
 from dlr.base.restore import WrongBase
 from dlr.bench.tasks import BadRow, UnknownTask, load_tasks, local_rows
 from dlr.bench.wikitext import load_articles
-from dlr.measure.flops import (
-    active_halves,
-    flops_per_token,
-    layer_flops,
-    plan_flops_per_token,
-    text_flops,
-)
+from dlr.measure.flops import (active_halves, flops_per_token, layer_flops, plan_flops_per_token,
+                               text_flops)
 from dlr.routing.attach import attach
 from dlr.routing.config import RouterConfig
 from dlr.settings import SettingsError

@@ -16,7 +16,8 @@ from dlr.explore.session import Session
 from dlr.explore.stream import generate
 from dlr.explore.tabs import STATIC, Comparison, Generator, Workbench
 from dlr.explore.widgets import EXAMPLES, Explorer
-from dlr.routing.attach import NotRoutable, causal_lm
+from dlr.routing.decoder import NotRoutable
+from dlr.routing.weights import causal_lm
 
 pytestmark = pytest.mark.skipif(not (NANO_ROUTER / "router_config.json").is_file(),
                                 reason="the embedded router (dlr/nano/router) is not there")

@@ -15,15 +15,7 @@ from tiny_models import half_skipping
 from dlr.explore import html as views
 from dlr.explore import terminal, tokens
 from dlr.explore.export import cell, export, rows, to_csv, to_json
-from dlr.explore.html import (
-    agreement,
-    comparison,
-    differing,
-    link,
-    page,
-    stream,
-    stylesheet,
-)
+from dlr.explore.html import agreement, comparison, differing, link, page, stream, stylesheet
 from dlr.explore.layout import Cost, Layout, Look, level
 from dlr.explore.session import Session
 from dlr.explore.stream import Progress, Side

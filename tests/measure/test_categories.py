@@ -8,16 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from dlr.base.models import NANO
-from dlr.measure.categories import (
-    OTHER,
-    PARTITION,
-    categories,
-    frequencies,
-    load_spacy,
-    part_of_speech,
-    partition,
-    rare_ids,
-)
+from dlr.measure.categories import (OTHER, PARTITION, categories, frequencies, load_spacy,
+                                    part_of_speech, partition, rare_ids)
 from dlr.measure.record import Record, pieces
 
 TEXT = "The `ndarray.sum` of 42 values isn't\n    documented (see Below), unfortunately: café costs 3."

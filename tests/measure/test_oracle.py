@@ -7,7 +7,7 @@ import torch
 from tiny_models import half_skipping, tiny
 
 from dlr.measure import oracle
-from dlr.measure import probes as predictability
+from dlr.measure import probes
 from dlr.measure.instrument import Instrument, open_sample, router_plan, single_skips
 from dlr.measure.likelihood import frozen_base, kl_to_teacher, predicted
 from dlr.routing.config import RouterConfig
@@ -159,12 +159,12 @@ def test_r2_of_a_linear_function_is_one_and_of_noise_about_zero():
     rng = np.random.default_rng(0)
     states, document = rng.normal(size=(600, 8)), np.repeat(np.arange(12), 50)
     goal = np.stack([states @ rng.normal(size=8), rng.normal(size=600)], 1)
-    guess = predictability.cross_fitted(states, goal, document, "linear")
-    r2 = predictability.r_squared(goal, guess)
+    guess = probes.cross_fitted(states, goal, document, "linear")
+    r2 = probes.r_squared(goal, guess)
     assert r2[0] > 0.99 and abs(r2[1]) < 0.08
     curved = np.abs(states[:, :1])
-    linear, mlp = (predictability.r_squared(curved, predictability.cross_fitted(states, curved, document, kind))[0]
-                   for kind in predictability.PROBES)
+    linear, mlp = (probes.r_squared(curved, probes.cross_fitted(states, curved, document, kind))[0]
+                   for kind in probes.PROBES)
     assert linear < 0.1 < 0.4 < mlp
 
 
@@ -173,15 +173,15 @@ def test_probes_are_not_fooled_by_what_only_a_document_shares():
     document = np.repeat(np.arange(12), 50)
     marks, worth = rng.normal(size=(12, 20)), rng.normal(size=12)
     goal = worth[document][:, None]
-    guess = predictability.cross_fitted(marks[document], goal, document, "linear")
-    assert predictability.r_squared(goal, guess)[0] < 0.5
+    guess = probes.cross_fitted(marks[document], goal, document, "linear")
+    assert probes.r_squared(goal, guess)[0] < 0.5
     with pytest.raises(ValueError, match="too few"):
-        predictability.cross_fitted(marks[document], goal, document * 0)
+        probes.cross_fitted(marks[document], goal, document * 0)
 
 
 def test_predictability_rows_have_intervals_around_their_mean():
     rng = np.random.default_rng(2)
     states, document = rng.normal(size=(400, 6)), np.repeat(np.arange(8), 50)
-    rows = predictability.predictability({2: states}, states[:, :3], document)
+    rows = probes.predictability({2: states}, states[:, :3], document)
     assert [(r["depth"], r["probe"]) for r in rows] == [(2, "linear"), (2, "MLP")]
     assert all(r["r2_low"] <= r["r2"] <= r["r2_high"] and len(r["by_unit"]) == 3 for r in rows)

@@ -7,11 +7,7 @@ import math
 import pytest
 import torch
 from tiny_models import FAMILIES, SMALL, half_skipping
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dlr.measure.likelihood import cross_entropy
 from dlr.measure.record import TENSORS, Record, record

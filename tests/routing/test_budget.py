@@ -11,15 +11,8 @@ import dlr
 from dlr.base.data import load_documents
 from dlr.base.models import load_base
 from dlr.measure import logits
-from dlr.measure.evaluate import (
-    bootstrap,
-    calibrate_router,
-    evaluate,
-    paired_difference,
-    perplexity,
-    skip_ratio,
-    summary,
-)
+from dlr.measure.evaluate import (bootstrap, calibrate_router, evaluate, paired_difference,
+                                  perplexity, skip_ratio, summary)
 from dlr.measure.static import evaluate_static, greedy_order, greedy_static_order
 from dlr.routing.budget import Controller, threshold_for
 from dlr.routing.config import RouterConfig

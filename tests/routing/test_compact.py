@@ -10,9 +10,9 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 import dlr
 from dlr.base.models import add_lora
 from dlr.routing import families
-from dlr.routing.attach import NotRoutable
 from dlr.routing.compact import OVERHEAD
 from dlr.routing.config import RouterConfig
+from dlr.routing.decoder import NotRoutable
 from dlr.routing.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routing.rows import plan_rows
 

@@ -9,31 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import PLAIN, SMALL, tiny
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BloomConfig,
-    BloomForCausalLM,
-    CLIPVisionConfig,
-    Llama4TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MambaConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OpenAIGPTConfig,
-    OPTConfig,
-    OPTForCausalLM,
-    StaticCache,
-    XLNetConfig,
-    XLNetLMHeadModel,
-)
+from transformers import (AutoModelForCausalLM, BertConfig, BloomConfig, BloomForCausalLM,
+                          CLIPVisionConfig, Llama4TextConfig, LlamaConfig, LlamaForCausalLM,
+                          LlavaConfig, LlavaForConditionalGeneration, MambaConfig, MixtralConfig,
+                          MixtralForCausalLM, OpenAIGPTConfig, OPTConfig, OPTForCausalLM,
+                          StaticCache, XLNetConfig, XLNetLMHeadModel)
 
 import dlr
-from dlr.routing.attach import NotRoutable, RunsMasked
 from dlr.routing.config import RouterConfig
+from dlr.routing.decoder import NotRoutable
+from dlr.routing.hooks import RunsMasked
 from dlr.routing.policy import GivenPlan, RandomPlan, RouterPolicy, StaticPlan
 
 pytestmark = [pytest.mark.usefixtures("by_rows"), pytest.mark.filterwarnings("ignore::dlr.routing.attach.RunsMasked")]

@@ -3,23 +3,12 @@
 import pytest
 import torch
 from tiny_models import FAMILIES, OPEN, half_skipping, tiny
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import dlr
-from dlr.routing.attach import NotRoutable, decoder_and_layers
 from dlr.routing.config import RouterConfig
-from dlr.routing.policy import (
-    GivenPlan,
-    RandomPlan,
-    RouterPolicy,
-    ShuffledPlan,
-    StaticPlan,
-)
+from dlr.routing.decoder import NotRoutable, decoder_and_layers
+from dlr.routing.policy import GivenPlan, RandomPlan, RouterPolicy, ShuffledPlan, StaticPlan
 
 pytestmark = pytest.mark.usefixtures("by_rows")
 

@@ -10,17 +10,8 @@ from dlr.base.models import add_lora
 from dlr.measure.likelihood import frozen_base, kl_to_teacher
 from dlr.routing.policy import StaticPlan
 from dlr.train.settings import RunConfig
-from dlr.train.warmstart import (
-    SHARES,
-    SHRINK_BATCHES,
-    Background,
-    HarmLabels,
-    label,
-    label_batch,
-    regress,
-    shrink,
-    warm_start,
-)
+from dlr.train.warmstart import (SHARES, SHRINK_BATCHES, Background, HarmLabels, label, label_batch,
+                                 regress, shrink, warm_start)
 
 CONFIG = RunConfig(always_keep=2, keep_first_tokens=1, warm_tokens=64, warm_epochs=4, batch_size=4, seq_len=12,
                    bf16=False, target_skip=0.5, lora_rank=2)

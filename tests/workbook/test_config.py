@@ -7,14 +7,7 @@ import yaml
 
 from dlr.base.identity import resolved
 from dlr.runs import project_root
-from dlr.settings import (
-    LocalPath,
-    SettingsError,
-    effective,
-    from_text,
-    read_params,
-    validated,
-)
+from dlr.settings import LocalPath, SettingsError, effective, from_text, read_params, validated
 from dlr.train.settings import RunConfig
 from dlr.workbook.phases import PHASES, PhaseSettings, phase
 from dlr.workbook.phases.evaluation import EvaluationConfig

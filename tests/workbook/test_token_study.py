@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlr.base import find as discovery
+from dlr.base import find
 from dlr.figures.register import redraw
 from dlr.measure.record import record
 from dlr.runs import finished_runs, project_root
@@ -29,7 +29,7 @@ def test_the_verdict_follows_the_numbers():
 
 
 def test_a_missing_embedded_router_is_named_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(discovery, "NANO_ROUTER", tmp_path / "router")
+    monkeypatch.setattr(find, "NANO_ROUTER", tmp_path / "router")
     with pytest.raises(FileNotFoundError, match="dlr/nano/router.*--set checkpoint="):
         token_study.open_study(validated({}, PHASES["token_analysis"][1]))
 

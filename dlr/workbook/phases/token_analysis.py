@@ -12,7 +12,7 @@ Weights = Literal["checkpoint", "base"]
 
 @phase("07_token_analysis")
 class TokenAnalysisConfig(PhaseSettings):
-    """07: the token analysis (`dlr.workbook.token_study`). Documents are the test split's, in its order."""
+    """07: the token analysis. Documents are the test split's, in its order."""
     toy: ClassVar = {"record_docs": 6, "eval_len": 32, "oracle_docs": 3, "probe_docs": 6,
                      "oracle_len": 24, "budgets": [0.4], "weights": ["checkpoint"],
                      "calibration_docs": 4, "frequency_docs": 4}

@@ -1,4 +1,4 @@
-"""01 to 04: the settings of the notebooks that train variants of one base model (`dlr.workbook.study`)."""
+"""01 to 04: the settings of the notebooks that train variants of one base model."""
 
 from typing import Annotated, ClassVar, Literal
 
