@@ -130,7 +130,7 @@ def strip(layout: Layout, marked: Iterable[int] = (), cards: bool = True) -> Mar
                       | {"marked": i in marked, "card": _card(layout, i) if cards else None})
     total = record.meta["layers"]
     counted = total if len(layers) == total else f"layers {layers.start}–{layers.stop - 1}"
-    return render("strip.html", tokens=tokens, hint=not cards, counted=counted,
+    return render("shaded_text.html", tokens=tokens, hint=not cards, counted=counted,
                   steps=steps(layout.low, layout.high))
 
 
@@ -162,7 +162,7 @@ def heatmap(layout: Layout) -> Markup:
                         "shade": f"dlr-l{layout.level(i)}",
                         "hint": f"{token.marked} · position {int(layout.record.position[i])} · "
                                 f"{depth:g} layers · skipped {spans(layout.skipped(i))}"})
-    return _heat("heatmap.html", layout, columns, rates=layout.rates)
+    return _heat("grid_layers.html", layout, columns, rates=layout.rates)
 
 
 def difference(first: Layout, second: Layout) -> Markup:
@@ -178,7 +178,7 @@ def difference(first: Layout, second: Layout) -> Markup:
                         "foot": f"{more:+g}".replace("-", "−") if more else "=",
                         "hint": f"{token.marked} · position {int(first.record.position[i])} · "
                                 f"only the first: {only[0]} · only the second: {only[1]}"})
-    return _heat("difference.html", first, columns, agreement=agreement(first, second))
+    return _heat("grid_difference.html", first, columns, agreement=agreement(first, second))
 
 
 # -- views ----------------------------------------------------------------------------------------
