@@ -78,7 +78,8 @@ DIAL = tuple(percent / 100 for percent in range(81))
 
 def calibration_curve(logits: torch.Tensor, forced: int = 0) -> list[float]:
     """The threshold for each skip of DIAL, never falling; arguments as in `threshold_for`."""
-    values, total = logits.detach().flatten().double().sort().values, logits.numel() + forced
+    values = logits.detach().flatten().double().sort().values
+    total = logits.numel() + forced
     return [_between(values, min(round(skip * total), len(values))) for skip in DIAL]
 
 

@@ -1,17 +1,17 @@
 """Compact execution: each layer computes only the rows its plan keeps, with the family's own code.
 
-All decisions are known after layer K, so the kept rows of every layer are found at once, with one
-host sync. A routable layer then runs twice, neither time in full. *First* up to its attention, with
-every row, for keys and values: K/V complete. *Then* with the kept rows as a sequence of their own,
-whose attention finds the keys and values of all. Norms, rotary embeddings, soft-capping, windows,
-quantised and LoRA-wrapped linears stay the family's own, and see no row too many.
+All decisions are known after layer K, so the kept rows of all layers are found with one host sync.
+A routable layer then runs twice. The first run takes every row, makes the keys and values of all,
+and stops at attention. The second run takes the kept rows as one sequence, whose attention reads
+the keys and values of all. Norms, rotary embeddings, soft-capping, windows, quantised and
+LoRA-wrapped linears stay the family's own code.
 
-Where attention and MLP keep different rows, or attention is no function that can be exchanged, the
+Where attention and MLP keep different rows, or the attention function cannot be exchanged, the
 layer runs once, part by part: its query and output projections and its MLP gather the kept rows,
 compute them and scatter them.
 
-A layer that no row runs is not called: its keys and values wait (see `pending`). Where nothing is
-skipped, or too little to pay for running it twice, the layer is left alone.
+A layer that no row runs is not called: its keys and values wait (see `owed`). A layer that skips
+too little to pay for a second run is left alone.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from dlr.routing.owed import PendingLayer, by_row, joined, pending_layer, positi
 from dlr.routing.parts import Parts, width_of
 from dlr.routing.rows import Rows, attend
 
-# FLOPs of products that take as long as running a layer by rows costs more: 2 ms on two CPU cores,
-# as measured; on an accelerator about 0.3 ms of kernel launches at 150 TFLOP/s, an estimate
+# Running a layer by rows costs as much extra time as products of so many FLOPs: 2 ms on two CPU
+# cores (measured), about 0.3 ms of kernel launches at 150 TFLOP/s on an accelerator (estimated).
 OVERHEAD = {"cpu": 1.5e8, "cuda": 5e10}
 
 
@@ -61,26 +61,26 @@ class _Blank:
 def _selective(module: nn.Module, rows: Rows, width: int, extras: dict):
     """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros.
 
-    `extras` notes how many further outputs it has (an MLP of experts returns its router's choices),
-    for when no row runs.
+    `extras` remembers how many further outputs the module has (an MLP of experts returns its
+    router's choices), because a pass in which no row runs must return as many.
     """
-    standin = Standin.of(module)                                  # another thread's, or none
-    own = module.forward if standin is None else standin.own
+    standin = Standin.of(module)               # one that another thread put there, if any
+    original = module.forward if standin is None else standin.own
 
     def forward(x, *args, **kwargs):
-        lead = x.shape[:-1]
+        shape = x.shape[:-1]
         if not rows.count and module in extras:
-            return _joined(x.new_zeros(*lead, width), (None,) * extras[module])
+            return _joined(x.new_zeros(*shape, width), (None,) * extras[module])
         if not rows.count:
-            out = own(x, *args, **kwargs)
+            out = original(x, *args, **kwargs)
         else:
-            by_row = [isinstance(a, torch.Tensor) and a.shape[:-1] == lead for a in args]
-            args = [rows.gather(a) if each else a for a, each in zip(args, by_row)]
-            out = own(rows.gather(x), *args, **kwargs)
+            has_rows = [isinstance(arg, torch.Tensor) and arg.shape[:-1] == shape for arg in args]
+            args = [rows.gather(arg) if gathers else arg for arg, gathers in zip(args, has_rows)]
+            out = original(rows.gather(x), *args, **kwargs)
         first, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
         extras[module] = len(others)
-        whole = rows.scatter(first, lead) if rows.count else x.new_zeros(*lead, width)
-        return _joined(whole, others)
+        scattered = rows.scatter(first, shape) if rows.count else x.new_zeros(*shape, width)
+        return _joined(scattered, others)
 
     return forward
 
@@ -98,8 +98,9 @@ class CompactLayer(InPlace):
 
     def __init__(self, routing, layer: nn.Module, index: int, width: int):
         super().__init__(layer)
-        self.routing, self.index = routing, index
-        self.place, self.width = index - routing.first, width
+        self.routing = routing
+        self.index, self.place = index, index - routing.first
+        self.width = width
         self.names = argument_names(layer)[1:]
         self.cache_name = next((name for name in names("cache") if name in self.names),
                                names("cache")[0])
@@ -107,23 +108,22 @@ class CompactLayer(InPlace):
         self._find()
 
     def _find(self) -> None:
-        self.parts = Parts(self.module)
-        self.attention = self.parts.attention
+        self.parts = parts = Parts(self.module)
+        self.attention = parts.attention
         self.children = self._inside()
-        # packed 4-bit ones count as fewer
+        # packed 4-bit weights count as fewer than they are
         self.weights = sum(p.numel() for p in self.module.parameters())
-        parts, width = self.parts, self.width
-        self.no_query = {m: _Blank(parts.blank_query_width(width)) for m in parts.query}
-        self.no_keys = {m: _Blank(width_of(m, width)) for m in (*parts.key_value, *parts.fused)}
-        self.extra_outputs = dict.fromkeys((*self.parts.query, *self.parts.output), 0)
-        self.touched = (self.attention, *self.no_query, *self.no_keys, *self.parts.output,
-                        *self.parts.mlp)
+        self.no_query = {m: _Blank(parts.blank_query_width(self.width)) for m in parts.query}
+        key_makers = (*parts.key_value, *parts.fused)
+        self.no_keys = {m: _Blank(width_of(m, self.width)) for m in key_makers}
+        self.extra_outputs = dict.fromkeys((*parts.query, *parts.output), 0)
+        self.touched = (self.attention, *self.no_query, *self.no_keys, *parts.output, *parts.mlp)
 
     def _inside(self) -> tuple:
         return *self.module._modules.values(), *self.attention._modules.values()
 
     def tidy(self) -> None:
-        """Takes away what an interrupt of this thread may have left on the layer's modules."""
+        """Removes what an interrupt of this thread may have left on the layer's modules."""
         own_forwards(self.touched, everybody=False)
 
     def refresh(self) -> None:
@@ -133,7 +133,7 @@ class CompactLayer(InPlace):
 
     def install(self) -> None:
         """Puts this in the place of the layer's forward until `remove`, for a compact pass."""
-        # asked once a pass: a model can change it
+        # looked up once a pass, because the model's attention implementation may be changed
         self.function = attention_function(self.attention)
         super().install()
 
@@ -144,25 +144,24 @@ class CompactLayer(InPlace):
         if plan is None or not plan.compact:
             return self.own(hidden, **kwargs)
         self.routing.planned(plan)
-        halves = self.routing.units_per_layer
-        rows = plan.rows[self.place * halves:(self.place + 1) * halves]
-        nobody = all(each is not None and not each.count for each in rows)
-        if nobody and self._wait(hidden, kwargs):
-            skipped = self.routing.router.skipped(self.place, hidden) if halves == 1 else hidden
+        units = self.routing.units_per_layer
+        rows = plan.rows[self.place * units:(self.place + 1) * units]
+        no_row_runs = all(part is not None and not part.count for part in rows)
+        if no_row_runs and self._wait(hidden, kwargs):
+            skipped = self.routing.router.skipped(self.place, hidden) if units == 1 else hidden
             return self._output(skipped)
         slot = self._slot(kwargs.get(self.cache_name))
-        owed = slot is not None and bool(slot.waiting)
-        plain = halves == 1 and self._plain(rows[0], hidden.device.type)
-        # by rows, in two runs: where one gate decides on the layer, its attention function can be
-        # exchanged, its output's form is known or about to be, and either keys are owed, which such
-        # a run takes along, or rows are worth it
-        formed = self.returns_tuple is not None or rows[0] is None or rows[0].count
-        whole = halves == 1 and self.function is not None and formed
-        if whole and (owed or not plain) and by_row(kwargs, hidden):
-            return self._output(self.run(hidden, kwargs, rows[0], slot.take() if owed else []))
-        if owed:
+        keys_owed = slot is not None and bool(slot.waiting)
+        plain = units == 1 and self._plain(rows[0], hidden.device.type)
+        # Two runs need one gate for the whole layer, an attention function that can be exchanged,
+        # and an output form that is known or that this run will show. They pay where enough rows
+        # are skipped. Owed keys are always worth them: the first run projects those as well.
+        form_known = self.returns_tuple is not None or rows[0] is None or rows[0].count
+        can_run_twice = units == 1 and self.function is not None and form_known
+        if can_run_twice and (keys_owed or not plain) and by_row(kwargs, hidden):
+            return self._output(self.run(hidden, kwargs, rows[0], slot.take() if keys_owed else []))
+        if keys_owed:
             slot.complete()
-        # in one run, part by part; a plain layer computes every row
         attention, mlp = (None, None) if plain else (rows[0], rows[-1])
         return self._blend(plan, hidden, self.run_parts(hidden, kwargs, attention, mlp))
 
@@ -175,41 +174,44 @@ class CompactLayer(InPlace):
 
     def run(self, hidden: torch.Tensor, kwargs: dict, rows: Rows | None,
             waiting: list) -> torch.Tensor:
-        """What follows the layer `[b, s, d]`, with only the given rows of `hidden` `[b, s, d]`
-        computed; None: all.
+        """The layer's output `[b, s, d]`, with `rows` of `hidden` `[b, s, d]` computed (None: all).
 
-        `waiting` holds earlier inputs whose keys and values are owed: their projection takes them
-        along, in front.
+        `waiting` holds earlier inputs whose keys and values are owed. They are projected together
+        with `hidden`, in front of it.
         """
-        extra = sum(earlier.shape[1] for earlier, _ in waiting)
-        whole, now = hidden, positional(kwargs)
-        at = now
-        if extra:
-            whole = torch.cat([*(earlier for earlier, _ in waiting), hidden], 1)
-            at = {name: joined([*(p[name] for _, p in waiting), now[name]]) for name in now}
-        query, key, value, mask = self._keys(whole, kwargs | at)
+        owed_length = sum(earlier.shape[1] for earlier, _ in waiting)
+        inputs = hidden
+        places = all_places = positional(kwargs)
+        if owed_length:
+            inputs = torch.cat([*(earlier for earlier, _ in waiting), hidden], 1)
+            all_places = {name: joined([*(earlier[name] for _, earlier in waiting), part])
+                          for name, part in places.items()}
+        query, key, value, mask = self._keys(inputs, kwargs | all_places)
         rows = rows if rows is not None else Rows.every(*hidden.shape[:2], hidden.device)
         skipped = self.routing.router.skipped(self.place, hidden)
         if not rows.count:
             return skipped
 
         def attention(module, kept, *keys_and_mask, **options):
-            kept = rows.chosen(query[:, :, extra:]) if self.parts.fused else rows.by_sequence(kept)
+            if self.parts.fused:
+                kept = rows.chosen(query[:, :, owed_length:])
+            else:
+                kept = rows.by_sequence(kept)
             out = attend(self.function, rows, module, kept, key, value, mask, **options)
             return rows.in_one(out), None
 
-        positions = {name: rows.positions(part) for name, part in now.items()}
+        changed = {name: rows.positions(part) for name, part in places.items()}
+        changed |= {self.cache_name: None, "attention_mask": None}
         with intercepted(self.no_keys, self.attention, attention):
-            nothing = {self.cache_name: None, "attention_mask": None}
-            out = self.own(rows.gather(hidden), **kwargs | positions | nothing)
+            out = self.own(rows.gather(hidden), **kwargs | changed)
         self.returns_tuple = isinstance(out, (tuple, list))
         return rows.onto(skipped, out[0] if self.returns_tuple else out)
 
     def _keys(self, hidden: torch.Tensor, kwargs: dict) -> tuple:
-        """Runs the layer up to its attention: (query, key, value, mask) as attention gets them; the
-        query is good if fused.
+        """Runs the layer up to its attention: (query, key, value, mask) as attention gets them.
 
-        A cache among `kwargs` has then taken the keys and values.
+        The query is zeros unless one fused projection makes it together with keys and values. A
+        cache among `kwargs` has then taken the keys and values.
         """
         with intercepted(self.no_query, self.attention, _stop):
             try:
@@ -221,7 +223,7 @@ class CompactLayer(InPlace):
 
     def run_parts(self, hidden: torch.Tensor, kwargs: dict, attention: Rows | None,
                   mlp: Rows | None):
-        """The layer's own output, good in the given rows of each part; None computes all."""
+        """The layer's own output; each part computes its rows only (None: all of them)."""
         forwards = {}
         projections = [*self.parts.query, *self.parts.output]
         for rows, modules in ((attention, projections), (mlp, self.parts.mlp)):
@@ -235,8 +237,8 @@ class CompactLayer(InPlace):
                 return query.new_zeros(*shape, query.shape[1], value.shape[-1]), None
             out = attend(self.function, attention, module, attention.chosen(query), key, value,
                          mask, **options)
-            whole = attention.scatter(attention.in_one(out).flatten(2), shape)
-            return whole.view(*shape, *out.shape[2:]), None
+            scattered = attention.scatter(attention.in_one(out).flatten(2), shape)
+            return scattered.view(*shape, *out.shape[2:]), None
 
         exchange = self.function is not None and attention is not None
         with intercepted(forwards, self.attention, attends if exchange else None):
@@ -245,13 +247,13 @@ class CompactLayer(InPlace):
         return out
 
     def _blend(self, plan, hidden: torch.Tensor, out):
-        """The output of a layer run by parts, with what is skipped in rows that are not kept."""
+        """`out` of `run_parts`; rows that are not kept carry what is skipped instead."""
         if self.routing.units_per_layer == 2 or plan.rows[self.place] is None:
             return out
         runs = plan.runs[..., self.place:self.place + 1]
-        kept = torch.where(runs, out[0] if self.returns_tuple else out,
-                           self.routing.router.skipped(self.place, hidden))
-        return (kept, *out[1:]) if self.returns_tuple else kept
+        blended = torch.where(runs, out[0] if self.returns_tuple else out,
+                              self.routing.router.skipped(self.place, hidden))
+        return (blended, *out[1:]) if self.returns_tuple else blended
 
     def project(self, cache_layer, hidden: torch.Tensor, positions: dict) -> None:
         """Appends the keys and values of `hidden` `[b, s, d]` to `cache_layer`, nothing else."""
@@ -265,7 +267,7 @@ class CompactLayer(InPlace):
         return layer if isinstance(layer, PendingLayer) else None
 
     def _wait(self, hidden: torch.Tensor, kwargs: dict) -> bool:
-        """Puts the layer off: no row runs it. False where its keys and values are needed now."""
+        """Puts off a layer that no row runs. False where its keys and values are needed now."""
         if self.returns_tuple is None or self.function is None or not by_row(kwargs, hidden):
             return False
         cache = kwargs.get(self.cache_name)

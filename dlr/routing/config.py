@@ -36,7 +36,7 @@ class RouterConfig(Settings):
 
     @model_serializer(mode="wrap")
     def _as_before(self, written):
-        """The usual router is not named: files and identities are as before there were others."""
+        """Leaves the usual router's name out: files and identities from before have none."""
         values = written(self)
         if values.get("router_class") == "Router":
             del values["router_class"]
@@ -87,9 +87,9 @@ class RouterRecord(RouterConfig):
     @staticmethod
     def of(config: RouterConfig, calibration: Calibration, base: dict) -> dict:
         """The record as a mapping, ready to be written."""
-        found = dict(threshold=calibration.threshold, calibrated_skip=calibration.skip,
-                     curve=calibration.curve)
-        return config.model_dump() | found | {"base": base}
+        calibrated = dict(threshold=calibration.threshold, calibrated_skip=calibration.skip,
+                          curve=calibration.curve)
+        return config.model_dump() | calibrated | {"base": base}
 
     @property
     def config(self) -> RouterConfig:

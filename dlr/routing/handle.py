@@ -1,7 +1,7 @@
 """The handle of a routed model: the settings in force, the newest plan, and how hooks come and go.
 
-What a pass is about is kept by thread, so that threads may share a model.
-What a cache is about is kept by the cache.
+State of a pass is kept by thread, so that threads may share a model. State of a cache is kept by
+the cache.
 """
 
 import contextlib
@@ -69,12 +69,14 @@ class Routing:
                  layers: nn.ModuleList):
         self.model, self.config, self.router = model, config, router
         self.decoder, self.layers = decoder, layers
-        self.base, self.calibration = base_record(model), Calibration()
+        self.base = base_record(model)
+        self.calibration = Calibration()
         self.settings = {"policy": RouterPolicy(), "execution": "masked", "decode_plan": "exact",
                          "strategy": config.strategy, "threshold": None}
         self.compact_layers: list | None = None
         self.handles: list = []
-        self.threads, self.owner = ThreadState(), Owner()
+        self.threads = ThreadState()
+        self.owner = Owner()
         self.bf16 = False
 
     def __setstate__(self, state):
@@ -200,14 +202,16 @@ class Routing:
     # -- install, remove --------------------------------------------------------------------------
     def install(self) -> None:
         """Puts the hooks on the model."""
-        keep, base, hooks = self.handles.append, causal_lm(self.model), Hooks(self)
+        base = causal_lm(self.model)
+        keep, hooks = self.handles.append, Hooks(self)
         keep(base.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
         keep(self.decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
         keep(self.decoder.register_forward_hook(hooks.after_decoder, always_call=True))
         first = self.layers[self.first]
         keep(first.register_forward_pre_hook(hooks.before_first_routable, with_kwargs=True))
         for index in range(self.first, self.last):
-            unit, layer = (index - self.first) * self.units_per_layer, self.layers[index]
+            unit = (index - self.first) * self.units_per_layer
+            layer = self.layers[index]
             if self.config.kv == "drop":
                 hook = HideSkippedKeys(self, unit, argument_names(layer))
                 keep(layer.register_forward_pre_hook(hook, with_kwargs=True))

@@ -2,7 +2,7 @@
 
 No layer is wrapped and no parameter renamed. A hook before the decoder notes padding and positions,
 a hook before layer K asks the policy for the plan, and routable layers then carry it out, masked
-(`execution`) or compact (`compact`).
+(`masked`) or compact (`compact`).
 """
 
 import dataclasses
@@ -86,7 +86,8 @@ class Hooks:
         if plan.steps is not None and output is not None:  # None: the pass ended in an error
             self.routing.planned(plan)
             self.routing.threads.plan = plan
-        cache, memory = plan.cache if plan.cache is not None else _cache_in(output), plan.memory
+        cache = plan.cache if plan.cache is not None else _cache_in(output)
+        memory = plan.memory  # `_end` takes it off the plan
         self._end()
         if cache is not None and plan.gates is not None:
             remember(cache, memory)
@@ -136,8 +137,8 @@ class Hooks:
     def _memory_of(self, plan: Plan) -> Memory:
         """What the pass's cache remembers; a cache filled under another router is refused."""
         owner = self.routing.owner
-        begun = plan.cache is not None and plan.past is not False
-        memory = memory_of(plan.cache) if begun else None
+        continues = plan.cache is not None and plan.past is not False
+        memory = memory_of(plan.cache) if continues else None
         if memory is not None and memory.owner is not owner:
             raise ValueError("This key/value cache was begun by another router, whose plan decided "
                              "what is in it; go on with that router, or start again with an empty "

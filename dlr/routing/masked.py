@@ -43,12 +43,12 @@ class BlendLayer:
         if gate is None:
             return None
         ran = _first(output)
-        kept = self.routing.router.skipped(self.unit, hidden)
+        skipped = self.routing.router.skipped(self.unit, hidden)
         gate = gate.to(ran.device)
         if gate.requires_grad:
             gate = gate.to(ran.dtype)
-            return _with_first(output, gate * ran + (1 - gate) * kept)
-        return _with_first(output, torch.where(gate > 0.5, ran, kept))
+            return _with_first(output, gate * ran + (1 - gate) * skipped)
+        return _with_first(output, torch.where(gate > 0.5, ran, skipped))
 
 
 @dataclass(eq=False)
@@ -81,7 +81,8 @@ class HideSkippedKeys:
         gate = self.routing.gate(self.unit, kwargs[self.names[0]])
         if gate is None:
             return None
-        mask, length = kwargs.get("attention_mask"), gate.shape[1]
+        mask = kwargs.get("attention_mask")
+        length = gate.shape[1]
         seen = (gate.detach() > 0.5).transpose(1, 2).unsqueeze(1)  # [b, 1, 1, s]
         seen = seen | torch.eye(length, dtype=torch.bool, device=gate.device)
         if mask is None:

@@ -1,9 +1,9 @@
-"""Keys and values that are owed: a cache layer that fills itself when somebody looks.
+"""Keys and values that are owed: a cache layer that fills itself when it is read.
 
 A decode step in which every token skips a layer need not read that layer's weights. The layer's
-inputs wait here; the one K/V product made when the layer next runs takes them along (sublayer units
-make one of their own). Any other reader (another execution, a crop, a beam reordering, a copy of
-the cache) finds the whole cache, because reading completes it.
+inputs wait here. When the layer next runs, its K/V product includes them (with sublayer units they
+get a product of their own). Any other reader (another execution, a crop, a beam reordering, a copy
+of the cache) finds the whole cache, because reading completes it.
 """
 
 import torch
@@ -13,15 +13,14 @@ from dlr.routing.families import POSITIONS
 
 
 def positional(kwargs: dict) -> dict:
-    """The arguments of a layer that go with positions, and so must wait with its inputs."""
+    """The arguments of a layer that belong to positions, and so must wait with its inputs."""
     return {name: kwargs[name] for name in POSITIONS if kwargs.get(name) is not None}
 
 
 def by_row(kwargs: dict, hidden: torch.Tensor) -> bool:
-    """Whether what goes with positions is `[s]`, `[1 or b, s]` or `[1 or b, s, e]`: rows are there.
+    """Whether rows can be chosen from positional arguments `[s]`, `[1 or b, s]`, `[1 or b, s, e]`.
 
-    Vision-language models rotate by three places a token (`[3, b, s, e]`); their layers run part by
-    part.
+    Vision-language models give each token three places (`[3, b, s, e]`): they run part by part.
     """
     batch, length = hidden.shape[:2]
     return all(_by_row(value, name, batch, length) for name, value in positional(kwargs).items())
@@ -32,12 +31,12 @@ def _by_row(value, name: str, batch: int, length: int) -> bool:
         return all(_by_row(part, name, batch, length) for part in value)
     if value.dim() == 1:
         return value.shape[0] == length
-    usual = 3 if name == "position_embeddings" else 2
-    return value.dim() == usual and value.shape[0] in (1, batch) and value.shape[1] == length
+    dimensions = 3 if name == "position_embeddings" else 2
+    return value.dim() == dimensions and value.shape[0] in (1, batch) and value.shape[1] == length
 
 
 def joined(parts: list):
-    """Tensors (or tuples of them) of several calls as those of one call over all positions."""
+    """Tensors (or tuples of them) of several calls, joined to those of one call."""
     if isinstance(parts[0], (tuple, list)):
         return type(parts[0])(joined(list(column)) for column in zip(*parts))
     if parts[0].dim() == 1:
@@ -64,15 +63,15 @@ class PendingLayer(DynamicLayer):
             waiting = self.take()
             try:
                 hidden = torch.cat([hidden for hidden, _ in waiting], 1)
-                names = waiting[0][1]
-                positions = {name: joined([p[name] for _, p in waiting]) for name in names}
+                positions = {name: joined([earlier[name] for _, earlier in waiting])
+                             for name in waiting[0][1]}
                 self.project(self, hidden, positions)
-            except BaseException:                          # an interrupt: they are owed still
+            except BaseException:               # after an interrupt too, they are still owed
                 self.waiting = waiting
                 raise
 
     def __reduce_ex__(self, protocol):
-        """Copies and pickles are whole, and know nothing of the model."""
+        """Copies and pickles are plain layers with nothing owed and no link to the model."""
         self.complete()
         state = {name: value for name, value in self.__dict__.items()
                  if name not in ("waiting", "project")}
@@ -98,8 +97,8 @@ class PendingLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         stored = self.__dict__["keys"]
-        there = stored.shape[-2] if self.is_initialized and stored.numel() else 0
-        return there + sum(hidden.shape[1] for hidden, _ in self.waiting)
+        length = stored.shape[-2] if self.is_initialized and stored.numel() else 0
+        return length + sum(hidden.shape[1] for hidden, _ in self.waiting)
 
     def crop(self, tokens_to_remove: int) -> None:
         self.complete()
@@ -120,5 +119,6 @@ def pending_layer(cache, index: int, project) -> PendingLayer | None:
     layer = layers[index] if index < len(layers) else None
     if type(layer) is DynamicLayer:
         layer.__class__ = PendingLayer
-        layer.waiting, layer.project = [], project
+        layer.waiting = []
+        layer.project = project
     return layer if type(layer) is PendingLayer else None

@@ -46,7 +46,8 @@ class Parts:
             what = f"its {strange[0]!r}" if strange else "a part of it"
             raise NotCompactable(f"{type(layer).__name__} cannot run compacted: {what} may mix "
                                  "tokens in a way DLR does not know. Use execution='masked'.")
-        self.attention, self.mlp = attention[0], mlp or bare
+        self.attention = attention[0]
+        self.mlp = mlp or bare
         self.query, self.fused, self.output, self.key_value = (
             _named(self.attention, column) for column in ("query", "fused", "output", "key_value"))
         strange = _strange(self.attention,
@@ -66,7 +67,7 @@ class Parts:
         width = getattr(self.attention, "head_dim", None)
         forward = inspect.unwrap(type(self.attention).forward)
         any_number = "hidden_shape" in forward.__code__.co_varnames
-        whole = norm is not None and any(p.numel() != width for p in norm.parameters())
+        norm_of_all = norm is not None and any(p.numel() != width for p in norm.parameters())
         full = width_of(self.query[0], default)
         heads = getattr(getattr(self.attention, "config", None), "num_attention_heads", None)
-        return width if width and any_number and not whole and full == heads * width else full
+        return width if width and any_number and not norm_of_all and full == heads * width else full

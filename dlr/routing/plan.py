@@ -64,8 +64,9 @@ class Plan:
               units_per_layer: int) -> "Plan":
         """The plan that a decoder's call begins; `asked`: see `asked_of_model`."""
         ids = kwargs.get("input_ids", args[0] if args else None)
-        given = ids if ids is not None else kwargs.get("inputs_embeds")    # or states, in BERT
-        (batch, length), device = given.shape[:2], given.device
+        inputs = ids if ids is not None else kwargs.get("inputs_embeds")   # or states, in BERT
+        batch, length = inputs.shape[:2]
+        device = inputs.device
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         past = _tokens_in(cache)  # a tensor in static caches: not brought to the host
         place = torch.arange(length, device=device) + past
@@ -75,7 +76,8 @@ class Plan:
             if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
                 mask = None
         if mask is not None:
-            mask, place = mask.to(device), place.clamp(max=mask.shape[1] - 1)
+            mask = mask.to(device)
+            place = place.clamp(max=mask.shape[1] - 1)
             real, position = mask[:, place].bool(), mask.long().cumsum(1)[:, place] - 1
         else:
             real = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -160,15 +162,13 @@ def static_gates(units: int, dropped: list[int]) -> torch.Tensor:
 
 
 class StaticPair(NamedTuple):
-    """Two neighbouring static plans `[U]`, and the share of the second whose mixture skips what was
-    asked for."""
+    """Two neighbouring static plans `[U]`, and the second's share in a mixture of a given skip."""
     fewer: torch.Tensor
     more: torch.Tensor
     share_more: float
 
     def mean(self, under_fewer, under_more):
-        """What is expected where each document runs the second plan with probability
-        `share_more`."""
+        """The expected value where a document runs the second plan with chance `share_more`."""
         return under_fewer * (1 - self.share_more) + under_more * self.share_more
 
 

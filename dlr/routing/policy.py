@@ -58,8 +58,8 @@ class RouterPolicy(Policy):
         pools = routing.config.level == "sequence"
         if plan.cache is None or not (pools or routing.decode_plan == "prompt"):
             return
-        known = plan.memory.pool if pools else plan.memory.prompt
-        if known is not None or (not pools and plan.new > 1):
+        remembered = plan.memory.pool if pools else plan.memory.prompt
+        if remembered is not None or (not pools and plan.new > 1):
             return
         past = bool(plan.cache.get_seq_length() > 0) if plan.past is None else plan.past
         if past:
@@ -103,8 +103,9 @@ class RouterPolicy(Policy):
         ones are computed. A cache keeps the states of the first tokens, so that a prompt shorter
         than the pool is completed by what follows.
         """
-        size, (batch, length, width) = routing.config.pool_tokens, hidden.shape
-        # `size`: none of the first tokens
+        size = routing.config.pool_tokens
+        batch, length, width = hidden.shape
+        # tokens that are not among the first share one further place, `size`
         place = torch.where(plan.real, plan.position, size).clamp(0, size)
         earlier = plan.memory.pool
         if earlier is None:
@@ -117,16 +118,17 @@ class RouterPolicy(Policy):
         return routing.router(mean.to(hidden.dtype)).unsqueeze(1).expand(-1, length, -1)
 
     def _together(self, routing, logits, gates, plan) -> torch.Tensor:
-        """Gates that the batch shares in a decode step; for 'prompt', a longer pass notes them."""
-        new, memory = plan.new, plan.memory
+        """Gates that the batch shares in a decode step; 'prompt' decides them in a longer pass."""
+        new = plan.new
+        memory = plan.memory
         if routing.decode_plan == "consensus":
             step = plan.cache is not None and logits.shape[1] == 1
             return _shared_gates(logits, gates, plan.real).expand_as(gates) if step else gates
         if memory.prompt is not None and new == 1:
             return memory.prompt.expand_as(gates)
-        own = gates[:, :new]
-        memory.prompt = _shared_gates(logits[:, :new], own, plan.real[:, :new])
-        return torch.cat([own, memory.prompt.expand_as(gates[:, new:])], 1)
+        prompt_gates = gates[:, :new]
+        memory.prompt = _shared_gates(logits[:, :new], prompt_gates, plan.real[:, :new])
+        return torch.cat([prompt_gates, memory.prompt.expand_as(gates[:, new:])], 1)
 
 
 def _shared_gates(logits: torch.Tensor, gates: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -192,7 +194,7 @@ class LayerDrop(Policy):
 
 
 class ShuffledPlan(Policy):
-    """The router's plan, dealt out again among the batch's real tokens: the same rates."""
+    """The router's plan, shuffled among the batch's real tokens: the keep rates stay the same."""
     reads_hidden = True
 
     def __init__(self, seed: int = 0):
@@ -233,7 +235,8 @@ class RecordedPlan(Policy):
     reads_hidden = True
 
     def __init__(self, gates: torch.Tensor):
-        self.gates, self.next = gates.float(), 0
+        self.gates = gates.float()
+        self.next = 0
 
     def check(self, routing, plan):
         refuse_without_plan(routing, "A recorded plan")
@@ -253,7 +256,7 @@ def uniform_from(key: str) -> float:
 
 
 class StaticByDocument(MixedStaticPlan):
-    """The same, drawn by the document: both sentences of a minimal pair run under the same plan.
+    """MixedStaticPlan drawn by document, so that both sentences of a minimal pair share a plan.
 
     Attributes:
         keys: the name of the document of each row of the batch.
@@ -266,8 +269,7 @@ class StaticByDocument(MixedStaticPlan):
 
 
 class RandomByDocument(Policy):
-    """Stochastic depth at evaluation: every token drops every unit with probability `skip`, drawn
-    from its document's name and its place in the row."""
+    """RandomPlan drawn by the document's name and the token's place in its row."""
 
     def __init__(self, skip: float):
         self.skip, self._keys, self._uniform = skip, [], None

@@ -23,8 +23,8 @@ class Dense(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        made = nn.Linear(inputs, outputs)
-        self.weight, self.bias = made.weight, made.bias
+        linear = nn.Linear(inputs, outputs)
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.float(), self.bias.float())
@@ -47,7 +47,8 @@ class Router(nn.Module):
 
     def __init__(self, width: int, units: int, config: RouterConfig):
         super().__init__()
-        hidden, self.width = config.router_hidden, width
+        self.width = width
+        hidden = config.router_hidden
         self.net = nn.Sequential(Dense(width, hidden), nn.GELU(), Dense(hidden, hidden), nn.GELU(),
                                  Dense(hidden, units))
         nn.init.normal_(self.net[-1].weight, std=0.01)
@@ -102,20 +103,21 @@ class Router(nn.Module):
         """Raises ValueError, before a router is built, where `tensors` are none of its weights."""
         with torch.device("meta"):
             cls(*cls.sizes(tensors), config)._fits(tensors)
-        odd = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if odd:
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:
             raise ValueError("These router weights hold infinite or undefined numbers "
-                             f"({odd[0]!r}): the training that wrote them diverged, or the file "
+                             f"({broken[0]!r}): the training that wrote them diverged, or the file "
                              "was damaged.")
 
     def _fits(self, tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
-        own = dict(self.named_parameters())
-        wrong = sorted(own.keys() ^ tensors.keys())
-        wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
+        parameters = dict(self.named_parameters())
+        wrong = sorted(parameters.keys() ^ tensors.keys())
+        wrong = wrong or [name for name, parameter in parameters.items()
+                          if parameter.shape != tensors[name].shape]
         if wrong:
             raise ValueError("These router weights do not fit this router; first difference: "
                              f"{wrong[0]!r}.")
-        return own
+        return parameters
 
     def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copies `tensors` in; raises ValueError where names or shapes differ."""
@@ -132,9 +134,9 @@ def router_class(name: str) -> type[Router]:
     """
     def known() -> dict[str, type[Router]]:
         classes = [Router]
-        for each in classes:  # grows meanwhile: subclasses of subclasses too
-            classes += each.__subclasses__()
-        return {each.__name__: each for each in classes}
+        for kind in classes:  # the list grows meanwhile: subclasses of subclasses too
+            classes += kind.__subclasses__()
+        return {kind.__name__: kind for kind in classes}
     if name not in known():
         for file in sorted(Path(__file__).parent.glob("router_*.py")):
             importlib.import_module(f"{__package__}.{file.stem}")

@@ -23,7 +23,7 @@ class Rows:
         padded: `[b, m]` the same as places in each sequence, filled up with 0.
         source: `[n]` places of the kept rows among the b * m padded ones.
         batch, length: b and s.
-        blocks: (start, stop, keys): these stretches of padded rows need the first `keys` keys.
+        blocks: (start, stop, keys): padded rows start to stop need only the first `keys` keys.
     """
     flat: torch.Tensor
     padded: torch.Tensor
@@ -63,9 +63,9 @@ class Rows:
         return out
 
     def positions(self, value):
-        """What goes with positions, of the kept rows as one sequence.
+        """A positional argument for the kept rows as one sequence.
 
-        `[1, n, ...]` of `[1 or b, s, ...]`, and `[n]` of `[s]`.
+        `[1 or b, s, ...]` becomes `[1, n, ...]`, and `[s]` becomes `[n]`.
         """
         if isinstance(value, (tuple, list)):
             return type(value)(self.positions(part) for part in value)
@@ -97,43 +97,46 @@ class Rows:
 
 @torch.compiler.disable
 def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
-    """Kept rows of each unit; None: every real token runs it. Here is the pass's only host sync.
+    """Kept rows of each unit (None: every real token runs it). This is the pass's only host sync.
 
     Args:
         runs: `[b, s, U]` bool, False at padding, whose rows nobody needs.
         real: `[b, s]` bool, False at padding.
     """
     host = torch.cat([runs.permute(2, 0, 1), real.unsqueeze(0)]).to("cpu").numpy()
-    kept, (batch, length) = host[:-1], real.shape
+    kept = host[:-1]
+    batch, length = real.shape
     rows: list[Rows | None] = [None] * len(kept)
     skipping = (kept != host[-1]).any((1, 2)).nonzero()[0]
     if not len(skipping):
         return rows
     unit, sequence, place = kept[skipping].nonzero()
     counts = np.bincount(unit * batch + sequence, minlength=len(skipping) * batch)
-    # among the kept of its sequence
+    # how many kept rows of the same sequence come before it
     rank = np.arange(len(unit)) - np.repeat(counts.cumsum() - counts, counts)
     counts = counts.reshape(-1, batch)
     width = counts.max(1)  # m of each unit
-    source, begin = sequence * width[unit] + rank, np.append(0, (batch * width).cumsum())
+    source = sequence * width[unit] + rank
+    begin = np.append(0, (batch * width).cumsum())  # of each unit's padded rows
     padded = np.zeros(begin[-1], dtype=np.int64)
     padded[begin[unit] + source] = place
     table = torch.from_numpy(np.concatenate([sequence * length + place, source, padded]))
     sizes = np.concatenate([counts.sum(1), counts.sum(1), batch * width]).tolist()
-    moved = table.to(runs.device, non_blocking=True).split(sizes)  # one copy for all units
-    for i, index in enumerate(skipping):
-        flat, among, places = moved[i::len(skipping)]
-        blocks = _blocks(padded[begin[i]:begin[i + 1]].reshape(batch, -1))
-        rows[index] = Rows(flat, places.view(batch, -1), among, batch, length, blocks)
+    columns = table.to(runs.device, non_blocking=True).split(sizes)  # one copy for all units
+    for number, index in enumerate(skipping):
+        flat, in_padded, places = columns[number::len(skipping)]
+        blocks = _blocks(padded[begin[number]:begin[number + 1]].reshape(batch, -1))
+        rows[index] = Rows(flat, places.view(batch, -1), in_padded, batch, length, blocks)
     return rows
 
 
 def _blocks(padded: np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    """Stretches of BLOCK rows, so that attention under a mask need not see the keys behind."""
+    """Blocks of BLOCK rows, so that causal attention can leave out keys that none of them sees."""
     count = padded.shape[1]
     starts = list(range(0, count, BLOCK))
-    seen = np.maximum.reduceat(padded.max(0), starts) + 1 if count else starts
-    return tuple((start, min(start + BLOCK, count), int(keys)) for start, keys in zip(starts, seen))
+    needed = np.maximum.reduceat(padded.max(0), starts) + 1 if count else starts
+    return tuple((start, min(start + BLOCK, count), int(keys))
+                 for start, keys in zip(starts, needed))
 
 
 def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs) -> torch.Tensor:
@@ -143,7 +146,7 @@ def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs)
         attention_mask: `[b, 1, s, k]` of all rows, or None.
     """
     if attention_mask is None and rows.length > 1 and own is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        # no mask means causal there, from key 0 on
+        # without a mask SDPA is causal by row number, which is not a kept row's place
         return _causal(rows, query, key, value, kwargs.get("scaling"))
     if attention_mask is not None and attention_mask.shape[2] > 1:
         attention_mask = rows.chosen(attention_mask.expand(rows.batch, -1, -1, -1))
@@ -153,17 +156,18 @@ def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs)
 def _causal(rows: Rows, query, key, value, scale: float | None) -> torch.Tensor:
     """Causal attention of kept rows, a block at a time over the keys that block can see.
 
-    Query heads that share keys are rows of one head here, so that no block copies its keys for each
-    of them.
+    Query heads that share keys become rows of one head, so that no block copies keys for each.
     """
-    kept, shared = query.shape[2], query.shape[1] // key.shape[1]
+    kept = query.shape[2]
+    shared = query.shape[1] // key.shape[1]  # query heads a key head
     query = query.unflatten(1, (-1, shared)).transpose(2, 3).contiguous()  # [b, h', m, h / h', e]
-    places, parts = torch.arange(rows.length, device=query.device), []
-    for start, stop, seen in rows.blocks:
+    places = torch.arange(rows.length, device=query.device)
+    outputs = []
+    for start, stop, keys in rows.blocks:
         last = rows.padded[:, start:stop].repeat_interleave(shared, 1)[..., None]
-        mask = (places[:seen] <= last).unsqueeze(1)
+        mask = (places[:keys] <= last).unsqueeze(1)
         block = query[:, :, start:stop].flatten(2, 3)
-        parts.append(F.scaled_dot_product_attention(
-            block, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, scale=scale))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        outputs.append(F.scaled_dot_product_attention(
+            block, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, scale=scale))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     return out.unflatten(2, (kept, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)

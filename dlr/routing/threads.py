@@ -1,7 +1,6 @@
 """What belongs to a thread: its pass in progress, its newest plan, its changes for a block.
 
-Threads may so share one routed model, each with its own text, policy and budget, as they may share
-the base model.
+So threads may share one routed model, each with its own text, policy and budget.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from dlr.routing.plan import Plan
 
 
 class ThreadState:
-    """A mapping by thread for each of these. A copy, as of the model, starts with nothing."""
+    """A mapping by thread for each of these. A copy of it (with the model) starts empty."""
 
     def __init__(self):
         self.passes: dict[int, Plan] = {}
@@ -31,9 +30,9 @@ class ThreadState:
     def forget_the_dead(self) -> None:
         """Drops what belongs to threads that have ended."""
         living = {thread.ident for thread in threading.enumerate()}
-        for kept in (self.passes, self.asked, self.plans, self.changes):
-            for gone in kept.keys() - living:
-                del kept[gone]
+        for by_thread in (self.passes, self.asked, self.plans, self.changes):
+            for dead in by_thread.keys() - living:
+                del by_thread[dead]
 
     @property
     def plan(self) -> Plan | None:

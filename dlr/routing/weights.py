@@ -1,8 +1,7 @@
 """Which base model this is: a fingerprint of its weights, its precision and its quantisation.
 
-Adapters and router are left out, so that a base is the same with LoRA on it or not. Weights that
-lie elsewhere between calls (offloaded by accelerate) are read where they lie. A merged, fine-tuned
-or overwritten base is another one.
+Adapters and router are left out, so a base is the same with LoRA or without. Weights that
+accelerate has offloaded are read where they lie. A merged or fine-tuned base is another one.
 """
 
 import hashlib
@@ -30,7 +29,8 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 def base_tensors(model: nn.Module):
     """(name without adapters' wrappers, tensor or None where it is nowhere) of base weights."""
-    base, seen = causal_lm(model), set()
+    base = causal_lm(model)
+    seen = set()
     tied = getattr(base, "all_tied_weights_keys", None) or {}
 
     def walk(module, prefix):
@@ -55,8 +55,8 @@ def _where_it_lies(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.
     if not tensor.is_meta:
         return tensor
     hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):    # accelerate: one hook, or several
-        weights = getattr(each, "weights_map", None)
+    for part in getattr(hook, "hooks", (hook,)):    # accelerate: one hook, or several
+        weights = getattr(part, "weights_map", None)
         if weights is not None:
             return weights[name]
     return None
@@ -66,7 +66,8 @@ def _sample(name: str, tensor: torch.Tensor) -> bytes:
     values = tensor.detach()
     if hasattr(tensor, "quant_state"):
         values = values.view(torch.uint8)       # packed codes, whatever they are stored as
-    width, flat = values.shape[-1] if values.ndim else 1, values.reshape(-1)
+    width = values.shape[-1] if values.ndim else 1
+    flat = values.reshape(-1)
     if values.ndim > 1 and _in_a_layer(name):
         flat = flat[::max(1, flat.numel() // SAMPLE) | 1][:SAMPLE]
     elif values.ndim > 1:
@@ -81,11 +82,10 @@ def _in_a_layer(name: str) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Three times eight hex digits: of the base model's biases, of its other vectors and
-    embeddings, and of its layers' matrices. The same in float32 and bfloat16, with adapters or
-    without; '' where weights are nowhere (on 'meta').
+    """Three times eight hex digits: of biases, of other vectors and embeddings, of layer matrices.
 
-    Packed matrices (4 bit) have another third part than the unpacked ones they were made from.
+    It is the same in float32 and bfloat16, with adapters or without, but packed matrices (4 bit)
+    have another third part than unpacked ones. It is '' where weights are nowhere (on 'meta').
     """
     digests = [hashlib.sha256() for _ in PARTS]
     for name, tensor in sorted(base_tensors(model), key=lambda pair: pair[0]):
