@@ -1,7 +1,7 @@
 """PEFT adapters on a routed model: which one is active, the base without it, and its files.
 
-Adapters come from PEFT (`get_peft_model`) or from transformers itself (`model.add_adapter`). What
-could not be loaded again as it was trained is refused before it is saved.
+Adapters come from PEFT (`get_peft_model`) or from transformers itself (`model.add_adapter`). An
+adapter that could not be loaded again as it was trained is refused before it is saved.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dlr.base.folder import ADAPTER, ADAPTER_CONFIG
 from dlr.routing.router import ROUTER_NAME
 from dlr.routing.weights import base_tensors, causal_lm
 
-# Beginnings of `init_lora_weights` that subtract from the base.
+# values of `init_lora_weights`, by their beginnings, that subtract from the base's weights
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -33,18 +33,18 @@ def _wrapped(base: nn.Module) -> bool:
 
 
 def adapted_already(model: nn.Module) -> bool:
-    """Whether there is an adapter on `model`, of whatever kind."""
+    """Whether `model` carries an adapter of any kind."""
     return bool(getattr(model, "peft_config", None)) or _wrapped(causal_lm(model))
 
 
 def adapted(model: nn.Module, routing) -> nn.Module | None:
-    """The model that knows its adapters, `model` or the one the router was attached to; or None.
+    """The model that knows its adapters: `model`, or the one the router was attached to, or None.
 
     Raises:
-        NotSaveable: adapter layers lie in the model, but neither model knows them.
+        NotSaveable: the model holds adapter layers that neither model knows.
     """
-    known = hasattr(model, "get_base_model") and getattr(model, "peft_config", None)
-    if known or getattr(model, "_hf_peft_config_loaded", False):
+    from_peft = hasattr(model, "get_base_model") and getattr(model, "peft_config", None)
+    if from_peft or getattr(model, "_hf_peft_config_loaded", False):
         return model
     if not _wrapped(causal_lm(model)):
         return None
@@ -72,10 +72,10 @@ def active_adapter(model: nn.Module) -> str:
 # -- the base without it --------------------------------------------------------------------------
 @contextlib.contextmanager
 def without_adapters(model: nn.Module, routing):
-    """The base model itself for the duration, whoever put the adapters on it.
+    """Switches adapters off for the duration, whichever library put them on the base.
 
     Raises:
-        ValueError: the adapters train the base's own biases, so that the base is gone.
+        ValueError: the adapters train the base's own biases, so the base is gone.
     """
     carrier = adapted(model, routing)
     if carrier is None:
@@ -93,19 +93,19 @@ def without_adapters(model: nn.Module, routing):
         with carrier.disable_adapter() if by_peft else _disabled_by_transformers(carrier):
             yield
     finally:
-        # Both libraries turn gradients on when they enable adapters again.
+        # both libraries turn gradients on when they enable adapters again
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
 def _disabled_by_transformers(model):
-    off = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+    were_off = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
     model.disable_adapters()
     try:
         yield
     finally:
-        if not off:
+        if not were_off:
             model.enable_adapters()
 
 
@@ -118,18 +118,18 @@ def _state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def _refuse_changed_base(name: str, config) -> None:
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise NotSaveable(f"The adapter {name!r} began with init_lora_weights={start!r}, which "
+    method = getattr(config, "init_lora_weights", True)
+    if isinstance(method, str) and method.lower().startswith(_CHANGE_THE_BASE):
+        raise NotSaveable(f"The adapter {name!r} began with init_lora_weights={method!r}, which "
                           "changes the base model's own weights: neither is the base there to "
                           "compare with, nor would a checkpoint fit it. Use True or 'gaussian'.")
 
 
 def refuse_unsaveable_adapter(model: nn.Module) -> str:
-    """The name of the adapter a checkpoint of `model` would hold.
+    """The name of the adapter that a checkpoint of `model` would hold.
 
     Raises:
-        NotSaveable: something is trained, or was changed, that the adapter's files would not hold.
+        NotSaveable: something was trained or changed that the adapter's files would not hold.
     """
     name = active_adapter(model)
     config = model.peft_config[name]
@@ -139,17 +139,17 @@ def refuse_unsaveable_adapter(model: nn.Module) -> str:
         raise NotSaveable(f"The adapter {name!r} has no weights in the model any more; was it "
                           "merged or unloaded? Save before merging, or save the merged model "
                           "itself (save_pretrained) and attach a router to that.")
-    nowhere = [key for key, tensor in state.items() if tensor.is_meta]
-    if nowhere:
-        raise NotSaveable(f"The adapter {name!r} holds no weights ({nowhere[0]!r} is on 'meta'): "
+    on_meta = [key for key, tensor in state.items() if tensor.is_meta]
+    if on_meta:
+        raise NotSaveable(f"The adapter {name!r} holds no weights ({on_meta[0]!r} is on 'meta'): "
                           "PEFT put it where the offloaded base was. Add the adapter before the "
                           "base is offloaded.")
-    kept = {tensor.data_ptr() for tensor in state.values()}
+    saved = {tensor.data_ptr() for tensor in state.values()}
     others = tuple(other for other in model.peft_config if other != name)
     base = {id(tensor) for _, tensor in base_tensors(model)}
     lost = [key for key, parameter in model.named_parameters()
             if parameter.requires_grad and ROUTER_NAME not in key
-            and parameter.data_ptr() not in kept
+            and parameter.data_ptr() not in saved
             and (id(parameter) in base or not config.is_prompt_learning)
             and not any(f".{other}." in f"{key}." for other in others)]
     if lost:
@@ -164,7 +164,7 @@ def refuse_unsaveable_adapter(model: nn.Module) -> str:
 
 
 def write_adapter(model: nn.Module, name: str, folder: Path, base_name: str) -> None:
-    """PEFT's own two files of the adapter `name`, into an existing folder."""
+    """Writes PEFT's two files of the adapter `name` into an existing folder."""
     prefix = "" if hasattr(model, "get_base_model") else "base_model.model."
     tensors = {prefix + key: tensor.detach().cpu().contiguous().clone()
                for key, tensor in _state(model, name).items()}
@@ -182,7 +182,7 @@ def _plain(value):
 # -- loading --------------------------------------------------------------------------------------
 def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False,
                  name: str = "default") -> nn.Module:
-    """`model` with the adapter in `folder` on it, whose every weight found its place.
+    """`model` with the adapter in `folder` on it, all of whose weights were used.
 
     Raises:
         ValueError: the model carries adapters already, or the adapter's weights do not fit it.
@@ -193,13 +193,14 @@ def load_adapter(model: nn.Module, folder: Path, is_trainable: bool = False,
                          "the base model without them (model.unload()).")
     with safe_open(folder / ADAPTER, "pt") as file:
         stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}
-    halves = any(dtype in ("BF16", "F16") for dtype in stored.values())
+    half_precision = any(dtype in ("BF16", "F16") for dtype in stored.values())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")    # refused below
         try:
-            # PEFT would make float32 of halves.
+            # by default PEFT would turn half precision into float32
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable,
-                                              adapter_name=name, autocast_adapter_dtype=not halves)
+                                              adapter_name=name,
+                                              autocast_adapter_dtype=not half_precision)
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"The adapter in {str(folder)!r} does not fit this model, or its "
                              f"{ADAPTER_CONFIG} is not what PEFT wrote: {type(error).__name__}: "
@@ -225,13 +226,13 @@ def as_it_was(model: nn.Module):
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     vectors = [(parameter, parameter.detach().clone()) for parameter in base.parameters()
                if parameter.ndim == 1 and not parameter.is_meta]       # an adapter may bring biases
-    entries = dict(base.__dict__)
+    attributes = dict(base.__dict__)
     try:
         yield
     except BaseException:
-        for name in base.__dict__.keys() - entries.keys():
+        for name in base.__dict__.keys() - attributes.keys():
             del base.__dict__[name]
-        base.__dict__.update(entries)
+        base.__dict__.update(attributes)
         for module, (children, training) in modules.items():
             module._modules.clear()
             module._modules.update(children)

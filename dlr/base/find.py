@@ -13,7 +13,8 @@ from dlr.base.models import NANO_ROUTER
 from dlr.runs import METRICS, from_project, results_folder
 
 EMBEDDED = "embedded router"            # its label; on a command line it is 'nano-router'
-_BEST, _LAST = ("best", "checkpoint-best", "checkpoint"), ("last", "checkpoint-last")
+_BEST = ("best", "checkpoint-best", "checkpoint")
+_LAST = ("last", "checkpoint-last")
 
 
 class HalfWritten(UserWarning):

@@ -92,15 +92,15 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
             measured skip, or what the control was trained at.
         order: for static: the run folder or metrics.json that holds the greedy order; by default
             the checkpoint's own run.
-        model: the base model to load the checkpoint onto, or its name; by default the one that the
-            checkpoint names. A load that fails leaves it as it was.
+        model: the base or its name; by default the checkpoint's. A failed load does not change it.
         dtype, attn_implementation, load_in_4bit, device: how the base is loaded; by default as the
             checkpoint was trained, on the CPU.
         say: is told which of several checkpoints was taken.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or half of one. WrongBase: `model` is not
-            what it was made for. SettingsError: an argument that the variant has no use for.
+        FileNotFoundError: there is no such checkpoint, or half of one.
+        WrongBase: `model` is not what it was made for.
+        SettingsError: an argument that the variant has no use for.
         ConnectionError: a base model that could not be downloaded.
     """
     if name is not None and not str(name).strip() or model == "":
@@ -200,12 +200,12 @@ def _put_under_plan(opened: Opened, record: dict, skip: float | None, order: str
 
 
 def _needed(*skips: float | None) -> float:
-    known = next((skip for skip in skips if skip is not None), None)
-    if known is None:
+    first = next((skip for skip in skips if skip is not None), None)
+    if first is None:
         raise SettingsError("Nothing tells what share of the layers to skip (the router was never "
                             "calibrated, the control's record holds none): give it, for example "
                             "--skip 0.4.")
-    return known
+    return first
 
 
 def _stored_order(path: Path, name: str | None = None) -> tuple[list[int], float | None]:

@@ -56,10 +56,10 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
 
 
 def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, **loading):
-    """The model that a checkpoint's `record` describes, in evaluation mode; that of a control has a
-    fresh router. Arguments and errors as in `from_pretrained`."""
+    """`from_pretrained` for a checkpoint's `record`; a control's model gets a fresh router."""
     control = "variant" in record
-    router, weights = _router_record(record), None
+    router = _router_record(record)
+    weights = None
     if not control:
         weights = load_file(folder / WEIGHTS)
         router_class(router.router_class).refuse_unfit(weights, router)
@@ -108,10 +108,11 @@ def _named_base(stored: dict, where: str, model: str | None = None, **loading) -
                         "from_pretrained(folder, model).")
     if model is None and name != NANO_NAME:
         print(f"base model: {name}, as {where} says", file=sys.stderr, flush=True)
-    recorded, four = stored.get("quantisation") or {}, loading.get("load_in_4bit")
+    recorded = stored.get("quantisation") or {}
+    in_4bit = loading.get("load_in_4bit")
     quantisation = recorded if recorded.get("quant_method") == "bitsandbytes" else None
-    if four is not None and bool(four) != bool(recorded.get("load_in_4bit")):
-        quantisation = NF4 if four else None
+    if in_4bit is not None and bool(in_4bit) != bool(recorded.get("load_in_4bit")):
+        quantisation = NF4 if in_4bit else None
     dtype = loading.get("dtype") or recorded.get("loaded_as") or stored.get("dtype")
     return {"name": name, "dtype": dtype, "quantisation": quantisation,
             "device": loading.get("device"),
@@ -120,8 +121,7 @@ def _named_base(stored: dict, where: str, model: str | None = None, **loading) -
 
 
 def _refuse_other_base(stored: dict, model, folder: Path, biases: bool = False) -> None:
-    """Compares the base a checkpoint was made for with `model`; what differs in precision alone is
-    warned of, to whoever called `from_pretrained` or `load`.
+    """Compares the base a checkpoint was made for with `model`; warns where precision differs.
 
     Raises:
         WrongBase: the weights are those of another model.
