@@ -1,9 +1,8 @@
-"""What a router has learnt, read off a token record: who gets depth, and whether the plan depends
-on the token at all.
+"""What a router has learnt: which tokens get depth, and whether the plan depends on the token.
 
-Everything here is a function of a record (see `record`) and of labels of its tokens (see
-`categories`); no model runs. Intervals are 95 % percentile bootstrap intervals over documents.
-Opening tokens, which run every layer whatever the router says, are left out everywhere.
+All of it is computed from a record (see `record`) and labels of its tokens (see `categories`); no
+model runs. Intervals are 95 % percentile bootstrap intervals over documents. Opening tokens, which
+run every layer whatever the router says, are left out everywhere.
 
 Notation: n tokens, U routable units. Information is in bits.
 """
@@ -79,7 +78,7 @@ def mutual_information(labels: np.ndarray, depth: np.ndarray, document: np.ndarr
     generator = np.random.default_rng(seed)
     group = np.zeros(len(depth), np.int64) if document is None else document
     by_group = np.argsort(group, kind="stable")
-    # numbers are counted faster
+    # integers are counted faster than strings and floats
     labels, depth = (pd.factorize(values)[0] for values in (labels, depth))
     by_chance = []
     for _ in range(PERMUTATIONS):
@@ -97,30 +96,31 @@ def mutual_information(labels: np.ndarray, depth: np.ndarray, document: np.ndarr
 def variance_shares(gates: np.ndarray) -> dict:
     """How the variance of a plan `[n, U]` divides (two-way analysis); the shares add up to 1.
 
-    layers: variance of the units' keep rates, all that a static plan has. tokens: variance of the
-    tokens' mean gates, that is of how many units each runs. within: the rest, which units a token
-    runs beyond what its number and the units' rates say. All NaN for a plan that never varies.
-    Noise has a share within as well: these numbers tell how much the plan differs between tokens,
-    not whether the difference serves them (shuffling the plan keeps all three).
+    layers: variance of the units' keep rates, which is all a static plan has.
+    tokens: variance of the tokens' mean gates, that is of how many units each runs.
+    within: the rest, which units a token runs beyond what its count and the keep rates say.
+
+    All are NaN for a plan that never varies. Noise counts as well: the shares tell how much the
+    plan differs between tokens, not whether that serves them (shuffling keeps all three).
     """
-    g = gates.astype(np.float64)
-    total = g.var()
+    gates = gates.astype(np.float64)
+    total = gates.var()
     if total == 0:
         return {"layers": float("nan"), "tokens": float("nan"), "within": float("nan")}
-    rate, number = g.mean(0), g.mean(1)
-    rest = g - rate - number[:, None] + g.mean()
-    return {"layers": float(rate.var() / total), "tokens": float(number.var() / total),
-            "within": float((rest**2).mean() / total)}
+    by_unit, by_token = gates.mean(0), gates.mean(1)
+    within = gates - by_unit - by_token[:, None] + gates.mean()
+    return {"layers": float(by_unit.var() / total), "tokens": float(by_token.var() / total),
+            "within": float((within**2).mean() / total)}
 
 
 def explained_variance(value: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the variance of `value` `[n]` that lies between labels, corrected for chance (omega
-    squared, Hays 1963).
+    """Omega squared (Hays 1963): share of the variance of `value` `[n]` that lies between labels.
 
-    0 on average where labels say nothing, 1 where they say all; NaN where the value never varies.
+    It is corrected for chance: 0 on average where labels say nothing, 1 where they say all. NaN
+    where the value never varies.
     """
-    codes, values = pd.factorize(labels)
-    size = len(values)
+    codes, distinct = pd.factorize(labels)
+    size = len(distinct)
     mean = np.bincount(codes, value) / np.bincount(codes)
     total = ((value - value.mean()) ** 2).sum()
     if total == 0 or len(value) <= size:
@@ -131,18 +131,19 @@ def explained_variance(value: np.ndarray, labels: np.ndarray) -> float:
 
 
 def collapse(record: Record) -> dict:
-    """Signs that a router has stopped routing: units always or never run, distinct plans, the share
-    of the commonest plan, the plans' entropy in bits, mean gate entropy in nats (0: every decision
-    certain), and named flags."""
+    """Signs that a router has stopped routing.
+
+    They are units that always or never run, the number of plans, the commonest one's share, the
+    plans' entropy in bits, mean gate entropy in nats (0: all certain), and flags in words."""
     decided = free(record)
     gates = record.gates.numpy()[decided]
     rate = gates.mean(0)
     plans, counts = np.unique(gates, axis=0, return_counts=True)
     always, never = (rate >= ALWAYS), (rate <= NEVER)
-    flags = [name for name, true in (
+    flags = [name for name, holds in (
         ("one plan for nearly all tokens", counts.max() / counts.sum() >= ONE_PLAN),
         ("every layer always runs", always.all()), ("no routable layer ever runs", never.all()),
-        ("no unit is routed by token", (always | never).all())) if true]
+        ("no unit is routed by token", (always | never).all())) if holds]
     logits = record.logits[torch.from_numpy(decided)]
     shares = torch.sigmoid(logits - record.meta["threshold"])
     return {"always": np.flatnonzero(always).tolist(), "never": np.flatnonzero(never).tolist(),
@@ -162,11 +163,10 @@ def agreement_with_static(record: Record, order: list[int]) -> float:
 def rank_correlation(x: np.ndarray, y: np.ndarray, document: np.ndarray) -> dict:
     """Spearman's rank correlation (ranks over all tokens) with its interval over documents.
 
-    NaN where either never varies; pairs with a NaN are left out, and so are draws in which nothing
-    varies.
+    NaN where either never varies. Pairs with a NaN and draws without variance are left out.
     """
     known = ~(np.isnan(x) | np.isnan(y))
-    a, b = (rankdata(v[known]) / max(1, known.sum()) - 0.5 for v in (x, y))
+    a, b = (rankdata(values[known]) / max(1, known.sum()) - 0.5 for values in (x, y))
     moments = pd.DataFrame({"n": 1.0, "a": a, "b": b, "aa": a * a, "bb": b * b, "ab": a * b})
     sums = moments.groupby(document[known]).sum()
 
@@ -180,23 +180,24 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, document: np.ndarray) -> dict
 
 
 def difficulty(record: Record) -> pd.DataFrame:
-    """How active layers go with the dense model's loss and entropy: how hard its prediction is."""
+    """Rank correlation of active layers with the dense model's loss and with its entropy."""
     decided = free(record)
     depth = record.active_layers.double().numpy()[decided]
     document = record.document.numpy()[decided]
     hardness = {"dense loss": record.loss_dense, "dense entropy": record.entropy_dense}
     rows = []
     for name, value in hardness.items():
-        known = value.double().numpy()[decided]
-        rows.append({"measure": name, **rank_correlation(depth, known, document)})
+        hard = value.double().numpy()[decided]
+        rows.append({"measure": name, **rank_correlation(depth, hard, document)})
     return pd.DataFrame(rows)
 
 
 def benefit_correlations(gates: np.ndarray, benefit: np.ndarray,
                          document: np.ndarray) -> pd.DataFrame:
-    """Whether layers run where they help: rank correlation of active units with the summed benefit,
-    and of each gate with its own unit's benefit. gates and benefit `[n, U]`; benefit = what
-    skipping that unit alone adds."""
+    """Whether layers run where they help, by rank correlation over tokens.
+
+    Active units are compared with the summed benefit, each gate with its own unit's. Gates and
+    benefit are `[n, U]`; a unit's benefit is the loss that skipping it alone adds."""
     pairs = {"all units": (gates.sum(1), benefit.sum(1))}
     pairs |= {f"unit {unit}": (gates[:, unit], benefit[:, unit]) for unit in range(gates.shape[1])}
     return pd.DataFrame([{"measure": name, **rank_correlation(ran.astype(float), gained, document)}
@@ -206,13 +207,14 @@ def benefit_correlations(gates: np.ndarray, benefit: np.ndarray,
 def by_position(record: Record) -> pd.DataFrame:
     """Active layers by place in the text, one row a bucket; each is twice as wide as the last."""
     decided = free(record)
-    position, document = record.position.numpy()[decided], record.document.numpy()[decided]
+    position = record.position.numpy()[decided]
+    document = record.document.numpy()[decided]
     depth = record.active_layers.double().numpy()[decided]
     bucket = np.floor(np.log2(position)).astype(int)
     rows = []
-    for k in np.unique(bucket):
-        inside = bucket == k
-        rows.append({"first": 2**k, "last": min(2**(k + 1) - 1, int(position.max())),
+    for power in np.unique(bucket):
+        inside = bucket == power
+        rows.append({"first": 2**power, "last": min(2**(power + 1) - 1, int(position.max())),
                      "tokens": int(inside.sum()),
                      **ratio_interval(depth[inside], document[inside])})
     return pd.DataFrame(rows)
@@ -224,8 +226,8 @@ def same_word(record: Record, least: int = 10) -> tuple[pd.DataFrame, dict]:
     Returns:
         A table of tokens that occur `least` times or more (token, count, mean, sd, low and high
         quartile of active layers), most varied first; and the shares of the variance of depth that
-        lie between tokens and between documents, each corrected for chance. What the token alone
-        decides is a lookup table; the rest is context.
+        lie between tokens and between documents, each corrected for chance. A lookup table could do
+        what the token alone decides; the rest is context.
     """
     frame = pd.DataFrame({"id": record.ids.numpy(), "token": np.array(record.tokens, dtype=object),
                           "document": record.document.numpy(),

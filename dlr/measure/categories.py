@@ -72,8 +72,7 @@ def _document_flags(tokens: list[str]) -> list[dict[str, bool]]:
 
 
 def _code_like(tokens: list[str]) -> list[bool]:
-    """Whether each token overlaps a stretch of non-space text that holds code's marks (brackets
-    after names, `_`, `=`, backticks, inner capitals or dots); white space itself never does."""
+    """Whether each token is part of an unspaced stretch that holds one of code's marks (_CODE)."""
     ends = np.cumsum([len(t) for t in tokens])
     marked = np.zeros(int(ends[-1]) + 1 if len(ends) else 1, np.int64)
     for chunk in re.finditer(r"\S+", "".join(tokens)):
@@ -102,7 +101,8 @@ def categories(record: Record, frequency: torch.Tensor | None = None) -> pd.Data
     Raises:
         ValueError: `frequency` does not cover the record's token ids.
     """
-    rows, document = [], record.document.numpy()
+    rows = []
+    document = record.document.numpy()
     for index in np.unique(document):
         place = np.flatnonzero(document == index)
         tokens = [record.tokens[i] for i in place]
@@ -140,18 +140,18 @@ def load_spacy():
 
 
 def part_of_speech(record: Record, pipeline) -> np.ndarray:
-    """The coarse part of speech `[n]` of the word each token lies in, '' for white space and
-    opening tokens.
+    """The coarse part of speech `[n]` of each token's word; '' at white space and opening tokens.
 
     Args:
-        pipeline: maps a text to tokens that have `idx` (first character), `text` and `pos_`, as
-            spaCy's do.
+        pipeline: maps a text to tokens that have `idx`, `text` and `pos_`, as spaCy's do.
     """
-    tags, document = np.full(len(record), "", dtype=object), record.document.numpy()
+    tags = np.full(len(record), "", dtype=object)
+    document = record.document.numpy()
     for index in np.unique(document):
         place = np.flatnonzero(document == index)
         tokens = [record.tokens[i] if record.position[i] else "" for i in place]
-        text, start = "".join(tokens), 0
+        text = "".join(tokens)
+        start = 0
         by_character = np.full(len(text) + 1, "", dtype=object)
         for word in pipeline(text):
             by_character[word.idx:word.idx + len(word.text)] = word.pos_

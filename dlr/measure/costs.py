@@ -1,4 +1,4 @@
-"""Where a prefill's time, operations and memory go, beside what the layer count makes of them."""
+"""Where a prefill's time, operations and memory go, beside what the layer count predicts."""
 
 import itertools
 import statistics
@@ -6,7 +6,7 @@ import weakref
 
 import pandas as pd
 import torch
-# waits for an accelerator before it reads the clock
+# this timer waits for an accelerator before it reads the clock
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +37,7 @@ class PeakMemory(torch.utils._python_dispatch.TorchDispatchMode):
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             key, size = storage._cdata, storage.nbytes()
-            # neither an argument nor a view of what is known
+            # new memory only: arguments and views share storage that is counted already
             if key not in given and key not in self.known:
                 self.known.add(key)
                 self.now += size
@@ -54,11 +54,10 @@ def _storages(tree) -> list[torch.UntypedStorage]:
 def row_costs(work: Prefill, skips: list[float], repeats: int = 9) -> pd.DataFrame:
     """What the matrix library leaves of the bound: a row costs more where there are few.
 
-    Times the layer's largest product alone, at the rows each layer of the plan keeps, in turns.
+    Times the layer's largest product alone, in turns, at the rows each layer of the plan keeps.
 
-    Columns: skip; bound; product_bound, the speed-up over dense if every layer's time went as its
-    largest product's does; row_cost, the mean time of a kept row there relative to one of a full
-    pass.
+    Columns: skip; bound; product_bound, the speed-up over dense if every layer's time were in
+    proportion to its largest product's; row_cost, the time of a kept row relative to a full pass's.
     """
     subject = work.subject
     layer = subject.routing.layers[subject.routing.first]
@@ -145,7 +144,7 @@ def flops_and_memory(work: Prefill, skips: list[float],
     peaks, rows = [], []
     for system, skip in [(s, k) for s in systems for k in ([0.0] if s == "dense" else skips)]:
         with subject.as_system(system, skip, work.tokens):
-            # the counter takes other attention for free
+            # the counter sees no FLOPs in other attention implementations
             model.set_attn_implementation("eager")
             with FlopCounterMode(display=False) as counter:
                 model(work.ids, use_cache=False, logits_to_keep=1)

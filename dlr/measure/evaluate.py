@@ -33,16 +33,16 @@ def _likelihoods(model, routing: Routing, ids: torch.Tensor, real: torch.Tensor,
         sums["kl"] = torch.zeros_like(sums["nll"])
     for places in chunks(model, mask.shape[1], len(ids)):
         window = slice(places.start, places.stop + 1)       # with the token after the last place
-        here = mask[:, places].cpu()
+        scored = mask[:, places].cpu()
         with routing.autocast():
             student = logits(window)
-        sums["nll"][:, places][here] = cross_entropy(student, ids[:, window],
-                                                     real[:, window]).double().cpu()
+        sums["nll"][:, places][scored] = cross_entropy(student, ids[:, window],
+                                                       real[:, window]).double().cpu()
         if teacher is not None:
             with routing.autocast(), frozen_base(model, routing):
                 dense = teacher(window)
-            sums["kl"][:, places][here] = kl_to_teacher(student, dense,
-                                                        real[:, window]).double().cpu()
+            sums["kl"][:, places][scored] = kl_to_teacher(student, dense,
+                                                          real[:, window]).double().cpu()
     return {name: values.sum(1).numpy() for name, values in sums.items()}
 
 
@@ -60,14 +60,15 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
     for batch in tqdm(batches, desc=describe, unit="batch", disable=not bar):
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device).bool()
         with routing.autocast(), routing.using(policy):
-            logits, teacher = logits_of(model, routing, ids, real.long()), None
-            kept = torch.ones(*ids.shape, routing.units)
+            logits = logits_of(model, routing, ids, real.long())
+            gates = torch.ones(*ids.shape, routing.units)
             if policy is not None:
-                kept = routing.plan.gates.float().cpu()
+                gates = routing.plan.gates.float().cpu()
+        teacher = None
         if kl:
             with routing.autocast(), frozen_base(model, routing):
                 teacher = logits_of(model, routing, ids, real.long())
-        counts = ((kept > 0.5) & real.cpu().unsqueeze(-1)).sum(1).numpy()
+        counts = ((gates > 0.5) & real.cpu().unsqueeze(-1)).sum(1).numpy()
         rows.append(pd.DataFrame(
             {"doc": batch["row"].numpy(), "predicted": predicted(real).sum(1).cpu().numpy(),
              "tokens": real.sum(1).cpu().numpy(),
@@ -140,16 +141,16 @@ def router_logits(model, routing: Routing, batches: list[dict]) -> tuple[torch.T
     """Logits `[n, U]` of real tokens that the router decides for, and how many gates are forced.
 
     Raises:
-        ValueError: the router decides layer by layer, so that its logits depend on the gates
-            before.
+        ValueError: the router decides layer by layer, so its logits depend on earlier gates.
     """
     refuse_without_plan(routing, "A calibration curve")
-    logits, forced = [], 0
+    logits = []
+    forced = 0
     device = device_of(model)
     for batch in tqdm(batches, desc="calibrating", unit="batch"):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         with routing.autocast(), routing.using(RouterPolicy()):
-            # logits are not read
+            # of the model's own logits none are read, so only the last are made
             model(input_ids=ids, attention_mask=mask, use_cache=False, **last_only(model))
         plan = routing.plan
         free = plan.real & (mask.cumsum(1) - 1 >= routing.config.forced_tokens)
@@ -176,7 +177,8 @@ def calibrate_router(model, routing: Routing, batches: list[dict], target_skip: 
 
 def _bisected(model, routing: Routing, batches: list[dict], target_skip: float) -> Calibration:
     """The threshold, to a thousandth of a logit, whose measured skip came nearest to the target."""
-    low, high, tried = -30.0, 30.0, []
+    low, high = -30.0, 30.0
+    tried = []
     while high - low > 1e-3:
         middle = (low + high) / 2
         with routing.at(threshold=middle):
@@ -187,13 +189,13 @@ def _bisected(model, routing: Routing, batches: list[dict], target_skip: float) 
 
 
 def calibrate(model, tokenizer, texts: list[str], skip: float, max_len: int = 256) -> float:
-    """Calibrates the router of `model` on `texts`, each cut to `max_len` tokens, so that it skips a
-    share `skip` of routable layers there, and so that `dlr.budget` can dial; returns the skip ratio
-    it gives.
+    """Sets the router's threshold so that it skips a share `skip` of routable layers on `texts`.
+
+    Texts are cut to `max_len` tokens. `dlr.budget` can dial afterwards. Returns the measured skip.
 
     Raises:
-        NotRoutable: no router is attached. ValueError: no text, or a skip ratio that cannot be
-            reached.
+        NotRoutable: no router is attached.
+        ValueError: no text, or a skip ratio that cannot be reached.
     """
     batches = padded_batches(Documents("given", "calibration", texts, ""), tokenizer, max_len, 8)
     return calibrate_router(model, routing_of(model), batches, skip)

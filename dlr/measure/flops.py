@@ -17,11 +17,11 @@ def _text(config):
 
 
 def layer_flops(config, context: float | torch.Tensor) -> tuple:
-    """(key and value projections, the rest of attention, the MLP) of one decoder layer for one
-    token that attends to `context` tokens.
+    """One layer's FLOPs for one token: (key and value projections, rest of attention, MLP).
 
     Args:
-        config: a transformers text config; context: tokens attended to, the token itself included.
+        config: a transformers config.
+        context: tokens attended to, the token itself included.
     """
     config = _text(config)
     width, heads = config.hidden_size, config.num_attention_heads
@@ -41,8 +41,8 @@ def active_halves(gates: torch.Tensor, always: int,
     """(layers whose attention ran, layers whose MLP ran), of gates or keep rates `[..., U]`.
 
     Args:
-        always: layers outside the routable ones. units_per_layer: 1 where a gate decides on both
-            halves, 2 where attention and MLP alternate.
+        always: layers outside the routable ones.
+        units_per_layer: 1 where a gate decides on both halves, 2 where attention and MLP alternate.
     """
     gates = gates.double()
     attention = gates[..., ::units_per_layer].sum(-1)
@@ -55,15 +55,13 @@ def flops_per_token(config, active: float | torch.Tensor | tuple,
     """FLOPs one token costs: active layers in full, of the others keys and values, and the head.
 
     Args:
-        active: how many layers it runs, or a pair where their attention and MLP are counted apart
-            (`active_halves`).
-        active, context: numbers, or tensors `[n]`; `context` is how many positions the token
-            attends to.
+        active: how many layers it runs, or a pair (attention, MLP) as `active_halves` gives it.
+        context: how many positions the token attends to. Both may be tensors `[n]`.
     """
     text = _text(config)
-    attention, mlp = active if isinstance(active, tuple) else (active, active)
-    keys_values, attending, thinking = layer_flops(text, context)
-    return attention * attending + mlp * thinking + text.num_hidden_layers * keys_values + \
+    attention_runs, mlp_runs = active if isinstance(active, tuple) else (active, active)
+    keys_values, attention, mlp = layer_flops(text, context)
+    return attention_runs * attention + mlp_runs * mlp + text.num_hidden_layers * keys_values + \
         2 * text.hidden_size * text.vocab_size
 
 
@@ -75,9 +73,9 @@ def plan_flops_per_token(config, context: float, keep_rate: list[float], always_
     Args:
         keep_rate: mean gate of each unit: one a routable layer, or two (its attention, then its
             MLP).
-        always_keep, keep_last: layers outside the routable ones. router_hidden: width of the
-            router's hidden layers, 0 where no router runs (static plans). adapter_rank: of the
-            low-rank path past a skipped unit, 0 = none.
+        always_keep, keep_last: layers outside the routable ones.
+        router_hidden: width of the router's hidden layers; 0: no router runs (static plans).
+        adapter_rank: of the low-rank path past a skipped unit; 0: none.
 
     Raises:
         ValueError: the keep rates do not fit the layers.
@@ -107,6 +105,5 @@ def router_flops(router) -> int:
 
 def text_flops(config, active: torch.Tensor | tuple, position: torch.Tensor,
                router: int = 0) -> float:
-    """FLOPs of whole texts: `active` as in `flops_per_token` and `position` `[n]`, and the router's
-    own cost a token."""
+    """FLOPs of whole texts; `router` is its cost a token, `active` is as in `flops_per_token`."""
     return float((flops_per_token(config, active, position.double() + 1) + router).sum())

@@ -99,7 +99,7 @@ class Instrument:
     def _reusing(self, layers: int):
         """The first `layers` decoder layers give back what they computed under the base plan."""
         changed = list(self.routing.layers[:layers])
-        # set where accelerate dispatched the model
+        # where accelerate dispatched the model, layers have a forward of their own
         before = [vars(layer).get("forward") for layer in changed]
         for layer, output in zip(changed, self.kept):
             layer.forward = lambda *args, _output=output, **kwargs: _output
@@ -117,12 +117,15 @@ class Instrument:
         with self.routing.using(GivenPlan(gates)):
             logits = self.model(input_ids=sample.ids, attention_mask=sample.real.long(),
                                 use_cache=False).logits
-        rows, kl, loss = logits[sample.free], [], []
-        for i in range(0, len(rows), ROWS):
-            part, p = rows[i:i + ROWS].float(), sample.teacher[i:i + ROWS]
+        rows = logits[sample.free]
+        kl, loss = [], []
+        for start in range(0, len(rows), ROWS):
+            chunk = slice(start, start + ROWS)
+            part = rows[chunk].float()
             normaliser = part.logsumexp(-1)
-            kl.append(normaliser - (p * part).sum(-1) - sample.teacher_entropy[i:i + ROWS])
-            loss.append(normaliser - part.gather(1, sample.target[i:i + ROWS, None]).squeeze(1))
+            expected = (sample.teacher[chunk] * part).sum(-1)
+            kl.append(normaliser - expected - sample.teacher_entropy[chunk])
+            loss.append(normaliser - part.gather(1, sample.target[chunk, None]).squeeze(1))
         return torch.cat(kl).cpu(), torch.cat(loss).cpu()
 
     def base(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,8 +153,7 @@ class Instrument:
 
 def single_skips(instrument: Instrument, background: torch.Tensor
                  | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What skipping each unit alone adds to KL and to the loss, `[n, U]` each, on top of a plan
-    (default: all run)."""
+    """What skipping each unit alone adds to KL and loss, `[n, U]` each; `background`: all run."""
     units = instrument.routing.units
     gates = instrument.sample.full(units) if background is None else background
     kl, loss = instrument.base(gates)

@@ -1,7 +1,6 @@
-"""Latency of a plan, beside dense, truncation (the ceiling), masked and two-pass, in turns.
+"""Latency of compact execution beside dense, truncated (the ceiling), masked and two-pass runs.
 
-Every routed system runs its router, and then follows a recorded plan, so that all systems skip the
-same.
+Every routed system runs its router and then follows a recorded plan, so that all skip the same.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-# waits for an accelerator before it reads the clock
+# this timer waits for an accelerator before it reads the clock
 from torch.utils.benchmark import timer
 from transformers import DynamicCache
 
@@ -49,29 +48,27 @@ class Subject:
         return self.layers / self.active(skip)
 
     def plan(self, skip: float, tokens: int | None = None) -> torch.Tensor:
-        """Recorded gates `[n, U]`, beginning with `tokens` neighbours whose mean skip is as near
-        `skip` as any such have.
-
-        A few tokens may well run deeper or shallower than all do on average; truncation does not.
+        """Recorded gates `[n, U]`, which begin with `tokens` neighbours whose mean skip is nearest
+        `skip`: a few tokens may run deeper or shallower than all do, and truncation cannot.
         """
         gates = self.gates[skip]
         if tokens is None or tokens >= len(gates):
             return gates
-        # of each run of so many neighbours
-        skips = 1 - gates.mean(1).unfold(0, tokens, 1).mean(1)
+        skips = 1 - gates.mean(1).unfold(0, tokens, 1).mean(1)  # by first neighbour
         return gates.roll(-int((skips - skip).abs().argmin()), 0)
 
     @contextlib.contextmanager
     def as_system(self, system: str, skip: float, tokens: int | None = None):
         """The model set up as one of SYSTEMS at one skip ratio, for work of so many tokens."""
-        routing, config = self.routing, self.model.config
+        config = self.model.config
         depth = config.num_hidden_layers
         routed = system not in ("dense", "truncation")
         policy = RecordedPlan(self.plan(skip, tokens)) if routed else None
         execution = "compact" if system == "compact" else "masked"
         strategy = "two_pass" if system == "two-pass" else "single_pass"
         try:
-            with routing.at(policy=policy, execution=execution, strategy=strategy), torch.no_grad():
+            with self.routing.at(policy=policy, execution=execution,
+                                 strategy=strategy), torch.no_grad():
                 yield
         finally:
             config.num_hidden_layers = depth
@@ -155,32 +152,31 @@ class Decode:
 
 def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
     """(system, skip, depth) of every case: truncation has the depths around the active layers."""
-    chosen = []
+    cases = []
     for system, skip in itertools.product(systems, skips):
         if system == "dense":
-            chosen.append((system, 0.0, subject.layers))
+            cases.append((system, 0.0, subject.layers))
         elif skip == 0.0 and system != "compact":
             continue                            # only compact execution claims to be free at 0 %
         elif system == "truncation":
             active = subject.active(skip)
-            chosen += [(system, skip, depth) for depth in {math.floor(active), math.ceil(active)}]
+            cases += [(system, skip, depth) for depth in {math.floor(active), math.ceil(active)}]
         else:
-            chosen.append((system, skip, subject.layers))
-    return sorted(set(chosen), key=lambda v: (SYSTEMS.index(v[0]), v[1], v[2]))
+            cases.append((system, skip, subject.layers))
+    return sorted(set(cases), key=lambda case: (SYSTEMS.index(case[0]), *case[1:]))
 
 
 def measure(work, skips: list[float], systems: list[str] | None = None,
             repeats: int = 5) -> pd.DataFrame:
-    """Seconds of every system at every skip ratio, in turns, each in an order of its own.
+    """Seconds of every system at every skip ratio.
 
-    Every system runs once a turn, so that drift of the machine (heat, other users) falls on all
-    alike. The first turn warms up and is not counted.
+    Every system runs once a turn, in an order drawn for that turn, so that drift of the machine
+    (heat, other users) falls on all alike. The first turn warms up and is not counted.
 
     Returns:
         One row a system, skip and part, with median, q1, q3 (seconds), bound (by layer count),
         speedup over dense, share_of_truncation and share_of_bound. Speed-ups and shares are medians
-        (and quartiles: `speedup_q1`, ...) of ratios within a turn, which drift between turns leaves
-        alone.
+        (and quartiles: `speedup_q1`, ...) of ratios within a turn, so drift between turns cancels.
     """
     subject = work.subject
     variants = _variants(subject, systems or work.systems, skips)
@@ -202,14 +198,12 @@ def measure(work, skips: list[float], systems: list[str] | None = None,
 
 
 def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
-    """Seconds `[turn, (part, system, skip)]`; truncation's are interpolated between the two depths
-    of the same turn.
+    """Seconds `[turn, (part, system, skip)]`, truncation interpolated between two depths of a turn.
 
-    A plan of 4.4 active layers is compared with 0.6 of the time at depth 4 and 0.4 of that at depth
-    5.
+    4.4 active layers are compared with 0.6 of the time at depth 4 and 0.4 of that at depth 5.
     """
     runs = times.sort_values("depth").groupby(["turn", "part", "system", "skip"])["seconds"]
-    # one and the same run, but for truncation
+    # only truncation has two depths; elsewhere both are the same run
     shallower, deeper = runs.first(), runs.last()
     share = shallower.index.get_level_values("skip").map(lambda skip: subject.active(skip) % 1)
     return (shallower + share * (deeper - shallower)).unstack(["part", "system", "skip"])
@@ -226,11 +220,11 @@ def _table(subject: Subject, work, times: pd.DataFrame) -> pd.DataFrame:
                "batch": work.batch, "length": work.length, "system": system, "skip": skip,
                "median": median, "q1": q1, "q3": q3, "turns": len(seconds),
                "bound": subject.bound(skip)}
-        for name, other in (("speedup", ("dense", 0.0)),
-                            ("share_of_truncation", ("truncation", skip))):
-            ratio = times[part, *other] / seconds if (part,
-                                                      *other) in times else seconds * float("nan")
-            row |= {f"{name}{end}": ratio.quantile(share)
-                    for end, share in (("", 0.5), ("_q1", 0.25), ("_q3", 0.75))}
+        for name, *reference in (("speedup", part, "dense", 0.0),
+                                 ("share_of_truncation", part, "truncation", skip)):
+            timed = tuple(reference) in times
+            ratio = times[tuple(reference)] / seconds if timed else seconds * float("nan")
+            row |= {f"{name}{ending}": ratio.quantile(quantile)
+                    for ending, quantile in (("", 0.5), ("_q1", 0.25), ("_q3", 0.75))}
         rows.append(row | {"share_of_bound": row["speedup"] / row["bound"]})
     return pd.DataFrame(rows)

@@ -39,11 +39,10 @@ def _kl_rows(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -
 
 def kl_to_teacher(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor,
                   temperature: float = 1.0) -> torch.Tensor:
-    """KL(teacher || student) of each predicted position, `[n]` in nats, times the squared
-    temperature (Hinton et al. 2015).
+    """KL(teacher || student) of predicted positions, `[n]` nats times the squared temperature.
 
-    Chunks of rows are computed again in the backward pass, so that no float32 copy `[b, s, V]` is
-    held.
+    As in Hinton et al. 2015. The backward pass computes rows again, so that no float32 copy
+    `[b, s, V]` is held.
     """
     mask = predicted(real)
     rows, goal = student[:, :-1][mask], teacher[:, :-1][mask]

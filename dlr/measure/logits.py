@@ -24,10 +24,9 @@ ELEMENTS = 3 * 2**22
 
 
 def last_only(model) -> dict:
-    """What to pass to a forward pass of which only the last token's logits, or none, are wanted; {}
-    where `model` has no such setting."""
-    known = inspect.signature(type(causal_lm(model)).forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    """Arguments for a forward pass that makes the last logits only; {} where `model` has none."""
+    arguments = inspect.signature(type(causal_lm(model)).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
 
 
 def chunks(model, tokens: int, texts: int = 1) -> list[slice]:
@@ -39,17 +38,17 @@ def chunks(model, tokens: int, texts: int = 1) -> list[slice]:
 
 def logits_of(model, routing: Routing, ids: torch.Tensor,
               mask: torch.Tensor | None = None) -> Callable[[slice], torch.Tensor]:
-    """Runs `model` on ids `[b, s]`, and returns a function from a slice of n places to their
-    logits `[b, n, V]`.
+    """Runs `model` on ids `[b, s]`; returns a function from a slice of n places to their logits.
 
-    Call the function under the adapters and the autocast of the pass itself: the head may have
-    adapters too.
+    Call the function, which returns `[b, n, V]`, under the adapters and autocast of the pass
+    itself: the head may have adapters too.
     """
     asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if len(chunks(model, ids.shape[1], len(ids))) <= 1:
         logits = model(**asked).logits
         return lambda places: logits[:, places]
-    outputs, thread = [], threading.get_ident()
+    outputs = []
+    thread = threading.get_ident()
 
     def keep(module, arguments, output):
         if threading.get_ident() == thread:
@@ -85,8 +84,7 @@ class _Replay(nn.Module):
 
 
 def _with_decoder(causal: nn.Module, decoder: nn.Module, stand_in: nn.Module) -> nn.Module:
-    """`causal` with `stand_in` for its decoder. Both share every other part; `causal` itself is not
-    touched, since another thread may be using it."""
+    """A shallow copy of `causal` with another decoder: other threads may be using `causal`."""
     path = next(name for name, module in causal.named_modules() if module is decoder).split(".")
     head = parent = _shallow(causal)
     for name in path[:-1]:

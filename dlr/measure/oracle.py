@@ -1,14 +1,13 @@
-"""How much a per-token plan could save: the greedy oracle, the best static plan, and the router, by
-KL on one sample.
+"""How much a per-token plan could save: KL of greedy oracle, best static plan and router.
 
-**The oracle.** Starting from full depth, every round measures, for every token and every layer it
-still runs, the KL from the dense model if that layer were skipped too; the least harmful layer is
+**The oracle.** It starts from full depth. Every round measures, for every token and every layer it
+still runs, the KL from the dense model if that layer were skipped too. The least harmful layer is
 each token's candidate, and the cheapest candidates of all tokens are taken (one price for all),
 until the budget is met. It sees the dense model's next-token distribution, which no router does,
-but not the next token. Harms are measured with all tokens' candidates at once (a skipped token
-still leaves keys and values, so tokens disturb one another little); what is reported is never a sum
-of harms, but the KL of the finished plan, run as a whole. Being greedy, it bounds the headroom from
-below.
+but not the next token. Harms are measured with all tokens' candidates at once: a skipped token
+still leaves keys and values, so tokens disturb one another little. What is reported is the KL of
+the finished plan run as a whole, never a sum of harms. A greedy plan is not the best one, so it
+bounds the headroom from below.
 
 **The best static plan** here is the same greedy search with one vector for all tokens, on other
 (calibration) text.
@@ -31,7 +30,7 @@ ROUNDS_PER_UNIT = 2       # rounds in which the plan as a whole loses one unit a
 
 
 def static_order(instruments: list[Instrument]) -> list[int]:
-    """The greedy order by KL: each time the unit that leaves least; U (U + 3) / 2 passes."""
+    """The greedy order by KL: each time the unit whose absence adds least; U (U + 3) / 2 passes."""
     units = instruments[0].routing.units
 
     def harms(dropped, left):
@@ -48,25 +47,25 @@ def static_order(instruments: list[Instrument]) -> list[int]:
 
 def greedy_oracle(instruments: list[Instrument],
                   skips: list[float]) -> dict[float, list[torch.Tensor]]:
-    """The per-token plans, gates `[n, U]` bool a sample, at each of `skips` (rising; ratios over
-    the choosing tokens).
+    """The per-token plans, gates `[n, U]` bool a sample, at each of `skips` of the choosing tokens.
 
-    About 2 U (U + 1) max(skips) passes a sample, most of which run only the layers after the unit
-    in question.
+    About 2 U (U + 1) max(skips) passes a sample; most run only the layers after the unit measured.
     """
     units = instruments[0].routing.units
-    plans = [torch.ones(len(i.sample), units, dtype=torch.bool) for i in instruments]
-    total = sum(p.numel() for p in plans)
-    a_round = max(1, total // (units * ROUNDS_PER_UNIT))
+    plans = [torch.ones(len(instrument.sample), units, dtype=torch.bool)
+             for instrument in instruments]
+    total = sum(plan.numel() for plan in plans)
+    round_size = max(1, total // (units * ROUNDS_PER_UNIT))
     goals = {skip: round(skip * total) for skip in sorted(skips)}
-    at_skip, closed = {}, 0
+    at_skip = {}
+    closed = 0
     with tqdm(total=max(goals.values()), desc="per-token oracle", unit="gate") as bar:
         for skip, goal in goals.items():
             while closed < goal:
-                taken = _close_cheapest(instruments, plans, min(a_round, goal - closed))
+                taken = _close_cheapest(instruments, plans, min(round_size, goal - closed))
                 closed += taken
                 bar.update(taken)
-            at_skip[skip] = [p.clone() for p in plans]
+            at_skip[skip] = [plan.clone() for plan in plans]
     return at_skip
 
 
@@ -76,17 +75,17 @@ def _close_cheapest(instruments: list[Instrument], plans: list[torch.Tensor], co
     for instrument, plan in zip(instruments, plans):
         gates = instrument.sample.spread(plan)
         kl, _ = instrument.base(gates)
-        harm = torch.stack([instrument.without(gates, u)[0] - kl if plan[:, u].any() else kl
-                            for u in range(plan.shape[1])], -1)
-        cost, unit = harm.masked_fill(~plan, float("inf")).min(-1)
+        harm = torch.stack([instrument.without(gates, unit)[0] - kl if plan[:, unit].any() else kl
+                            for unit in range(plan.shape[1])], -1)
+        cost, cheapest = harm.masked_fill(~plan, float("inf")).min(-1)
         costs.append(cost)
-        units.append(unit)
-    flat = torch.cat(costs)
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[flat.argsort(stable=True)[:count]] = True
-    chosen &= flat.isfinite()
-    for plan, unit, closing in zip(plans, units, chosen.split([len(p) for p in plans])):
-        plan[closing, unit[closing]] = False
+        units.append(cheapest)
+    prices = torch.cat(costs)
+    chosen = torch.zeros(len(prices), dtype=torch.bool)
+    chosen[prices.argsort(stable=True)[:count]] = True
+    chosen &= prices.isfinite()
+    for plan, cheapest, closing in zip(plans, units, chosen.split([len(plan) for plan in plans])):
+        plan[closing, cheapest[closing]] = False
     return int(chosen.sum())
 
 
@@ -96,38 +95,38 @@ def headroom(instruments: list[Instrument], order: list[int],
     """KL of oracle, best static plan and router at the router's own measured skips.
 
     Args:
-        order: of the static plan, found on other text. thresholds: budget asked for -> the router's
-            threshold.
+        order: the static plan's, found on other text.
+        thresholds: the router's threshold for each budget asked for.
 
     Returns:
         One row a budget and document (budget, document, tokens, skip, and summed KL as static,
-        routed, oracle), and the oracle's plans by budget. Where the whole greedy plan is worse than
-        the static one, the oracle is the static one.
+        routed, oracle), and the oracle's plans by budget. Where the greedy plan is worse than the
+        static one, the static one's KL counts as the oracle's.
     """
-    routed = {budget: [router_plan(i, t) for i in instruments] for budget, t in thresholds.items()}
+    routed = {budget: [router_plan(instrument, threshold) for instrument in instruments]
+              for budget, threshold in thresholds.items()}
     skips = {budget: skip_ratio(torch.cat(plans)) for budget, plans in routed.items()}
     oracle = greedy_oracle(instruments, sorted(set(skips.values())))
-    parts = []
+    frames = []
     for budget, skip in skips.items():
         pair = static_pair(order, len(order), skip)
-        for place, instrument in enumerate(instruments):
+        for number, instrument in enumerate(instruments):
             def kl(plan):
                 return instrument.base(instrument.sample.spread(plan))[0]
 
-            parts.append(pd.DataFrame({
+            frames.append(pd.DataFrame({
                 "budget": budget, "skip": skip, "document": instrument.sample.document.numpy(),
                 "tokens": 1, "static": pair.mean(kl(pair.fewer), kl(pair.more)).double().numpy(),
-                "routed": kl(routed[budget][place]).double().numpy(),
-                "oracle": kl(oracle[skip][place]).double().numpy()}))
-    table = pd.concat(parts).groupby(["budget", "skip", "document"], as_index=False).sum()
+                "routed": kl(routed[budget][number]).double().numpy(),
+                "oracle": kl(oracle[skip][number]).double().numpy()}))
+    table = pd.concat(frames).groupby(["budget", "skip", "document"], as_index=False).sum()
     totals = table.groupby("budget")[["oracle", "static"]].transform("sum")
     table["oracle"] = table["oracle"].where(totals["oracle"] <= totals["static"], table["static"])
     return table, {budget: oracle[skip] for budget, skip in skips.items()}
 
 
 def captured(table: pd.DataFrame) -> float:
-    """(static - routed) / (static - oracle): 0 for the static plan, 1 for the oracle, below 0 if
-    worse than static."""
+    """The router's share of the oracle's gain over the static plan; negative: worse than static."""
     sums = table[["static", "routed", "oracle"]].sum()
     room = sums["static"] - sums["oracle"]
     return float((sums["static"] - sums["routed"]) / room) if room > 0 else float("nan")

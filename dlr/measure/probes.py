@@ -93,14 +93,15 @@ def predictability(states: dict[int, np.ndarray], harm: np.ndarray, document: np
     """One row a depth and probe: R² a unit, its mean, and the mean's interval over documents.
 
     Args:
-        states: layers run -> states `[n, d]`. harm: `[n, U]` nats; clipped here at its 1st and 99th
-            percentile.
+        states: `[n, d]` by the number of layers run.
+        harm: `[n, U]` nats; clipped here at its 1st and 99th percentile.
     """
-    goal, rows = clipped(harm.astype(np.float64)), []
+    goal = clipped(harm.astype(np.float64))
+    rows = []
     for depth, kind in tqdm([(d, k) for d in states for k in PROBES], desc="probes", unit="probe"):
-        guess = cross_fitted(states[depth], goal, document, kind, seed)
-        each = r_squared(goal, guess)
-        low, high = _interval(goal, guess, document)
-        rows.append({"depth": depth, "probe": kind, "r2": float(each.mean()), "r2_low": low,
-                     "r2_high": high, "by_unit": [float(v) for v in each], "tokens": len(harm)})
+        predicted = cross_fitted(states[depth], goal, document, kind, seed)
+        r2 = r_squared(goal, predicted)
+        low, high = _interval(goal, predicted, document)
+        rows.append({"depth": depth, "probe": kind, "r2": float(r2.mean()), "r2_low": low,
+                     "r2_high": high, "by_unit": [float(v) for v in r2], "tokens": len(harm)})
     return rows

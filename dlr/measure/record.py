@@ -42,16 +42,16 @@ class Record:
     token of each text.
 
     Attributes:
-        ids: `[n]` token ids; document `[n]`: index of the text; position `[n]`: place in the text,
-            from 0.
-        gates: `[n, U]` bool, True = run. logits: `[n, U]` router logits, NaN where no router made
-            the plan.
+        ids: `[n]` token ids.
+        document, position: `[n]` index of the text, and place in it from 0.
+        gates: `[n, U]` bool, True = run.
+        logits: `[n, U]` router logits, NaN where no router made the plan.
         loss_dense, loss_routed: `[n]` nats, under the base model and under the routed one.
-        entropy_dense: `[n]` nats, of the dense prediction. kl: `[n]` nats, KL(dense || routed).
-        top_dense, top_routed: `[n, k]` ids of the likeliest next tokens; `..._probability` `[n,
-            k]`.
-        tokens: `[n]` decoded pieces. meta: always_keep, keep_last, keep_first_tokens,
-            units_per_layer, layers, threshold, model, policy, top_tokens (id to text).
+        entropy_dense, kl: `[n]` nats, of the dense prediction, and KL(dense || routed).
+        top_dense, top_routed: `[n, k]` likeliest next ids, and `..._probability` `[n, k]`.
+        tokens: `[n]` decoded pieces.
+        meta: always_keep, keep_last, keep_first_tokens, units_per_layer, layers, threshold, model,
+            policy, top_tokens (id to text).
     """
     ids: torch.Tensor
     document: torch.Tensor
@@ -91,8 +91,7 @@ class Record:
         """The plan at another threshold, from the logits; routed losses are unknown (NaN, -1).
 
         Raises:
-            ValueError: the router decided layer by layer, so that its logits would have been
-                others.
+            ValueError: the router decided layer by layer, so its logits depend on the threshold.
         """
         if not self.meta.get("replannable", True):
             raise ValueError("This record's router decides on each layer from the state before it: "
@@ -109,10 +108,10 @@ class Record:
     def save(self, path: str | Path) -> Path:
         """Writes `path`.safetensors and `path`.json, each whole or not at all; returns the latter.
 
-        The JSON is standard: a threshold of minus infinity, which closes no gate, is written as
-            null.
+        A threshold of minus infinity, which closes no gate, becomes null in the standard JSON.
         """
-        path, meta = Path(path), dict(self.meta)
+        path = Path(path)
+        meta = dict(self.meta)
         if meta.get("threshold") == -math.inf:
             meta["threshold"] = None
         tensors = {name: getattr(self, name) for name in TENSORS}
@@ -136,12 +135,13 @@ class Record:
         if missing:
             raise FileNotFoundError(f"There is no token record at {str(path)!r}: {missing[0].name} "
                                     "is missing. record(...).save(path) writes both files.")
-        tensors, text = load_file(files[0]), json.loads(files[1].read_text(encoding="utf-8"))
+        tensors = load_file(files[0])
         tensors["gates"] = tensors["gates"].bool()
-        meta = text["meta"]
+        stored = json.loads(files[1].read_text(encoding="utf-8"))
+        meta = stored["meta"]
         if "threshold" in meta and meta["threshold"] is None:
             meta["threshold"] = -math.inf
-        return cls(**tensors, tokens=text["tokens"], meta=meta)
+        return cls(**tensors, tokens=stored["tokens"], meta=meta)
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
@@ -201,7 +201,8 @@ def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top
     dense_rows = _dense_rows(model, routing, ids, dense)
     with routing.autocast(), routing.using(policy):
         routed_rows = logits_of(model, routing, ids.unsqueeze(0))
-    plan, following = routing.plan, ids.roll(-1)
+    plan = routing.plan
+    following = ids.roll(-1)
     parts = []
     for rows in chunks(model, len(ids)):
         with routing.autocast(), frozen_base(model, routing):
@@ -268,7 +269,8 @@ def record_ids(model, routing: Routing, tokenizer, documents: list[list[int]], *
         dense: keeps the base model's pass over the newest text from one call to the next, so that
             another plan of the same text costs the routed pass alone.
     """
-    policy, device = policy or RouterPolicy(), device_of(model)
+    policy = policy or RouterPolicy()
+    device = device_of(model)
     parts = []
     for index, ids in enumerate(tqdm(documents, desc="recording", unit="text",
                                      disable=not bar or len(documents) < 8)):
