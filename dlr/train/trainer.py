@@ -111,16 +111,18 @@ class DLRTrainer(Trainer):
         return (loss * share, logits) if return_outputs else loss * share
 
     def _policy_now(self) -> Policy | None:
-        step, steps = self.state.global_step, max(1, self.config.steps - 1)
+        step = self.state.global_step
         if self.learns_routing:
             start, end = self.config.gumbel_start, self.config.gumbel_end
-            self.policy.temperature = start + (end - start) * min(1.0, step / steps)
+            progress = min(1.0, step / max(1, self.config.steps - 1))
+            self.policy.temperature = start + (end - start) * progress
             self.policy.training = step < self.objective.router_steps
         return self.policy
 
     def _record(self, tokens, count, **terms) -> None:
         """Sums over the accumulated batch: losses by predicted tokens, the plan by real ones."""
-        plan, tokens, count = self.routing.plan, float(tokens), float(count)
+        plan = self.routing.plan
+        tokens, count = float(tokens), float(count)
         values = {name: (count, float(value.detach())) for name, value in terms.items()}
         values["skip"] = tokens, plan.skip_ratio
         if plan.logits is not None:
@@ -149,9 +151,8 @@ class DLRTrainer(Trainer):
     def step_done(self, step: int) -> dict:
         """Tells the objective that `step` (1 = first) is done, and logs it; returns its row.
 
-        The row holds means over the step's tokens: of accumulated batches and all processes.
-
-        log.csv is Trainer's own history, which a run that goes on has from its checkpoint.
+        The row holds means over the step's tokens of all accumulated batches and processes. log.csv
+        is Trainer's own history, which a resumed run has from its checkpoint.
         """
         row, tokens = self._means()
         now = time.perf_counter()
@@ -204,7 +205,8 @@ class DLRTrainer(Trainer):
         Raises:
             ValueError: that checkpoint was written by another number of processes.
         """
-        output, processes = Path(self.args.output_dir), self.accelerator.num_processes
+        output = Path(self.args.output_dir)
+        processes = self.accelerator.num_processes
         with self.accelerator.main_process_first():      # one process tidies up, the others wait
             last = get_last_checkpoint(str(output)) if output.is_dir() else None
             while last and not whole(Path(last), processes):         # killed while it was written
@@ -219,7 +221,7 @@ def whole(checkpoint: Path, processes: int) -> bool:
     """Whether every process has written its part of a checkpoint: the state file comes before some.
 
     Raises:
-        ValueError: the parts are of another number of processes: going on would be another run.
+        ValueError: another number of processes wrote the parts, so this would be another run.
     """
     if not (checkpoint / STATE).is_file():
         return False
@@ -238,7 +240,8 @@ class _StepEnd(TrainerCallback):
     """The trainer's own end of each optimizer step, and the progress bar."""
 
     def __init__(self, trainer: DLRTrainer):
-        self.trainer, self.bar = trainer, None
+        self.trainer = trainer
+        self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:      # each process draws gates of its own; the data has its order

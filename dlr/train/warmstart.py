@@ -155,21 +155,21 @@ def regress(routing: Routing, labels: HarmLabels, epochs: int, seed: int) -> flo
     states = labels.states.to(device)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(states), generator=generator)
-    held, kept = order[:len(order) // 10], order[len(order) // 10:]
+    held_out, fitted = order[:len(order) // 10], order[len(order) // 10:]
     optimizer = torch.optim.AdamW(routing.router.net.parameters(), lr=2e-3, weight_decay=0.05)
-    total = epochs * -(-len(kept) // 512)
+    total = epochs * -(-len(fitted) // 512)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=total)
     routing.router.requires_grad_(True)
     for _ in range(epochs):
-        for rows in kept[torch.randperm(len(kept), generator=generator)].split(512):
+        for rows in fitted[torch.randperm(len(fitted), generator=generator)].split(512):
             loss = F.mse_loss(routing.router(states[rows]), goal[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        error = F.mse_loss(routing.router(states[held]), goal[held])
-    return float(1 - error / goal[held].var())
+        error = F.mse_loss(routing.router(states[held_out]), goal[held_out])
+    return float(1 - error / goal[held_out].var())
 
 
 def _thresholded(routing: Routing, states: torch.Tensor, target_skip: float) -> None:
@@ -191,7 +191,8 @@ def shrink(model, routing: Routing, blocks, labels: HarmLabels, order: list[int]
     which is returned, gives the least loss on training text that was not labelled. At the smallest
     one all but the boundary layer is static, and tokens choose that one.
     """
-    last, device = routing.router.net[-1], device_of(model)
+    last = routing.router.net[-1]
+    device = device_of(model)
     logits = [routing.router(part.to(device)) for part in labels.states.split(4096)]
     mean = torch.cat(logits).mean(0)
     rank = torch.tensor(order, device=device).argsort()
@@ -224,8 +225,8 @@ def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path 
                order: list[int] | None = None) -> dict:
     """Labels, regresses and sets the threshold, `config.warm_rounds` times; returns what it found.
 
-    With `order` (see `baselines.greedy_static_order`) the first backgrounds are that static plan at
-    the target skip, and the router is shrunk towards it at the end.
+    With `order` (see `measure.static.greedy_static_order`) the first backgrounds are that static
+    plan at the target skip, and the router is shrunk towards it at the end.
     """
     refuse_without_plan(routing, "warm_start")
     explained, pool = [], []
