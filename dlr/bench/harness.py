@@ -1,12 +1,11 @@
-"""DLR checkpoints as a model of lm-evaluation-harness: log-likelihood and generation, routed,
-static, stochastic, dense.
+"""DLR checkpoints of every kind as a model of lm-evaluation-harness.
 
     python -m dlr eval CHECKPOINT --tasks blimp --data-dir DIR
     python -m dlr.bench run --model dlr --model_args checkpoint=CHECKPOINT --tasks blimp
 
-Scoring is the harness's own code (HFLM). This class feeds it batches whose rows it knows, so that
-padding and context can be told from scored tokens, and fails closed: a routed request on which the
-router did not run is an error.
+Scoring is the harness's own code (HFLM). The class here feeds it batches whose rows it knows, so
+that padding and context can be told from scored tokens. A routed request on which the router did
+not run is an error.
 """
 
 import contextlib
@@ -27,12 +26,12 @@ from dlr.routing.router import ROUTER_NAME
 from dlr.routing.weights import causal_lm
 from dlr.settings import SettingsError
 
-# a warning for each truncated request
+# HFLM would warn once for each truncated request; the meter counts them
 logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
 
 
 def key_of(request) -> str:
-    """A document's name, which all its requests share, in whatever order or batch they come."""
+    """A document's name, which all its requests share in any order or batch."""
     return f"{request.task_name}/{request.doc_id}"
 
 
@@ -41,12 +40,12 @@ def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: li
     """How many of `tokens` (what generate() appended to a row) belong to the row's answer.
 
     A row ends with its end token, with the token that completes a stop string, or where its padding
-    begins. Rows go on being generated until the last of the batch has stopped, so what follows a
-    stop depends on the batch and is not counted.
+    begins. Generation goes on until the last row of the batch has stopped, so what follows a stop
+    depends on the batch and is not counted.
     """
-    ends = bool(stop) and any(word in decode(tokens) for word in stop)
+    has_stop = bool(stop) and any(word in decode(tokens) for word in stop)
     for place, token in enumerate(tokens):
-        if ends and any(word in decode(tokens[:place + 1]) for word in stop):
+        if has_stop and any(word in decode(tokens[:place + 1]) for word in stop):
             return place + 1
         if token in eos and token != pad:
             return place + 1
@@ -56,10 +55,9 @@ def generated_length(tokens: list[int], eos: set[int], pad: int | None, stop: li
 
 
 class Row(NamedTuple):
-    """A row of a batch to score: input tokens after the harness's truncation, how many of their
-    logits are scored, and the name of its document."""
-    ids: list[int]
-    scored: int
+    """A row of a batch to score."""
+    ids: list[int]         # input tokens after the harness's truncation
+    scored: int            # how many of their logits are scored
     document: str
 
 
@@ -96,9 +94,9 @@ class DLRLM(HFLM):
         if device_of(net).type not in ("meta", torch.device(device).type):         # meta: offloaded
             net = net.to(device)
         logger = logging.getLogger("lm_eval.models.huggingface")
-        # it warns that a model object was given; that is the point here
+        # HFLM warns of a model that is given as an object, which is on purpose here
         logger.disabled = True
-        # it would tie a head again that an adapter trained apart
+        # HFLM ties weights, which would undo a head that an adapter trained apart from embeddings
         net.__dict__["tie_weights"] = lambda: None
         try:
             super().__init__(pretrained=net, backend="causal", tokenizer=self.loaded.tokenizer,
@@ -122,12 +120,12 @@ class DLRLM(HFLM):
         self.restart_meter()
 
     def restart_meter(self) -> Meter:
-        """Begins to count anew; returns the new meter."""
+        """Starts counting from zero; returns the new meter."""
         self.meter = Meter(self.loaded.routing.units if self.loaded.routing is not None else 0)
         return self.meter
 
     def get_model_info(self) -> dict:
-        """The harness's record of the model, with what its tokens ran; its result files hold it."""
+        """What the harness's result files say about the model, with what its tokens ran."""
         meter = self.meter
         return super().get_model_info() | {
             "dlr_variant": self.loaded.kind, "dlr_checkpoint": self.loaded.checkpoint,
@@ -186,7 +184,8 @@ class DLRLM(HFLM):
         return Row(text[-(self.max_length + 1):][:-1], len(continuation), key or _digest(text))
 
     def _model_call(self, inps, attn_mask=None, labels=None):
-        rows, width = self._rows, inps.shape[1]
+        rows = self._rows
+        width = inps.shape[1]
         if rows is None or [row.ids for row in rows] != [ids[:len(row.ids)]
                                                          for row, ids in zip(rows, inps.tolist())]:
             raise RuntimeError("The harness sent a batch that is not the one it was given; its "
@@ -227,9 +226,9 @@ class DLRLM(HFLM):
     def _model_generate(self, context, max_length, stop, **options):
         one_pass = contextlib.nullcontext()
         if self.watch is not None:
-            self.watch.begin(None, [self._key_of_context.get(c) or _digest(list(c.encode()))
-                                    for c in self._contexts])
-            # a strategy of two passes has no cache to generate with
+            self.watch.begin(None, [self._key_of_context.get(text) or _digest(list(text.encode()))
+                                    for text in self._contexts])
+            # two passes cannot use a cache, and generation needs one
             one_pass = self.loaded.routing.at(strategy="single_pass")
         with one_pass:
             generated = super()._model_generate(context, max_length, stop, **options)
@@ -238,7 +237,9 @@ class DLRLM(HFLM):
         return generated
 
     def _measure_generation(self, generated, mask, width: int, stop: list[str]) -> None:
-        """Scored: the last prompt token and all generated but the last; their logits chose."""
+        """Scored are the positions whose logits chose a token: the last prompt token, and all
+        generated ones but the last.
+        """
         eos = self.model.generation_config.eos_token_id
         eos = set(eos if isinstance(eos, list) else [eos])
         lengths = torch.tensor([generated_length(row[width:], eos, self.tokenizer.pad_token_id,
@@ -252,8 +253,8 @@ class DLRLM(HFLM):
         last[:, -1] = True
         self.meter.add(passes[0], last, mask, position, self._first)
         for step, gates in enumerate(passes[1:], 1):
-            alive = (lengths > step).unsqueeze(1)
-            self.meter.add(gates, alive, alive, position[:, -1:] + step, self._first)
+            unfinished = (lengths > step).unsqueeze(1)
+            self.meter.add(gates, unfinished, unfinished, position[:, -1:] + step, self._first)
 
 
 def _digest(values: list[int]) -> str:

@@ -118,8 +118,9 @@ class Meter:
 
     def add(self, gates: torch.Tensor | None, scored: torch.Tensor, real: torch.Tensor,
             position: torch.Tensor, first: int = 0) -> None:
-        """One pass: gates `[b, s, U]` bool (None: dense), masks and places in the row `[b, s]`;
-        `first` kept tokens."""
+        """Adds a pass: gates `[b, s, U]` bool (None: dense), masks and places in the row `[b, s]`.
+
+        Below place `first` tokens run every unit."""
         context = real & ~scored
         self.scored += int(scored.sum())
         self.context += int(context.sum())

@@ -52,8 +52,7 @@ def score_of(name: str, benchmark: dict, group_tasks: list[str]) -> dict:
 
 
 def _above(score: dict, chosen: list[dict]) -> bool:
-    """Whether a score is above chance at 2.5 % (one-sided): the exact binomial test for one task of
-    rights and wrongs."""
+    """Whether a score is above chance at 2.5 % (one-sided); by counted answers for one task."""
     outcomes = chosen[0]["outcomes"]
     if len(chosen) == 1 and outcomes:
         return bool(binomtest(outcomes.count("1"), len(outcomes), score["chance"],

@@ -1,5 +1,4 @@
-"""Perplexity on WikiText-103 (or the embedded test split) with a strided window: a word, a token,
-in bits a byte.
+"""Perplexity on WikiText-103 (or the embedded test split) a word, a token, and in bits a byte.
 
 Each article is a document of its own, opened by the tokenizer's first token
 (`dlr.base.encoding.opening_token`). A window of the model's context (at most `window` tokens) moves
