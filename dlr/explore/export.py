@@ -26,7 +26,9 @@ FORMATS = ("html", "png", "pdf", "csv", "json")
 
 def rows(record: Record) -> list[dict]:
     """One mapping a token: all that the view shows of it, unrounded (None where unknown)."""
-    names, table, words = record.meta.get("top_tokens", {}), grid(record), Words(record)
+    names = record.meta.get("top_tokens", {})
+    table = grid(record)
+    words = Words(record)
     tokens = []
     for i, (token, kind) in enumerate(zip(words.shown, words.kinds)):
         row = {"document": int(record.document[i]), "position": int(record.position[i]),
@@ -56,8 +58,7 @@ def to_json(record: Record, cost: Cost | None = None) -> str:
 
 
 def _is_formula(text: str) -> bool:
-    """Whether a spreadsheet may run `text`, also after what it drops (spaces, quotes, unseen signs)
-    and in other widths."""
+    """Whether a spreadsheet may run `text`, which it reads without spaces, quotes, unseen signs."""
     drawn = (sign for sign in text if sign not in "'\"" and not sign.isspace()
              and unicodedata.category(sign)[0] != "C")
     first = unicodedata.normalize("NFKC", next(drawn, ""))

@@ -227,8 +227,7 @@ def sums(first: Record, second: Record, costs: tuple[Cost, Cost] | None = None) 
 def comparison(first: Record, second: Record, names: tuple[str, str],
                costs: tuple[Cost, Cost] | None = None, look: Look = Look(fit=False),
                note: str = "") -> Markup:
-    """Two strips side by side on one ramp, differing tokens underlined, and the difference layer by
-    layer where both records are of the same tokens."""
+    """Two strips on one ramp; of the same tokens, differences are underlined and shown by layer."""
     alike = same_text(first, second)
     left = Layout(first, look)
     right = Layout(second, look, left.words if alike else None)
@@ -251,8 +250,8 @@ def _broken(text: str) -> str:
 
 
 def stream(progress: Progress, always: float) -> Markup:
-    """A continuation as it comes: the routed text shaded by depth, the dense one beside it, and the
-    rates of both. `always`: layers that every token runs."""
+    """A continuation as it comes: routed text shaded by depth, dense text, and the rates of both.
+    `always`: layers that every token runs."""
     routed, dense, layers = progress.routed, progress.dense, progress.layers
     unknown = "not read any more, so no depth" if progress.done else "depth to come"
     boxes = []

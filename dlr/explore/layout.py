@@ -19,8 +19,7 @@ MOST_STEPS = 17                # numbers in a legend
 
 @dataclass(frozen=True)
 class Cost:
-    """What one text costs: FLOPs in operations, times in milliseconds (medians; None where they are
-    not measured)."""
+    """What one text costs: FLOPs, and median milliseconds (None where they are not measured)."""
     flops_dense: float
     flops_routed: float
     ms_dense: float | None = None
@@ -36,8 +35,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Look:
-    """How a record is shown: layers `first` to `last` (inclusive), and whether the shades span the
-    depths of this text only."""
+    """How a record is shown: layers `first` to `last`; `fit`: shades span the text's depths."""
     first: int = 0
     last: int | None = None
     fit: bool = True
@@ -49,8 +47,7 @@ class Look:
 
 
 def grid(record: Record) -> torch.Tensor:
-    """Share of each layer that each token ran, `[n, L]` float: 1, 0, or a half where attention and
-    MLP are gated apart."""
+    """Share of each layer that each token ran, `[n, L]` float; a half: one of two sublayers."""
     meta = record.meta
     routed = record.gates.float().reshape(len(record), -1, meta["units_per_layer"]).mean(2)
     ones = torch.ones(len(record), 1)
@@ -65,10 +62,11 @@ class Layout:
         words: the record's tokens for display, where another budget of the same text has made them.
 
     Attributes:
-        grid: `[n, L]` share of every layer that each token ran. shares: `[n, l]` of those shown.
-        layers: the layers shown. always: `[l]` whether every token runs it. rates: `[l]` share of
-            the tokens that ran it. depths: `[n]` layers shown that each token ran. low, high:
-            depths at the two ends of the shades.
+        grid, shares: `[n, L]` share of every layer that each token ran; `[n, l]` of those shown.
+        layers: the layers shown.
+        always, rates: `[l]` whether every token runs it, and the share of tokens that ran it.
+        depths: `[n]` layers shown that each token ran.
+        low, high: depths at the two ends of the shades.
     """
 
     def __init__(self, record: Record, look: Look = Look(), words: Words | None = None):

@@ -48,8 +48,7 @@ def _margins(axes, layout: Layout, right: float, top: float) -> None:
 
 
 def token_map(record: Record, look: Look = Look(), columns: int = 96):
-    """Tokens x layers under the text, wrapped; depth below each token, share of tokens a layer at
-    the right."""
+    """Tokens x layers under wrapped text; depths are below, each layer's share of tokens right."""
     layout = Layout(record, look)
     lines = lines_of(layout.words.shown, columns)
     block = len(layout.layers) + 6.2
@@ -58,7 +57,8 @@ def token_map(record: Record, look: Look = Look(), columns: int = 96):
     axes.set(xlim=(-5, columns + 13), ylim=(block * len(lines) + 1.5, -5.2))
     axes.axis("off")
     for place, line in enumerate(lines):
-        top, left = place * block + 2.2, 0.0
+        top = place * block + 2.2
+        left = 0.0
         for i in line:
             _column(axes, layout, i, left, top)
             left += layout.words.shown[i].columns

@@ -99,8 +99,7 @@ def show(text: str, arguments, loading: dict) -> None:
 
 
 def notebook(checkpoint: str | None, text: str | None = None, **loading) -> str:
-    """The one-cell notebook behind the page, as JSON. Its kernel runs elsewhere, so a checkpoint is
-    named by its folder."""
+    """The page's one-cell notebook, as JSON; its kernel needs a checkpoint named by its folder."""
     import nbformat
 
     from dlr.base.find import find_checkpoint
@@ -153,16 +152,15 @@ def _environment(token: str) -> dict[str, str]:
 @contextlib.contextmanager
 def server(checkpoint: str | None = None, port: int = 0, text: str | None = None, *,
            idle: int = IDLE, check: int = CHECK, **loading):
-    """A running Voilà server of the explorer; yields its address, token included. It listens on
-    127.0.0.1 only.
+    """A Voilà server of the explorer on 127.0.0.1 only; yields its address, token included.
 
     Args:
         idle, check: seconds without a tab after which a kernel ends, and seconds between looks.
         loading: dtype and device of the checkpoint, see `dlr.explore.session.Session`.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint. OSError: the port is taken, or the server
-            did not start; the message holds the end of its log.
+        FileNotFoundError: there is no such checkpoint.
+        OSError: the port is taken, or the server did not start; the message ends with its log.
     """
     if port and _taken(port):
         raise OSError(f"Port {port} of {HOST} is in use; give another one with --port, or leave it "
@@ -217,8 +215,7 @@ def serve(checkpoint: str | None, port: int, browser: bool, text: str | None = N
 
 @contextlib.contextmanager
 def _opened(address: str):
-    """A browser at `address`, led there by a file that only this user can read: others would see
-    the token on the browser's command line."""
+    """Opens a browser by a private file: others could read a command line with the token."""
     handle, name = tempfile.mkstemp(suffix=".html", prefix="dlr-explore-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

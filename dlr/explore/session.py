@@ -1,5 +1,4 @@
-"""A routed model under observation: it reads texts into records, re-routes them at any budget, and
-measures their cost.
+"""A routed model under observation: it records texts, re-routes them, and measures their cost.
 
     session = Session("results/token_routing/quick/DLR/checkpoint")
     record = session.read("Any text.")            # two forward passes, dense and routed
@@ -43,8 +42,7 @@ CURVE_DOCUMENTS = 12            # calibration documents that make up for a missi
 
 
 def static_order(routing: Routing) -> list[int] | None:
-    """Units in the order in which the best static plan drops them, from any finished run with this
-    base and these units."""
+    """The best static plan's order of units, from any finished run with this base and units."""
     name = routing.base.get("name") or "nano"
     name = "nano" if name == NANO_NAME else name
     units = {field: getattr(routing.config, field)
@@ -127,8 +125,7 @@ class Session:
     # -- records ----------------------------------------------------------------------------------
     def read(self, text: str, policy: Policy | None = None, threshold: float | None = None,
              longest: int | None = None) -> Record:
-        """The record of one text (two forward passes), cut to the model's context, or to `longest`
-        tokens if fewer."""
+        """The record of one text (two passes), cut to the model's context or `longest` tokens."""
         self._dense.clear()                          # the model may have changed meanwhile
         ids = document_ids(self.tokenizer, text, self.model)
         about = {"text": text, "text_tokens": len(ids), "text_hash": hash_of([text])}
@@ -153,8 +150,7 @@ class Session:
         return self._record(record.ids.tolist(), about, policy, threshold)
 
     def threshold(self, skip: float) -> float:
-        """The threshold for a skip ratio: the stored one at the calibrated ratio, else along the
-        calibration curve."""
+        """The threshold for a skip ratio: the calibrated one at its ratio, else by the curve."""
         stored = self.routing.calibration
         if stored.skip is not None and abs(skip - stored.skip) < 0.005:
             return stored.threshold
@@ -177,8 +173,7 @@ class Session:
         return calibration_curve(logits, forced)
 
     def at_skip(self, record: Record, skip: float) -> Record:
-        """`record` at another budget, from its logits alone; routed losses and predictions are
-        unknown."""
+        """`record` at another budget by its logits; routed losses and predictions are unknown."""
         return record.at_threshold(self.threshold(skip))
 
     def losses(self, record: Record) -> Record:
@@ -186,8 +181,7 @@ class Session:
         return self.again(record, threshold=record.meta["threshold"])
 
     def static(self, record: Record, skip: float | None = None) -> tuple[Record, str]:
-        """The same text under the best static plan whose skip ratio is nearest to `skip` (that of
-        `record`), and what it is.
+        """The text under the best static plan nearest to `skip` (`record`'s), and what plan it is.
 
         The plan runs on this checkpoint's own weights, which were healed under the router's plans.
         """
@@ -268,9 +262,8 @@ class Session:
 
 @contextlib.contextmanager
 def _quiet():
-    """Yields a list that then holds what this project warned of, for the view. Other warnings go on
-    their way; transformers' bar, which would stay on the page of a model that loads in a second, is
-    off meanwhile."""
+    """Yields a list that afterwards holds this project's own warnings, for the view. Other warnings
+    are passed on. transformers' progress bar, which would stay on the page, is off meanwhile."""
     said: list[str] = []
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

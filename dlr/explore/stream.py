@@ -69,8 +69,7 @@ class _Stream:
         return logits
 
     def step(self) -> bool:
-        """Decodes one token; False once the model has ended the text. A token's depth is known when
-        it is read."""
+        """Decodes one token (its depth is known when it is read); False once the text has ended."""
         routing = self.session.routing
         if self.dense:
             with frozen_base(self.session.model, routing):
@@ -91,8 +90,7 @@ class _Stream:
 
 
 def stop_ids(session: Session) -> set[int]:
-    """Tokens that end a text: the tokenizer's and those of the model's generation settings, which
-    are one, several, or none."""
+    """Tokens that end a text, by the tokenizer and by the model's generation settings."""
     settings = getattr(causal_lm(session.model), "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
     named = named if isinstance(named, (list, tuple)) else [named]

@@ -169,8 +169,7 @@ class Generator(Quiet, W.VBox):
         self.stop.on_click(lambda _: self.halt())
 
     def run(self) -> None:
-        """Starts; in a kernel as a task of its event loop, so that Stop is heard, elsewhere to the
-        end at once."""
+        """Generates: in a kernel as a task, so that Stop is heard; elsewhere to the end at once."""
         self._stopped, self._seed = False, self._seed + 1
         self.start.disabled, self.stop.disabled = True, False
         try:
@@ -215,8 +214,8 @@ class Generator(Quiet, W.VBox):
 
 
 class Workbench(Quiet, W.Tab):
-    """Explore, Compare and Generate as tabs, each with a copy of the model; the later two are made
-    when opened, and anew where the explorer has another checkpoint by then.
+    """Explore, Compare and Generate as tabs, each with a copy of the model. The later two are made
+    when opened, and made again if the explorer has another checkpoint by then.
 
     Args:
         loading: dtype, device and load_in_4bit, see `dlr.explore.session.Session`.
@@ -235,9 +234,9 @@ class Workbench(Quiet, W.Tab):
         self.observe(lambda _: self._open(), "selected_index")
 
     def _open(self) -> None:
-        """Builds the tab just chosen on the checkpoint the explorer has then; an error shows in its
-        place."""
-        source, tabs = self.explorer.session.folder, list(self.children)
+        """Builds the chosen tab on the explorer's checkpoint; an error shows in its place."""
+        source = self.explorer.session.folder
+        tabs = list(self.children)
         try:
             if self.selected_index == 1 and self._stale(self.comparison, source):
                 tabs[1] = self.comparison = Comparison(source, self.explorer.text.value,

@@ -27,8 +27,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def visible(piece: str, spaces: bool = True) -> str:
-    """`piece` with a sign for every character that prints nothing or moves the cursor; spaces only
-    where asked."""
+    """`piece` with a sign for each character that cannot be seen; for spaces only where asked."""
     def sign(c: str) -> str:
         if c in MARKS:
             return MARKS[c] if spaces or c != " " else c
@@ -55,8 +54,7 @@ def piece_bytes(tokenizer, ids: list[int]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Shown:
-    """One token for display: `text` keeps its spaces, `marked` shows them; `note` tells of bytes
-    and what they join to."""
+    """One token for display: `text` keeps spaces, `marked` shows them, `note` explains bytes."""
     text: str
     marked: str
     note: str = ""
@@ -91,8 +89,7 @@ def _spell(record: Record, spelled: dict, tokens: list[Shown], places: list[int]
 
 
 def kinds(record: Record) -> list[str]:
-    """One label a token: 'opening', 'bytes', or the first category it belongs to (see
-    `dlr.measure.categories.partition`)."""
+    """One label a token: 'opening', 'bytes', or its category by `measure.categories.partition`."""
     if bool((record.position == 0).all()):                 # no text: nothing to rank
         return ["opening"] * len(record)
     labels = partition(categories(record)).tolist()
@@ -101,8 +98,7 @@ def kinds(record: Record) -> list[str]:
 
 
 class Words:
-    """What no budget changes of a record: its tokens for display and a label for each, made when
-    first asked for."""
+    """What no budget changes of a record: its tokens for display, and a label for each."""
 
     def __init__(self, record: Record):
         self.record = record

@@ -227,8 +227,7 @@ class Explorer(Quiet, W.VBox):
 
     @guarded
     def measure(self) -> None:
-        """One turn of timing this text at this budget; the numbers show after the third. Input
-        between turns goes first."""
+        """Times the text once; numbers show after three turns. Input between turns goes first."""
         self._time_later.cancel()
         self._turns.append(self.session.turn(self.record))
         if len(self._turns) < TURNS:
