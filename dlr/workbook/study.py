@@ -1,4 +1,4 @@
-"""What the notebooks share: load a base once, train variants on it, measure each with controls."""
+"""What notebooks share: one loaded base, variants trained on it, each measured with controls."""
 
 import shutil
 import warnings
@@ -35,13 +35,13 @@ class Bench:
     tokenizer: object
     calibration: list[dict]
     test: list[dict]
-    # of documents, by variant, for paired tests
+    # one row a document, by variant, kept for paired tests
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     # the variant whose LoRA and router are on the base
     open: "Variant | None" = None
 
     def blocks(self, config: RunConfig):
-        """Packed training blocks for steps and warm start, in an order of the run's seed."""
+        """Packed training blocks for steps and warm start, in an order drawn by the run's seed."""
         tokens = config.steps * config.batch_size * config.accumulation * config.seq_len
         tokens += config.warm_rounds * (config.warm_tokens + config.batch_size * config.seq_len)
         documents = load_documents(config.dataset, "train")
@@ -64,7 +64,7 @@ def open_bench(config: RunConfig) -> Bench:
 
 @dataclass
 class Variant:
-    """A trained model; close it before the next one is made on the same base."""
+    """A trained model. It must be closed before the next one is made on the same base."""
     name: str
     config: RunConfig
     model: torch.nn.Module
@@ -81,7 +81,7 @@ class Variant:
 
 
 def _clear(bench: Bench) -> None:
-    """Takes off the base what a cell that was stopped has left there."""
+    """Takes the router and LoRA of an interrupted notebook cell off the base."""
     if bench.open is not None:
         warnings.warn(f"The variant {bench.open.name!r} was still on the base model; it is taken "
                       "off.", stacklevel=3)
@@ -105,12 +105,12 @@ def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
 
 def train(bench: Bench, name: str, config: RunConfig, folder: Path,
           policy: Policy | None = None) -> Variant:
-    """Fresh LoRA and router on the bench's base, trained under `config`, a control under `policy`.
+    """Trains fresh LoRA and router on the bench's base under `config`, a control under `policy`.
 
-    Goes on from a checkpoint in `folder` where there is one. A trained router is calibrated and
+    Training resumes from a checkpoint in `folder`, if any. A trained router is calibrated and
     saved. With a warm start and `router_share=0` (the defaults) gradients train LoRA alone: the
-    router is regressed on harm labels (see `warmstart`) and stays as it is. Where training stops
-    with an error or an interrupt, the base model is given back as it was.
+    router is regressed on harm labels (see `warmstart`) and stays as it is. After an error or an
+    interrupt the base model is as it was before.
     """
     order = None
     if policy is None and config.warm_start and config.warm_background == "static":
@@ -154,11 +154,11 @@ def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None,
 
 def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind: str,
            **notes) -> dict:
-    """The row of a document table, which is kept for paired comparisons.
+    """The results row of a document table, which is kept for paired comparisons.
 
     Args:
-        kind: what `label`, which is for readers, is a case of: one of KINDS. `of` in the row is the
-            variant trained.
+        label: the row's name, for readers.
+        kind: one of KINDS, for programs. The row's `of` names the trained variant.
     """
     routing, config = variant.routing, variant.config
     if kind not in KINDS:
@@ -182,7 +182,7 @@ def base_row(bench: Bench) -> dict:
 
 
 def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int]:
-    """`static_order.best_static_order` of the base, under a variant's settings or its own."""
+    """`static_order.best_static_order` of the base, under `config` or the bench's own settings."""
     _clear(bench)
     return static_order.best_static_order(bench.base, bench.calibration, config or bench.config)
 
@@ -200,7 +200,8 @@ def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
     """
     routing, name, seed = variant.routing, variant.name, variant.config.seed
     routed = measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)
-    skip, order = routed["skip"], order_of_mean_plan(routed["keep_rate"])
+    skip = routed["skip"]
+    order = order_of_mean_plan(routed["keep_rate"])
     forced = forced_share(bench, routing.config.keep_first_tokens)
     shuffled = measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled")
     table = evaluate_static(variant.model, routing, bench.test, order, skip, forced)
