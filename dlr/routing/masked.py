@@ -69,8 +69,7 @@ class GateSublayer:
 class HideSkippedKeys:
     """A forward pre-hook for kv='drop': attention sees no keys of skipping tokens but their own.
 
-    As in Mixture-of-Depths (Raposo et al. 2024) and D-LLM (Jiang et al. 2024), where a skipped
-    token leaves nothing.
+    As in Mixture-of-Depths (Raposo et al. 2024) and D-LLM (Jiang et al. 2024), which keep none.
     """
     routing: object
     unit: int

@@ -43,8 +43,7 @@ class RouterPolicy(Policy):
         'consensus': the batch decides together, by its mean logits, as many units as its tokens
             would keep on average; whole layers then drop out of the step. A sequence's text depends
             on its batch.
-        'prompt': the same decision, made once over the newest prefill and kept for every step that
-            follows.
+        'prompt': the same decision, made once over the newest prefill and kept for all steps after.
     Below a few hundred rows a batched step reads every weight of a layer that any row runs, so that
     'exact' saves arithmetic but little time; the other two save both. Candidates of assisted
     decoding are steps, several at a time.

@@ -156,8 +156,7 @@ def differences(stored: dict, now: dict,
     """(what makes `now` another base than `stored`, what differs in precision alone), by name.
 
     Args:
-        trained_biases: the checkpoint's adapter brings biases of its own, so that the base's are
-            not compared.
+        trained_biases: the adapter brings biases of its own, so the base's are not compared.
 
     Fields that one side does not know are not compared; nor are packed matrices with unpacked ones,
     nor weights rounded to float16 with others.
