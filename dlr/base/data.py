@@ -98,7 +98,8 @@ def folder_texts(path: str | Path) -> list[str]:
     A relative path is looked for from here, then from the project's root.
 
     Raises:
-        FileNotFoundError: nothing there; ValueError: there are files, but no document in them.
+        FileNotFoundError: nothing is there.
+        ValueError: there are files, but no document in them.
     """
     path = from_project(path)
     if not path.exists():
@@ -119,8 +120,7 @@ def hub_lines(dataset: str, split: str, remedy: str) -> list[str]:
     """The texts of the rows of a Hub dataset, or of one of HUB_ALIASES.
 
     Raises:
-        ConnectionError: it could not be loaded; the message ends with `remedy`, what to do without
-            a network.
+        ConnectionError: it could not be loaded; the message ends with `remedy`.
     """
     from datasets import load_dataset  # takes seconds to import, and only the Hub needs it
     name, config = HUB_ALIASES.get(dataset, (dataset, None))
@@ -153,7 +153,8 @@ def read_wikitext(path: Path) -> str:
     raw = path.read_text(encoding="utf-8")
     if not raw.startswith('"'):
         return raw
-    parts, reader = [], csv.reader(raw.splitlines(keepends=True))
+    parts = []
+    reader = csv.reader(raw.splitlines(keepends=True))
     for row in reader:
         if len(row) > 1:
             raise ValueError(f"{path}, line {reader.line_num}: one column was expected, {len(row)} "
@@ -231,8 +232,7 @@ def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: in
                    limit: int | None = None) -> list[dict[str, torch.Tensor]]:
     """One document a row, cut to `max_len`, right-padded: input_ids, attention_mask `[b, s]`.
 
-    Rows are sorted by length, so that little is padded; `row` `[b]` gives each row's place in
-    `documents`.
+    Rows are sorted by length, so that little is padded; `row` `[b]` holds places in `documents`.
 
     Raises:
         ValueError: the tokenizer has no opening token, or cannot keep a special token that a text

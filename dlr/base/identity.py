@@ -1,8 +1,8 @@
 """What makes two runs the same run: their settings and their data.
 
 A setting that is absent on one side counts as its default, so a new setting orphans no old run. A
-value that the machine decides equals any other. Of a path only the part is compared that is the
-same on every machine; what its files hold decides.
+value that the machine decides equals any other. Paths are compared by the part that is the same on
+every machine, and by what their files hold.
 """
 
 import hashlib
@@ -171,7 +171,8 @@ def differences(run: Run, settings: dict, data: str, inputs: dict[str, str] | No
     if "settings" not in record:
         return {RECORD: ("missing or unreadable", "settings to compare with")}
     pairs = different_settings(record["settings"], plain(portable(settings, schema)), schema)
-    earlier, inputs = record.get("inputs", {}), inputs or {}
+    earlier = record.get("inputs", {})
+    inputs = inputs or {}
     for name in earlier.keys() & inputs.keys():        # content decides where both sides know it
         pairs.pop(name, None)
         if earlier[name] != inputs[name]:
@@ -205,8 +206,8 @@ def refuse(run: Run, pairs: dict[str, tuple]) -> None:
 def said(pairs: dict[str, tuple], most: int = 4) -> str:
     """Differences in words: 'steps: 40, now 400; ...'."""
     parts = [f"{name}: {_short(old)}, now {_short(new)}" for name, (old, new) in pairs.items()]
-    rest = len(parts) - most
-    return "; ".join(parts[:most]) + (f"; and {rest} more" if rest > 0 else "")
+    unsaid = len(parts) - most
+    return "; ".join(parts[:most]) + (f"; and {unsaid} more" if unsaid > 0 else "")
 
 
 def _short(value) -> str:

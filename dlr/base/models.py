@@ -53,8 +53,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
         upcast: float32 for what a 4-bit base does not pack.
 
     Raises:
-        ConnectionError: neither a local folder nor reachable on the Hub; the message names the
-            embedded model.
+        ConnectionError: neither a folder nor reachable; the message names the embedded model.
         ValueError: the weights are there as a pickle only, or an unknown dtype.
     """
     if dtype not in (None, *DTYPES):
