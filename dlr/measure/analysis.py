@@ -40,8 +40,7 @@ def ratio_interval(value: np.ndarray, document: np.ndarray) -> dict:
 def by_category(record: Record, table: pd.DataFrame) -> pd.DataFrame:
     """One row a category: tokens, share, depth with interval, losses, keep rates (`keep_0` ...).
 
-    The last row, "all", is every token the router decides for. Losses are means in nats over
-    predicted tokens.
+    The last row, "all", is every token the router decides for. Losses are means in nats.
     """
     decided = free(record)
     document = record.document.numpy()
@@ -66,9 +65,8 @@ def mutual_information(labels: np.ndarray, depth: np.ndarray, document: np.ndarr
                        seed: int = 0) -> dict:
     """Mutual information in bits between a label and the depth, beside what chance would show.
 
-    A sample's mutual information is above zero even where there is none. The baseline deals the
-    depths out again among each document's tokens (among all tokens without `document`),
-    PERMUTATIONS times.
+    A sample's mutual information is above zero even where there is none. The baseline shuffles
+    depths among each document's tokens (all tokens without `document`), PERMUTATIONS times.
 
     Returns:
         information, chance (mean of the permutations), chance_high (their 95th percentile), excess

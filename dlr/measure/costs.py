@@ -65,13 +65,13 @@ def row_costs(work: Prefill, skips: list[float], repeats: int = 9) -> pd.DataFra
                   key=lambda m: m.weight.numel())
     total = work.tokens
     plans = {skip: subject.plan(skip, total) for skip in skips}
-    kept = {skip: [int(n) for n in plan[torch.arange(total) % len(plan)].sum(0)]
+    kept = {skip: [int(count) for count in plan[torch.arange(total) % len(plan)].sum(0)]
             for skip, plan in plans.items()}
     seconds = _product_seconds(largest, {total, *itertools.chain(*kept.values())}, repeats)
     always = subject.layers - subject.routing.units
     rows = []
     for skip in skips:
-        whole_layers = sum(seconds[n] for n in kept[skip]) / seconds[total]
+        whole_layers = sum(seconds[count] for count in kept[skip]) / seconds[total]
         rows.append({"skip": skip, "bound": subject.bound(skip),
                      "product_bound": subject.layers / (always + whole_layers),
                      "row_cost": whole_layers / (sum(kept[skip]) / total)})
@@ -83,21 +83,20 @@ def _product_seconds(product: torch.nn.Linear, counts: set[int], repeats: int) -
     """Median seconds of `product` on each number of rows, in turns, the first of which warms up."""
     weight = product.weight
     x = torch.randn(max(counts), product.in_features, dtype=weight.dtype, device=weight.device)
-    seconds: dict[int, list[float]] = {n: [] for n in sorted(counts - {0})}
+    seconds: dict[int, list[float]] = {count: [] for count in sorted(counts - {0})}
     for _ in range(repeats + 1):
-        for n, turns in seconds.items():
+        for count, turns in seconds.items():
             start = timer()
-            product(x[:n])
+            product(x[:count])
             turns.append(timer() - start)
-    return {0: 0.0} | {n: statistics.median(turns[1:]) for n, turns in seconds.items()}
+    return {0: 0.0} | {count: statistics.median(turns[1:]) for count, turns in seconds.items()}
 
 
 def profile_prefill(work: Prefill, skips: list[float], repeats: int = 3) -> pd.DataFrame:
     """Where a prefill's time goes, by torch.profiler: ms of products, attention and all the rest.
 
-    Each beside what a time proportional to the layers run would be (`<kind>_at_bound`), from the
-    dense model's profile. Compare within the table: profiling itself takes time, most of it between
-    operations, which is not counted here.
+    Each stands beside the dense model's time scaled by the layers run (`<kind>_at_bound`). Compare
+    within the table only: profiling takes time, most of it between operations (not counted here).
     """
     turns = [{case: _profiled(work, *case) for case in (("dense", 0.0),
                                                         *(("compact", skip) for skip in skips))}
@@ -142,7 +141,8 @@ def flops_and_memory(work: Prefill, skips: list[float],
     weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
     attention = model.config._attn_implementation
     peaks, rows = [], []
-    for system, skip in [(s, k) for s in systems for k in ([0.0] if s == "dense" else skips)]:
+    for system, skip in [(name, ratio) for name in systems
+                         for ratio in ([0.0] if name == "dense" else skips)]:
         with subject.as_system(system, skip, work.tokens):
             # the counter sees no FLOPs in other attention implementations
             model.set_attn_implementation("eager")

@@ -47,8 +47,7 @@ def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = 
     """Runs the dense model (adapters off) once on a batch of `data.padded_batches`.
 
     Args:
-        depths: numbers of layers after which the choosing tokens' states are kept; 0 is the
-            embedding.
+        depths: numbers of layers after which states are kept; 0 is the embedding.
 
     Raises:
         ValueError: no token of the batch chooses.

@@ -164,7 +164,7 @@ def _log_p(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _compared(log_p: torch.Tensor, log_q: torch.Tensor, following: torch.Tensor, top: int) -> dict:
-    """What is kept of rows' log-probabilities `[rows, V]`; the second is overwritten.
+    """What a record holds of rows' log-probabilities `[rows, V]`; `log_q` is overwritten.
 
     `following` `[rows]` are the tokens after them.
     """
