@@ -27,7 +27,7 @@ class Objective:
     """What a budget adds to the loss and does after each step; this one adds and does nothing.
 
     Args:
-        config: the run's settings. What are no settings of their own are in `config.weights`.
+        config: the run's settings; `config.weights` holds what has no setting of its own.
 
     Attributes:
         Weights: what the budget can be told, with its defaults.
@@ -41,7 +41,8 @@ class Objective:
         OBJECTIVES[name] = cls
 
     def __init__(self, config):
-        self.config, self.weights = config, self.weights_of(config)
+        self.config = config
+        self.weights = self.weights_of(config)
         ramp = 0 if config.warm_start else round(config.ramp * config.steps)
         self.controller = Controller(config.target_skip, config.dual_rate, ramp)
 
@@ -50,8 +51,7 @@ class Objective:
         """The class's weights under a run's settings.
 
         Raises:
-            SettingsError: `config.weights` holds one that the class does not have, one that is a
-                setting of its own, or a wrong value.
+            SettingsError: `config.weights` holds an unknown one, a setting, or a wrong value.
         """
         names = cls.Weights.model_fields.keys() & type(config).model_fields.keys()
         settings = {name: getattr(config, name) for name in names}
@@ -76,7 +76,7 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 class Controlled(Objective, name="controlled"):
-    """No term in the loss: the threshold, a unit's price, is moved by the skip missed."""
+    """No term in the loss: the controller moves the threshold until the skip meets its target."""
     calibrates = True
 
     @property
@@ -104,8 +104,7 @@ class GlobalPenalty(Objective, name="global_penalty"):
 class Original(Objective, name="original"):
     """The first studies' budget: L1 on each layer's keep rate, and a squared target term.
 
-    Kept so that its failure can be shown: the L1 terms, summed over layers, swamp the target, and
-    nearly every layer is dropped.
+    It is here to show its failure: the L1 terms, summed over layers, swamp the target.
     """
 
     class Weights(GlobalPenalty.Weights):
@@ -113,7 +112,8 @@ class Original(Objective, name="original"):
         target_weight: float = Field(8.0, ge=0.0)  # squared distance to the target
 
     def term(self, plan):
-        weights, keep = self.weights, plan.gates[plan.real].mean(0)
+        weights = self.weights
+        keep = plan.gates[plan.real].mean(0)
         missed = 1 - keep.mean() - self.config.target_skip
         cost = weights.l1_weight * keep.sum() + weights.target_weight * missed ** 2
         return weights.penalty * cost

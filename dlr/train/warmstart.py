@@ -83,13 +83,13 @@ def label_batch(model, routing: Routing, ids: torch.Tensor,
         handle.remove()
     background = make_background(states[-1]).clone()
     background[:, :routing.config.keep_first_tokens] = 1.0
-    before = kl_under(background, teacher)
+    background_kl = kl_under(background, teacher)
     harms = []
     for unit in range(routing.units):
         flipped = background.clone()
         flipped[..., unit] = 1 - flipped[..., unit]
         ran = background[:, :-1, unit].flatten() > 0.5
-        change = kl_under(flipped, teacher) - before
+        change = kl_under(flipped, teacher) - background_kl
         harms.append(torch.where(ran, change, -change))
     keep = torch.ones_like(ids[:, :-1], dtype=torch.bool)
     keep[:, :routing.config.keep_first_tokens] = False
@@ -119,10 +119,11 @@ def label(model, routing: Routing, blocks, config: RunConfig, round_index: int,
     background = Background(routing, config.target_skip, round_index, order, config.seed)
     count = -(-config.warm_tokens // (config.batch_size * (config.seq_len - 1)))
     parts = []
-    for i in tqdm(range(count), unit="batch",
-                  desc=f"labelling marginal harm {round_index + 1}/{config.warm_rounds}"):
-        start = (round_index * count + i) * config.batch_size
-        ids = _batch(blocks, [(start + j) % usable for j in range(config.batch_size)], model)
+    for number in tqdm(range(count), unit="batch",
+                       desc=f"labelling marginal harm {round_index + 1}/{config.warm_rounds}"):
+        start = (round_index * count + number) * config.batch_size
+        places = [place % usable for place in range(start, start + config.batch_size)]
+        ids = _batch(blocks, places, model)
         parts.append(label_batch(model, routing, ids, background))
     labels = _joined(parts)
     if path:
@@ -229,7 +230,8 @@ def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path 
     plan at the target skip, and the router is shrunk towards it at the end.
     """
     refuse_without_plan(routing, "warm_start")
-    explained, pool = [], []
+    explained = []
+    pool = []
     for round_index in range(config.warm_rounds):
         pool.append(label(model, routing, blocks, config, round_index, folder, order))
         labels = _joined(pool)
