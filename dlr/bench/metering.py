@@ -42,16 +42,17 @@ class Watched(Policy):
 class Watch:
     """Collects the gates of every forward pass, and raises where one has none.
 
-    A hook of its own on the decoder, independent of the router's: it sees passes that the router
-    missed.
+    Its own hook on the decoder, independent of the router's, sees passes that the router missed.
     """
 
     def __init__(self, routing, policy: Policy):
-        # first, for it puts the router's own policy back
+        # before anything else, because it puts the router's own policy back
         end_watch(routing)
-        self.routing, self.policy = routing, Watched(policy)
+        self.routing = routing
+        self.policy = Watched(policy)
         self.passes: list[torch.Tensor] = []
-        routing.policy, self._seen = self.policy, routing.plan
+        routing.policy = self.policy
+        self._seen = routing.plan
         self._handle = routing.decoder.register_forward_hook(self._after)
         # detaching leaves no hook behind; `taken` then finds no pass
         routing.handles.append(self._handle)
@@ -59,10 +60,10 @@ class Watch:
 
     def _after(self, module, args, output):
         plan = self.routing.plan
-        other = self.routing.policy is not self.policy
-        unrouted = isinstance(self.policy.inner,
-                              RouterPolicy) and plan is not None and plan.logits is None
-        if plan is None or plan is self._seen or other or unrouted:
+        replaced = self.routing.policy is not self.policy
+        routed = isinstance(self.policy.inner, RouterPolicy)
+        unrouted = routed and plan is not None and plan.logits is None
+        if plan is None or plan is self._seen or replaced or unrouted:
             raise RouterDidNotRun("The model ran without its router: no plan was made in this "
                                   "forward pass. The router is detached, or another policy was put "
                                   "in its place (Routing.using, Routing.disabled).")
