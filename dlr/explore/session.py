@@ -71,8 +71,7 @@ class Session:
 
     Raises:
         FileNotFoundError: there is no such checkpoint; the message names those there are.
-        ValueError: a model was given without its tokenizer, or with `loading`, which can no longer
-            act.
+        ValueError: a model was given without its tokenizer, or with `loading`.
     """
 
     def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None,

@@ -37,8 +37,7 @@ def figure(phase: str, files: Callable[[dict[str, Run]], dict[str, tuple]], run:
     """Registers a function for `python -m dlr.figures`.
 
     Args:
-        files: from the phase's finished runs, by name (never none), to the function's arguments by
-            file name.
+        files: maps the phase's finished runs, at least one, to the function's arguments by file.
         run: the one run that figures/ shows. None: each, which `files` gives names of their own.
     """
     def register(function):
