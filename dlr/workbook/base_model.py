@@ -80,7 +80,8 @@ def _seen(checkpoint: Path) -> int:
 
 
 def _history(work: Path) -> pd.DataFrame:
-    rows, offset = [], 0
+    rows = []
+    offset = 0
     for stage in ("stable", "decay"):
         folder = _newest(work / stage)
         if folder is None:
@@ -95,7 +96,7 @@ def _history(work: Path) -> pd.DataFrame:
 
 
 def export(config: BaseModelConfig) -> pd.DataFrame:
-    """Writes the newest decay (else stable) checkpoint to dlr/nano/, with its history."""
+    """Writes the newest checkpoint (of decay, else of stable) to dlr/nano/, with its history."""
     work = Path(config.work_dir)
     newest = _newest(work / "decay") or _newest(work / "stable")
     if newest is None:

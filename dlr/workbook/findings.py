@@ -36,12 +36,12 @@ def base_model(scores: list[dict], harm: list[float], slack: float = 0.01) -> st
     lines = [f"On '{row['text']}' the model needs {row['bits_per_byte']:.3f} bits a byte "
              f"({row['low']:.3f} to {row['high']:.3f})." for row in scores]
     idle = [str(layer) for layer, value in enumerate(harm) if value < slack]
-    said = f"No layer is slack (less than {slack} nats)."
+    verdict = f"No layer is slack (less than {slack} nats)."
     if idle:
-        said = (f"Slack, adding less than {slack} nats: layers {', '.join(idle)}; a static plan "
-                "will find them, which flatters static plans.")
+        verdict = (f"Slack, adding less than {slack} nats: layers {', '.join(idle)}; a static plan "
+                   "will find them, which flatters static plans.")
     lines.append(f"Skipping a single layer adds {min(harm):.3f} to {max(harm):.3f} nats a token, "
-                 f"most at layer {harm.index(max(harm))}. {said}")
+                 f"most at layer {harm.index(max(harm))}. {verdict}")
     return _text(lines)
 
 
@@ -180,10 +180,10 @@ def latency(table: pd.DataFrame) -> str:
 def token_analysis(metrics: dict, always_keep: int) -> str:
     """Notebook 07: whether the plan depends on the token, and how much headroom is captured."""
     gap = metrics["shuffled"]
-    said = "Token-dependence is worth nothing that can be measured here"
+    verdict = "Token-dependence is worth nothing that can be measured here"
     if gap["low"] > 0:
-        said = "The plan depends on the token"
-    first = (f"**{said}.** Shuffled among tokens it costs {gap['nll_difference']:+.4f} nats a "
+        verdict = "The plan depends on the token"
+    first = (f"**{verdict}.** Shuffled among tokens it costs {gap['nll_difference']:+.4f} nats a "
              f"token (95 % interval {gap['low']:+.4f} to {gap['high']:+.4f}), that is perplexity "
              f"{gap['shuffled']:.2f} instead of {gap['routed']:.2f}.")
     shares = metrics["variance"]
@@ -191,9 +191,10 @@ def token_analysis(metrics: dict, always_keep: int) -> str:
         first += (f" Of the plan's variance {shares['layers']:.0%} lies between layers, as in a "
                   f"static plan, {shares['tokens']:.0%} in how many layers a token runs and "
                   f"{shares['within']:.0%} in which.")
-    known, token = metrics["information"]["category"], metrics["between"]["token"]
-    lines = [first, f"Categories explain {known['explained']:.1%} of the entropy of depth, after "
-                    f"chance ({known['information']:.3f} bits, chance {known['chance']:.3f}); "
+    kinds = metrics["information"]["category"]
+    token = metrics["between"]["token"]
+    lines = [first, f"Categories explain {kinds['explained']:.1%} of the entropy of depth, after "
+                    f"chance ({kinds['information']:.3f} bits, chance {kinds['chance']:.3f}); "
                     f"which token it is explains {_share(token)} of the variance of depth, the "
                     "rest is context."]
     lines += [f"Collapse: {flag}." for flag in metrics["collapse"]["flags"]]

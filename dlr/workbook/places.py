@@ -32,10 +32,12 @@ def _short_hash(*values) -> str:
 
 
 class Wanted:
-    """A run that is to be: its settings and, once someone asks (it takes seconds), its data."""
+    """A run that is to be: its settings and, read when first asked for, its data."""
 
     def __init__(self, phase: str, config: Settings):
-        self.phase, self.config, self._data = phase, config, None
+        self.phase = phase
+        self.config = config
+        self._data = None
 
     @property
     def data(self) -> tuple[str, dict]:
@@ -46,11 +48,12 @@ class Wanted:
 
     def differences(self, run: Run) -> dict[str, tuple]:
         """What keeps `run` from being this one: settings, or where those are equal, data."""
-        settings, schema = self.config.model_dump(), type(self.config)
+        settings = self.config.model_dump()
+        schema = type(self.config)
         pairs = identity.differences(run, settings, "", {}, schema)
         try:
             return pairs or identity.differences(run, settings, *self.data, schema)
-        except OSError:                # the data is not to be had here: only settings are compared
+        except OSError:                # the data is not on this machine: settings must do
             return pairs
 
     def fits(self, run: Run) -> bool:

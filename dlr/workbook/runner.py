@@ -24,8 +24,7 @@ def notebook_settings(phase: str, names: dict) -> Settings:
     Relative paths are looked for in the kernel's folder and in the project.
 
     Raises:
-        SettingsError: a value is wrong, or a name in the parameters cell is no setting; it names
-            the nearest one.
+        SettingsError: a value is wrong, or a name is no setting; the message names the nearest.
     """
     schema = schema_of(phase)
     stray = stray_names(names, schema)

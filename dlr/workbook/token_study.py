@@ -83,7 +83,7 @@ def token_frequencies(study: Study) -> torch.Tensor:
 
 
 def shuffled_gap(study: Study) -> dict:
-    """Test perplexity of the router and of its plan dealt out anew, and their paired difference."""
+    """Test perplexity of the router and of its plan shuffled, and their paired difference."""
     batches = study.batches(study.test, study.config.record_docs, study.config.eval_len, 16)
     routed, shuffled = (evaluate(study.model, study.routing, batches, policy,
                                  describe="shuffling the plan")
@@ -99,8 +99,8 @@ def headroom(study: Study, weights: str) -> tuple[list[dict], dict]:
     budget as tensors `[n, U]`.
     """
     adapters = weights == "checkpoint"
-    held = study.instruments(study.calibration, adapters)
-    order = oracle.static_order(held)
+    calibration = study.instruments(study.calibration, adapters)
+    order = oracle.static_order(calibration)
     test = study.instruments(study.test, adapters)
     curve = study.routing.calibration.curve
     table, plans = oracle.headroom(
@@ -108,7 +108,7 @@ def headroom(study: Study, weights: str) -> tuple[list[dict], dict]:
     rows = [{"weights": weights, **row} for row in oracle.headroom_rows(table)]
     tensors = {f"{weights}.oracle.{budget}": torch.cat(plan).to(torch.uint8)
                for budget, plan in plans.items()}
-    passes = sum(tool.passes for tool in held + test)
+    passes = sum(each.passes for each in calibration + test)
     return rows, {"order": order, "passes": passes, "tensors": tensors}
 
 
@@ -120,8 +120,8 @@ def benefits(study: Study) -> dict[str, torch.Tensor]:
         several depths (`state.0` ...) `[n, d]`.
     """
     config, model, routing = study.config, study.model, study.routing
-    wanted = {*DEPTHS, routing.first}
-    depths = tuple(sorted(depth for depth in wanted if depth <= len(routing.layers)))
+    depths = tuple(sorted(depth for depth in {*DEPTHS, routing.first}
+                          if depth <= len(routing.layers)))
     parts = []
     for batch in study.batches(study.test, config.probe_docs, config.oracle_len, 2 * ROWS):
         sample = instrument.open_sample(model, routing, batch, depths)
@@ -156,12 +156,13 @@ def measure(config: TokenAnalysisConfig, run) -> dict:
         speech = part_of_speech(tokens, pipeline)
         kinds = kinds.assign(**{f"POS {tag}": speech == tag for tag in np.unique(speech) if tag})
     sample = benefits(study)
-    rows, static = [], {}
+    rows = []
+    static = {}
     for weights in config.weights:
-        of_weights, source = headroom(study, weights)
-        rows += of_weights
-        agreement = analysis.agreement_with_static(tokens, source["order"])
-        static[weights] = source | {"agreement": agreement}
+        oracle_rows, notes = headroom(study, weights)
+        rows += oracle_rows
+        agreement = analysis.agreement_with_static(tokens, notes["order"])
+        static[weights] = notes | {"agreement": agreement}
     tensors = {name: value for name, value in sample.items() if not name.startswith("state")}
     for part in static.values():
         tensors |= part.pop("tensors")
@@ -173,15 +174,15 @@ def measure(config: TokenAnalysisConfig, run) -> dict:
 
 
 def _statistics(tokens: Record, kinds, sample: dict[str, torch.Tensor]) -> dict:
-    """What is read off the record, and off the probe sample, without the model."""
+    """Statistics of the record and of the probe sample, which need no model."""
     free = analysis.free(tokens)
     depth = tokens.active_layers.double().numpy()[free]
     document = tokens.document.numpy()[free]
     labels = {"category": partition(kinds)} | {name: kinds[name].to_numpy() for name in kinds}
-    gates, owner = sample["gates"].numpy(), sample["document"].numpy()
+    gates, sample_document = sample["gates"].numpy(), sample["document"].numpy()
 
     def correlations(harm: str) -> list[dict]:
-        table = analysis.benefit_correlations(gates, sample[harm].numpy(), owner)
+        table = analysis.benefit_correlations(gates, sample[harm].numpy(), sample_document)
         return table.to_dict("records")
     return {
         "categories": analysis.by_category(tokens, kinds).to_dict("records"),
