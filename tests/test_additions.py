@@ -51,11 +51,14 @@ def test_an_objective_trains(copy):
     terms = python(copy, """
 from types import SimpleNamespace
 import torch
-from dlr.train.objectives import OBJECTIVES
+from dlr.train.objectives import OBJECTIVES, Objective
 from dlr.train.settings import RunConfig
 config = RunConfig(objective="squared", target_skip=0.4, weights={"distance": 2.0})
 objective = OBJECTIVES["squared"](config)
 print(float(objective.term(SimpleNamespace(budget=torch.tensor(0.5)))))
+assert float(Objective(config).term(SimpleNamespace(gates=torch.ones(1)))) == 0, "a control's"
+assert config.changed(objective="original").weights == {}
+assert config.changed(seed=3).weights == {"distance": 2.0}
 try:
     RunConfig(objective="squared", weights={"distance": -1.0})
 except ValueError as error:

@@ -7,14 +7,15 @@ Every plan of a control depends on a token's own document and position alone, so
 order and padding change nothing.
 """
 
+import contextlib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dlr.base.adapters import as_it_was
 from dlr.base.encoding import tokenizer_of
 from dlr.base.find import find_checkpoint
 from dlr.base.folder import RECORDS, digest_of, looks_like, refuse_incomplete
@@ -26,11 +27,10 @@ from dlr.routing.handle import Routing
 from dlr.routing.plan import static_pair
 from dlr.routing.policy import Policy, RandomByDocument, RouterPolicy, StaticByDocument
 from dlr.routing.weights import base_record, identity
-from dlr.runs import METRICS, from_project, results_folder, slug
+from dlr.runs import METRICS, from_project, slug
 from dlr.settings import SettingsError
 
 KINDS = ("routed", "static", "stochastic", "dense", "base")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # The frontier's runs call the folder of their one router so.
 _ROW_OF_FOLDER = {"router": "DLR"}
 
@@ -84,7 +84,7 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
 
     Args:
         name: a checkpoint as in `dlr.base.find.find_checkpoint`; or a base model: 'nano', a folder,
-            or a Hub id (with variant='base' where it has no '/').
+            or, with variant='base', a Hub id.
         variant: routed (its router), static (its weights under the greedy static plan), stochastic
             (tokens drop units at random), dense (its weights at full depth), base. By default what
             the checkpoint is.
@@ -112,14 +112,25 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
         raise SettingsError(f"skip={skip} must lie between 0 and 1.")
     loading = {"dtype": dtype, "attn_implementation": attn_implementation,
                "load_in_4bit": load_in_4bit, "device": device}
-    if variant == "base" or _is_base(name, variant):
+    if variant == "base" or _is_base(name):
         _refuse_unused("base", {"skip": skip, "order": order, "model": model})
         return _load_base(name, variant, loading)
     folder = find_checkpoint(name, say)
     record = refuse_incomplete(folder)
     kind = variant or record.get("variant", "routed")
     _refuse_unfit(folder, record, kind, {"skip": skip, "order": order})
-    net = restore(folder, record, model, **loading)
+    given = isinstance(model, nn.Module)
+    with as_it_was(model) if given else contextlib.nullcontext():
+        net = restore(folder, record, model, **loading)
+        try:
+            return _opened(folder, record, kind, net, skip, order)
+        except BaseException:
+            routing_of(net).detach()
+            raise
+
+
+def _opened(folder: Path, record: dict, kind: str, net, skip: float | None,
+            order: str | None) -> Opened:
     parts = folder.parts[-3:] if folder.is_absolute() else folder.parts[-4:]
     opened = Opened(net, tokenizer_of(net, folder), routing_of(net), kind, folder=folder,
                     checkpoint="/".join(parts), base=base_record(net))
@@ -129,16 +140,13 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
 
 
 # -- base models ----------------------------------------------------------------------------------
-def _is_base(name: str | Path | None, variant: str | None) -> bool:
-    """Whether `name` is a base model's; where a router is asked for, no Hub id is guessed."""
+def _is_base(name: str | Path | None) -> bool:
+    """Whether `name` is a base model's folder; a Hub id is not guessed, it may be mistyped."""
     if name is None:
         return False
     folder = Path(source_of(str(name)))
-    if folder.is_dir():
-        checkpoint = any((folder / record).exists() for record in RECORDS)
-        return (folder / "config.json").is_file() and not checkpoint
-    hub = variant in (None, "dense") and _HUB_ID.fullmatch(str(name)) is not None
-    return hub and not (results_folder() / name).is_dir()
+    checkpoint = any((folder / record).exists() for record in RECORDS)
+    return (folder / "config.json").is_file() and not checkpoint
 
 
 def _load_base(name: str | Path, variant: str | None, loading: dict) -> Opened:
@@ -180,7 +188,8 @@ def _refuse_unfit(folder: Path, record: dict, kind: str, given: dict) -> None:
 def _put_under_plan(opened: Opened, record: dict, skip: float | None, order: str | None) -> None:
     """Sets the policy that the kind of `opened` asks for, in force on its model."""
     routing, measured, forced = opened.routing, None, 0.0
-    if record.get("variant") == opened.kind:                 # a control under its own plan
+    calibrated = None if "variant" in record else routing.calibration.skip
+    if record.get("variant") == opened.kind:     # the plan that a control was trained for
         measured = record["skip"]
     if opened.kind == "routed":
         opened.policy = RouterPolicy()
@@ -192,10 +201,10 @@ def _put_under_plan(opened: Opened, record: dict, skip: float | None, order: str
             forced = record["forced"] if skip is None else 0.0
         else:
             opened.order, measured = _order_near(opened.folder, order)
-        skip = _needed(skip, measured, routing.calibration.skip)
+        skip = _needed(skip, measured, calibrated)
         opened.policy = StaticByDocument(*static_pair(opened.order, routing.units, skip, forced))
     elif opened.kind == "stochastic":
-        opened.policy = RandomByDocument(_needed(skip, measured, routing.calibration.skip))
+        opened.policy = RandomByDocument(_needed(skip, measured, calibrated))
     routing.policy = opened.policy
 
 

@@ -63,7 +63,7 @@ def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, 
     if not control:
         weights = load_file(folder / WEIGHTS)
         router_class(router.router_class).refuse_unfit(weights, router)
-    if model is None or isinstance(model, str):
+    if model is None or isinstance(model, str | Path):
         where = str(folder / (CONTROL if control else CONFIG))
         model = open_model(**_named_base(router.base, where, model, **loading))
     elif given := [name for name, value in loading.items() if value is not None]:

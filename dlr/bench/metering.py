@@ -46,8 +46,8 @@ class Watch:
     """
 
     def __init__(self, routing, policy: Policy):
-        # before anything else, because it puts the router's own policy back
-        end_watch(routing)
+        end_watch(routing)               # first, for it puts the policy of before back
+        self._before = routing.policy
         self.routing = routing
         self.policy = Watched(policy)
         self.passes: list[torch.Tensor] = []
@@ -86,9 +86,9 @@ class Watch:
         return self.passes
 
     def close(self) -> None:
-        """Takes the hook off; the router's own policy is in force again."""
+        """Takes the hook off; the policy of before is in force again."""
         self._handle.remove()
-        self.routing.policy, self.routing.watch = RouterPolicy(), None
+        self.routing.policy, self.routing.watch = self._before, None
 
 
 def end_watch(routing) -> None:

@@ -3,9 +3,10 @@
 Prompts, metrics, splits and few-shot rules are the harness's own YAML definitions; `--data-dir`
 swaps nothing but the source of the rows. Local forms, below the data folder:
 
-    mmlu/dev/<subject>_dev.csv, mmlu/test/<subject>_test.csv   question,choice0..choice3,answer
-    (0-3), with header arc/arc_challenge.jsonl (and arc_challenge_train.jsonl)    query, choices,
-    gold gsm8k/train.jsonl, gsm8k/test.jsonl                        question, answer
+    mmlu/dev/<subject>_dev.csv, mmlu/test/<subject>_test.csv
+        header question,choice0..choice3,answer; answers 0 to 3
+    arc/arc_challenge.jsonl (and arc_challenge_train.jsonl)    query, choices, gold
+    gsm8k/train.jsonl, gsm8k/test.jsonl                        question, answer
     blimp/data/<paradigm>.jsonl                                sentence_good, sentence_bad
 """
 

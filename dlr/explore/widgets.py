@@ -255,15 +255,16 @@ class Explorer(Quiet, W.VBox):
         before = self.session
         self._quiet = True                                  # what is set here is nobody's input
         try:
-            self.session = Session(self._folders[change["new"]], **self._loading)
+            try:
+                self.session = Session(self._folders[change["new"]], **self._loading)
+            except Exception:
+                self.picker.value = before.name             # the model is still that one
+                raise
             before.close()
             last = len(self.session.routing.layers) - 1
             self.layers.max = last
             self.layers.value = (0, last)
             self.budget.value = round(100 * self.session.calibrated)
-        except Exception:
-            self.picker.value = before.name                 # the model is still that one
-            raise
         finally:
             self._quiet = False
         self.read()

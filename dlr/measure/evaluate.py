@@ -195,7 +195,10 @@ def calibrate(model, tokenizer, texts: list[str], skip: float, max_len: int = 25
 
     Raises:
         NotRoutable: no router is attached.
-        ValueError: no text, or a skip ratio that cannot be reached.
+        ValueError: no list of texts, or a skip ratio that cannot be reached.
     """
+    if isinstance(texts, str) or not texts:
+        raise ValueError("calibrate needs a list of texts, a string each; given was "
+                         f"{'one string' if isinstance(texts, str) else 'none'}.")
     batches = padded_batches(Documents("given", "calibration", texts, ""), tokenizer, max_len, 8)
     return calibrate_router(model, routing_of(model), batches, skip)

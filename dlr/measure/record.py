@@ -190,8 +190,8 @@ def _dense_rows(model, routing: Routing, ids: torch.Tensor, known: dict | None) 
     if known is None:
         return rows_of
     known.clear()                                        # one text at a time
-    known[key] = lambda rows: rows_of(rows).clone()      # _log_p works in place
-    return known[key]
+    kept = known[key] = lambda rows: rows_of(rows).clone()      # _log_p works in place
+    return kept
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The method: a router that decides, token by token, which later layers of a decoder run.
 
-Read it downwards. `attach` puts a router on a model. `handle` holds the hooks: in a forward pass
-they ask `policy` for gates, keep them in a `plan`, and hand the plan to `masked` (every layer runs
-and is blended; the reference, used in training) or to `compact` (only what the plan keeps is
+Read it downwards. `attach` puts a router on a model and returns its `handle`. In a forward pass
+`hooks` ask `policy` for gates, keep them in a `plan`, and hand the plan to `masked` (every layer
+runs and is blended; the reference, used in training) or to `compact` (only what the plan keeps is
 computed). `router` is the network, `budget` finds and moves the threshold, `families` is all that
 is known of model families.
 

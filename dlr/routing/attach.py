@@ -44,7 +44,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None,
         _refuse_unplannable(kind.__name__, config)
     router = kind(base.config.get_text_config().hidden_size, units, config)
     router.to(execution_device(layers[config.always_keep]))
-    routing = Routing(model, config, router, decoder, layers)
+    routing = Routing(model, config.model_copy(), router, decoder, layers)
     routing.bf16 = bf16
     try:
         routing.execution = execution or "compact"

@@ -15,7 +15,7 @@ from dlr.routing.config import Calibration, RouterConfig
 from dlr.routing.decoder import HANDLE, NotRoutable, causal_lm, sublayers
 from dlr.routing.device import device_of
 from dlr.routing.hooks import Hooks
-from dlr.routing.intercept import own_forwards
+from dlr.routing.intercept import LOCK, own_forwards
 from dlr.routing.masked import BlendLayer, GateSublayer, HideSkippedKeys, argument_names
 from dlr.routing.memory import Owner
 from dlr.routing.parts import NotCompactable
@@ -44,6 +44,8 @@ class _Setting:
 
     def __set__(self, routing, value):
         routing.settings[self.name] = routing.checked(self.name, value)
+        if self.name == "strategy":
+            routing.config.strategy = value             # what a checkpoint says
 
 
 class Routing:
@@ -102,11 +104,12 @@ class Routing:
         if value == "compact" and self.config.kv == "drop":
             raise NotRoutable("kv='drop' runs masked only: compact execution keeps every token's "
                               "keys and values. Use execution='masked', or kv='complete'.")
-        if value == "compact" and self.compact_layers is None:
-            try:
-                self.compact_layers = compact_layers(self)
-            except NotCompactable as error:
-                raise NotRoutable(str(error)) from None
+        if value == "compact":
+            with LOCK:                               # two threads must not build two sets of them
+                try:
+                    self.compact_layers = self.compact_layers or compact_layers(self)
+                except NotCompactable as error:
+                    raise NotRoutable(str(error)) from None
         return value
 
     @contextlib.contextmanager

@@ -57,7 +57,8 @@ class Objective:
         settings = {name: getattr(config, name) for name in names}
         for name in settings.keys() & config.weights.keys():
             raise SettingsError(f"{name} is a setting of its own; give {name}, not weights")
-        return validated(settings | config.weights, cls.Weights)
+        given = {} if cls is Objective else config.weights      # a control's run has no budget
+        return validated(settings | given, cls.Weights)
 
     @property
     def router_steps(self) -> int:

@@ -95,6 +95,12 @@ class RunConfig(RouterConfig, Original.Weights):
         """Whether training and evaluation compute in bfloat16: `bf16`, or what is fast here."""
         return fast_bf16() if self.bf16 is None else self.bf16
 
+    def changed(self, **changes):
+        """As `Settings.changed`; weights of one objective do not go on to another."""
+        if changes.get("objective", self.objective) != self.objective:
+            changes = {"weights": {}} | changes
+        return super().changed(**changes)
+
     def router(self) -> RouterConfig:
         """The part of the settings a router is built from."""
         return RouterConfig(**{name: getattr(self, name) for name in RouterConfig.model_fields})

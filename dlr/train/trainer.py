@@ -61,6 +61,7 @@ class DLRTrainer(Trainer):
         self.config = config
         self.routing = routing_of(model)
         self.folder = Path(folder)
+        self.routing.bf16 = config.autocast            # measured in what it is trained in
         refuse_unsaveable(model, self.routing)         # before a training that could not be kept
         self.learns_routing = policy is None
         self.policy = policy or RouterPolicy(training=True, noise=noise)

@@ -230,6 +230,7 @@ def warm_start(model, routing: Routing, blocks, config: RunConfig, folder: Path 
     plan at the target skip, and the router is shrunk towards it at the end.
     """
     refuse_without_plan(routing, "warm_start")
+    routing.bf16 = config.autocast
     explained = []
     pool = []
     for round_index in range(config.warm_rounds):

@@ -203,14 +203,16 @@ def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
     skip = routed["skip"]
     order = order_of_mean_plan(routed["keep_rate"])
     forced = forced_share(bench, routing.config.keep_first_tokens)
-    shuffled = measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled")
+    controls = []
+    if routing.router.ahead:         # a plan that is not known ahead cannot be shuffled
+        controls += [measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled")]
     table = evaluate_static(variant.model, routing, bench.test, order, skip, forced)
-    mean = row_of(bench, variant, f"{name}, mean plan", table, "mean")
-    random = measure(bench, variant, f"{name}, random plan",
-                     RandomPlan(skip / (1 - forced), seed), "random")
-    for row in (shuffled, mean, random):
+    controls += [row_of(bench, variant, f"{name}, mean plan", table, "mean"),
+                 measure(bench, variant, f"{name}, random plan",
+                         RandomPlan(skip / (1 - forced), seed), "random")]
+    for row in controls:
         row["against_router"] = paired_difference(bench.tables[row["variant"]], bench.tables[name])
-    return [routed, shuffled, mean, random]
+    return [routed, *controls]
 
 
 def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float,
