@@ -63,6 +63,10 @@ def greedy_oracle(instruments: list[Instrument],
         for skip, goal in goals.items():
             while closed < goal:
                 taken = _close_cheapest(instruments, plans, min(round_size, goal - closed))
+                if not taken:
+                    raise ValueError(f"The oracle has nothing left to close at a skip of {skip}: "
+                                     "KL values are undefined, so the model's logits are not "
+                                     "finite on this sample.")
                 closed += taken
                 bar.update(taken)
             at_skip[skip] = [plan.clone() for plan in plans]
