@@ -11,13 +11,14 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
+from dlr.base import smollm2
 from dlr.base.data import load_documents
 from dlr.base.models import NANO, NANO_ROUTER
 from dlr.runs import (RECORD, Run, from_project, plain, project_root, results_folder, shell_folder,
                       shown_path)
 from dlr.settings import LocalPath, MachineDecides, Settings, SettingsError, default_of, items_of
 
-NAMES = ("", "nano", "nano-router", "embedded")     # path-like settings that name no file
+NAMES = ("", "nano", "nano-router", "embedded", smollm2.NAME)      # settings that name no file
 _SAMPLE = 1 << 16                                   # bytes read at each place of a large file
 
 
@@ -107,7 +108,9 @@ def inputs_of(config: Settings) -> dict[str, str]:
 
     def note(text: str, mark: LocalPath, name: str) -> str:
         path = embedded.get(text) or Path(text)
-        if text and text != "embedded" and not mark.output and path.exists():
+        if text == smollm2.NAME:
+            digests[name] = smollm2.SHA256[:16]
+        elif text and text != "embedded" and not mark.output and path.exists():
             digests[name] = digest(path)
         return text
     map_paths(config.model_dump(), type(config), note)

@@ -1,4 +1,4 @@
-"""Base models: the embedded one, a local folder, or the Hugging Face Hub; LoRA through PEFT."""
+"""Base models: embedded, a local folder or .gguf file, or from the Hub; LoRA through PEFT."""
 
 import warnings
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from dlr.base import gguf_file, smollm2
 from dlr.routing.decoder import projections_of
 from dlr.routing.packed import keep_differentiable
 from dlr.routing.weights import NANO, NANO_NAME
@@ -33,10 +34,21 @@ def load_base(name: str = "nano", *, dtype: str | None = None,
 
 
 def source_of(name: str) -> str:
-    """The folder or Hub id of a base model; the embedded one goes by name."""
+    """The folder or Hub id of a base model.
+
+    'nano' and 'smollm2' go by name. The latter is downloaded, and a .gguf file converted, once.
+
+    Raises:
+        ConnectionError: SmolLM2 is not there and cannot be downloaded. ValueError: no model's file.
+    """
     if name in ("nano", NANO_NAME):
         return str(NANO)
-    return str(from_project(name)) if from_project(name).is_dir() else name
+    if name == smollm2.NAME:
+        return str(smollm2.folder())
+    path = from_project(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(gguf_file.converted(path.resolve()))
+    return str(path) if path.is_dir() else name
 
 
 def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,
@@ -44,10 +56,11 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
     """The base model `name`, in evaluation mode and without gradients.
 
     Args:
-        name: 'nano' (the embedded model), a local folder or a Hub id. A relative folder is looked
-            for from here, then from the project's root.
-        dtype: of the weights; None is the base's own (of the embedded model float32, in which it
-            is measured).
+        name: 'nano' (the embedded model), 'smollm2' (see `dlr.base.smollm2`), a local folder or
+            .gguf file, or a Hub id. A relative path is looked for from here, then from the
+            project's root.
+        dtype: of the weights; None is the base's own (of 'nano' and 'smollm2' float32, in which
+            they are measured).
         quantisation: bitsandbytes' settings, as `NF4`; None leaves the base as it is stored.
         device: where the weights go; None is the CPU.
         upcast: float32 for what a 4-bit base does not pack.
@@ -59,7 +72,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
     source = source_of(name)
-    dtype = dtype or ("float32" if source == str(NANO) else "auto")
+    dtype = dtype or ("float32" if name in ("nano", NANO_NAME, smollm2.NAME) else "auto")
     options = {"dtype": getattr(torch, dtype, dtype),
                "attn_implementation": attn_implementation or "sdpa", "use_safetensors": True,
                "adapter_kwargs": {"subfolder": "none"}}       # no adapter that lies beside the base

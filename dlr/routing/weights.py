@@ -16,6 +16,7 @@ from dlr.routing.router import ROUTER_NAME
 
 NANO = Path(__file__).parent.parent / "nano"
 NANO_NAME = "dlr-nano"            # what files call the embedded model, wherever it lies
+SOURCE = "source.json"            # in the folder of a converted model: what it was made from
 SAMPLE = 64      # elements read of a layer's matrix; of other matrices one a row, of vectors all
 PARTS = ("biases", "other tensors", "layer matrices")       # of the fingerprint, in this order
 
@@ -128,10 +129,19 @@ def describe_base(model: nn.Module) -> dict:
     """Name and shape of the base model."""
     config = causal_lm(model).config.get_text_config()
     name = getattr(config, "_name_or_path", "") or ""
-    embedded = name and Path(name).is_dir() and Path(name).resolve() == NANO.resolve()
-    return {"model_type": config.model_type, "name": NANO_NAME if embedded else name,
+    return {"model_type": config.model_type, "name": _portable_name(name),
             "layers": config.num_hidden_layers, "width": config.hidden_size,
             "vocabulary": config.vocab_size}
+
+
+def _portable_name(name: str) -> str:
+    """The name of a base that holds on other machines: not the place where it is kept here."""
+    if not name or not Path(name).is_dir():
+        return name
+    if Path(name).resolve() == NANO.resolve():
+        return NANO_NAME
+    source = Path(name) / SOURCE
+    return json.loads(source.read_text(encoding="utf-8"))["name"] if source.is_file() else name
 
 
 def base_record(model: nn.Module) -> dict:

@@ -25,7 +25,8 @@ class RunConfig(RouterConfig, Original.Weights):
     splits: ClassVar = ("train", "calibration", "test")     # of `dataset`: part of a run's identity
 
     # model and data
-    model: Named = "nano"                       # 'nano' (embedded), a local folder or a Hub id
+    # 'nano' (embedded), 'smollm2', a folder, a .gguf file or a Hub id
+    model: Named = "nano"
     dataset: Named = "embedded"                 # 'embedded', a local file or folder, or a Hub id
     load_in_4bit: bool = False                  # NF4 base through bitsandbytes
     dtype: Dtype = "float32"
