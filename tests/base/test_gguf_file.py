@@ -54,7 +54,7 @@ def tiny_file(tmp_path):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(260)
     pieces = [chr(256 + i) for i in range(260)]
-    pieces[:3] = ["<s>", "1", "a"]
+    pieces[:4] = ["<s>", "1", "a", "aa"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(pieces)
