@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from dlr.base import smollm2
 from dlr.base.adapters import (NotSaveable, active_adapter, adapted, refuse_unsaveable_adapter,
                                write_adapter)
 from dlr.base.folder import (ADAPTER_CONFIG, CONFIG, CONTROL, WEIGHTS, as_json, atomic_folder,
@@ -91,6 +92,13 @@ def write_router(routing: Routing, folder: Path, model=None) -> None:
     record = RouterRecord.of(routing.config, routing.calibration, base)
     record |= {"adapter": name, "files": digests(folder)}
     write_atomically(folder / CONFIG, as_json(record))
+    _write_notice(folder, base)
+
+
+def _write_notice(folder: Path, base: dict) -> None:
+    """The notice that the licence of SmolLM2 asks of what is made on it."""
+    if base["name"] == smollm2.NAME:
+        write_atomically(folder / "NOTICE.md", smollm2.NOTICE)
 
 
 def save_pretrained(model, folder: str | Path) -> Path:
@@ -131,4 +139,5 @@ def save_control(model, routing: Routing, folder: Path, variant: str,
             write_adapter(adapted(model, routing), name, temporary, record["base"]["name"])
         record["files"] = digests(temporary)
         write_atomically(temporary / CONTROL, as_json(record))
+        _write_notice(temporary, record["base"])
     return folder

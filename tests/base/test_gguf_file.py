@@ -131,3 +131,13 @@ def test_smollm2_is_a_name_wherever_a_model_is_named():
     config = RunConfig(model="smollm2")
     assert inputs_of(config) == {"model": smollm2.SHA256[:16]}
 
+
+def test_a_checkpoint_made_on_smollm2_carries_its_notice(llama, tmp_path, monkeypatch):
+    def absent():
+        raise ConnectionError
+    monkeypatch.setattr(smollm2, "folder", absent)
+    llama.config._name_or_path = "smollm2"
+    dlr.attach(llama, dlr.RouterConfig(always_keep=2))
+    dlr.save_pretrained(llama, tmp_path / "made")
+    notice = (tmp_path / "made" / "NOTICE.md").read_text(encoding="utf-8")
+    assert "Apache-2.0" in notice and "Hugging Face TB" in notice
