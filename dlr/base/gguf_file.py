@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
-import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dlr.base.corpus import cache_folder
+from dlr.base.folder import atomic_folder
 from dlr.routing.weights import SOURCE
 from dlr.runs import write_atomically
 
@@ -26,13 +27,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@lru_cache(maxsize=16)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """`sha256_of` a file, read once while it stays as it is: one opening asks several times."""
+    return sha256_of(path)
+
+
 def converted(path: Path) -> Path:
     """The folder of safetensors made from the file `path`, which is made where it is not there.
 
     Raises:
         ValueError: transformers cannot read the file; the message says why.
     """
-    digest = sha256_of(path)
+    status = path.stat()
+    digest = _digest(path, status.st_size, status.st_mtime_ns)
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}"
     if not (folder / SOURCE).is_file():
         print(f"{path.name}: dequantised once, into {folder}", file=sys.stderr, flush=True)
@@ -67,17 +75,14 @@ def convert(path: Path, folder: Path, *, name: str, digest: str, opening: str | 
         tokenizer.bos_token = opening
     if context is not None:
         tokenizer.model_max_length = context
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "model"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+    shutil.rmtree(folder, ignore_errors=True)         # half a folder, which somebody else left
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         for notice, content in (notices or {}).items():
-            write_atomically(made / notice, content)
+            write_atomically(temporary / notice, content)
         source = {"name": name, "file": path.name, "sha256": digest}
-        write_atomically(made / SOURCE, json.dumps(source, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)     # what a killed conversion of old left
-        made.rename(folder)
+        write_atomically(temporary / SOURCE, json.dumps(source, indent=1) + "\n")
 
 
 def _splitting(path: Path) -> str:
