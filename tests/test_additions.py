@@ -42,7 +42,7 @@ def python(copy, program: str) -> str:
 TINY = """
 import sys, warnings, torch
 sys.path.insert(0, "tests")
-from tiny_models import tiny
+from tiny_models import Renamed, tiny
 import dlr
 """
 
@@ -94,15 +94,6 @@ def test_a_family_with_other_names_runs_compacted(copy):
 from dlr.routing.compact import OVERHEAD
 from dlr.routing.families import names
 OVERHEAD["cpu"] = 0.0
-
-class Renamed(torch.nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.mixer, self.thinker = layer.self_attn, layer.mlp
-        self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-    def forward(self, hidden_states, **kwargs):
-        mixed = self.mixer(hidden_states=self.before(hidden_states), **kwargs)[0]
-        return hidden_states + mixed + self.thinker(self.between(hidden_states + mixed))
 
 assert "thinker" in names("mlp") and "thought_proj" in names("lora")
 model = tiny()

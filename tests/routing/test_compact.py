@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, SMALL, half_skipping, tiny
+from tiny_models import FAMILIES, SMALL, Renamed, half_skipping, tiny
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import dlr
@@ -330,19 +330,6 @@ def test_wrong_plans_and_strange_caches_are_refused_before_any_compute(llama, id
     with pytest.raises(ValueError, match="begun by another router"):
         llama(ids[:, :1], past_key_values=cache)
     assert not computed
-
-
-class Renamed(torch.nn.Module):
-    """A Llama layer whose parts no family names so."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.mixer, self.thinker = layer.self_attn, layer.mlp
-        self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-
-    def forward(self, hidden_states, **kwargs):
-        hidden_states = hidden_states + self.mixer(hidden_states=self.before(hidden_states), **kwargs)[0]
-        return hidden_states + self.thinker(self.between(hidden_states))
 
 
 @torch.no_grad()
