@@ -121,7 +121,7 @@ def save_pretrained(model, folder: str | Path) -> Path:
 def save_control(model, routing: Routing, folder: Path, variant: str,
                  order: list[int] | None = None, skip: float | None = None,
                  forced: float = 0.0) -> Path:
-    """Saves a control's adapter and plan, whole or not at all; `dlr.load` opens it.
+    """Saves a control's adapters and plan, whole or not at all; `dlr.load` opens it.
 
     Args:
         variant: static (with its greedy `order`, its `skip` and the share of `forced` tokens),
@@ -137,6 +137,8 @@ def save_control(model, routing: Routing, folder: Path, variant: str,
     with atomic_folder(folder) as temporary:
         if name is not None:
             write_adapter(adapted(model, routing), name, temporary, record["base"]["name"])
+        if routing.router.skip is not None:
+            save_tensors(routing.router.adapters(), temporary / WEIGHTS)
         record["files"] = digests(temporary)
         write_atomically(temporary / CONTROL, as_json(record))
         _write_notice(temporary, record["base"])

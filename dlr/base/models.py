@@ -101,10 +101,17 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
     return keep_differentiable(model).eval().requires_grad_(False)
 
 
-def add_lora(model, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0):
-    """`model` with LoRA (Hu et al. 2021) on attention and MLP projections, drawn from `seed`."""
+def add_lora(model, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0,
+             first: int = 0):
+    """`model` with LoRA (Hu et al. 2021) on attention and MLP projections, drawn from `seed`.
+
+    Args:
+        first: layers before this one get none, so that their states stay those of the base.
+    """
     from peft import LoraConfig, get_peft_model  # takes seconds to import
     torch.manual_seed(seed)
+    layers = range(first, model.config.get_text_config().num_hidden_layers) if first else None
     return get_peft_model(model, LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
-        target_modules=projections_of(model)))
+        target_modules=projections_of(model),
+        layers_to_transform=None if layers is None else list(layers)))

@@ -22,10 +22,11 @@ from dlr.base.folder import RECORDS, digest_of, looks_like, refuse_incomplete
 from dlr.base.models import load_base, source_of
 from dlr.base.restore import restore
 from dlr.routing.budget import threshold_at
+from dlr.routing.by_document import RandomByDocument, StaticByDocument
 from dlr.routing.decoder import routing_of
 from dlr.routing.handle import Routing
 from dlr.routing.plan import static_pair
-from dlr.routing.policy import Policy, RandomByDocument, RouterPolicy, StaticByDocument
+from dlr.routing.policy import Policy, RouterPolicy
 from dlr.routing.weights import base_record, identity
 from dlr.runs import METRICS, from_project, slug
 from dlr.settings import SettingsError

@@ -60,9 +60,9 @@ def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, 
     control = "variant" in record
     router = _router_record(record)
     weights = None
-    if not control:
+    if not control or router.skip_adapter_rank:
         weights = load_file(folder / WEIGHTS)
-        router_class(router.router_class).refuse_unfit(weights, router)
+        router_class(router.router_class).refuse_unfit(weights, router, adapters_only=control)
     if model is None or isinstance(model, str | Path):
         where = str(folder / (CONTROL if control else CONFIG))
         model = open_model(**_named_base(router.base, where, model, **loading))
@@ -75,7 +75,7 @@ def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, 
         routing = attach(routed, router.config)
         try:
             if weights is not None:
-                routing.router.load_weights(weights)
+                routing.router.load_weights(weights, adapters_only=control)
         except BaseException:
             routing.detach()
             raise

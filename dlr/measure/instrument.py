@@ -13,7 +13,7 @@ from dlr.base.adapters import without_adapters
 from dlr.measure.likelihood import ROWS, frozen_base, predicted
 from dlr.routing.device import device_of
 from dlr.routing.handle import Routing
-from dlr.routing.policy import GivenPlan, RouterPolicy
+from dlr.routing.policy import GivenPlan, Policy, RouterPolicy
 
 
 @dataclass
@@ -71,6 +71,24 @@ def open_sample(model, routing: Routing, batch: dict, depths: tuple[int, ...] = 
                   target=ids.roll(-1, 1)[free], states=states)
 
 
+def costs(model, routing: Routing, sample: Sample,
+          policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL from the dense model and loss `[n]` of the choosing tokens under `policy`."""
+    with routing.using(policy):
+        logits = model(input_ids=sample.ids, attention_mask=sample.real.long(),
+                       use_cache=False).logits
+    rows = logits[sample.free]
+    kl, loss = [], []
+    for start in range(0, len(rows), ROWS):
+        chunk = slice(start, start + ROWS)
+        part = rows[chunk].float()
+        normaliser = part.logsumexp(-1)
+        expected = (sample.teacher[chunk] * part).sum(-1)
+        kl.append(normaliser - expected - sample.teacher_entropy[chunk])
+        loss.append(normaliser - part.gather(1, sample.target[chunk, None]).squeeze(1))
+    return torch.cat(kl).cpu(), torch.cat(loss).cpu()
+
+
 class Instrument:
     """Measures plans on one sample; a pass that differs in a late unit reuses the layers before.
 
@@ -111,21 +129,8 @@ class Instrument:
                     layer.forward = forward
 
     def _run(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = self.sample
         self.passes += 1
-        with self.routing.using(GivenPlan(gates)):
-            logits = self.model(input_ids=sample.ids, attention_mask=sample.real.long(),
-                                use_cache=False).logits
-        rows = logits[sample.free]
-        kl, loss = [], []
-        for start in range(0, len(rows), ROWS):
-            chunk = slice(start, start + ROWS)
-            part = rows[chunk].float()
-            normaliser = part.logsumexp(-1)
-            expected = (sample.teacher[chunk] * part).sum(-1)
-            kl.append(normaliser - expected - sample.teacher_entropy[chunk])
-            loss.append(normaliser - part.gather(1, sample.target[chunk, None]).squeeze(1))
-        return torch.cat(kl).cpu(), torch.cat(loss).cpu()
+        return costs(self.model, self.routing, self.sample, GivenPlan(gates))
 
     def base(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """KL and loss `[n]` under a plan `[b, s, U]`, which later calls of `without` start from."""

@@ -3,42 +3,67 @@
 from collections.abc import Callable, Iterable
 
 import pandas as pd
+import torch
 
 from dlr.measure.evaluate import evaluate
+from dlr.measure.instrument import costs, open_sample
 from dlr.progress import tqdm
 from dlr.routing.handle import Routing
 from dlr.routing.plan import static_gates, static_pair
 from dlr.routing.policy import StaticPlan
 
 
-def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[float]]) -> list[int]:
+def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[float]],
+                 candidates: int = 0) -> list[int]:
     """The units a static plan drops, first to last: each time the one whose loss does least harm.
 
     Args:
-        harms: given the units dropped so far and those left, the harm of dropping each of the
+        harms: given the units dropped so far and those to try, the harm of dropping each of the
             latter too. It is asked for U (U + 1) / 2 harms in all.
+        candidates: how many units a round tries, those that did least harm when they were last
+            tried; 0: all. Ten make the search linear in U.
     """
     dropped: list[int] = []
-    left = list(range(units))
-    with tqdm(total=units * (units + 1) // 2, desc="best static plan", unit="plan") as bar:
-        while left:
-            costs = {}
-            for unit, harm in zip(left, harms(dropped, left)):
-                costs[unit] = float(harm)
+    last = dict.fromkeys(range(units), 0.0)
+    tried = [units if not place else min(units - place, candidates or units)
+             for place in range(units)]
+    with tqdm(total=sum(tried), desc="best static plan", unit="plan") as bar:
+        for count in tried:
+            units_to_try = sorted(sorted(last, key=last.get)[:count])
+            for unit, harm in zip(units_to_try, harms(dropped, units_to_try)):
+                last[unit] = float(harm)
                 bar.update()
-            dropped.append(min(costs, key=costs.get))
-            left.remove(dropped[-1])
+            dropped.append(min(units_to_try, key=last.get))
+            del last[dropped[-1]]
     return dropped
 
 
-def greedy_static_order(model, routing: Routing, batches: list[dict]) -> list[int]:
+def greedy_static_order(model, routing: Routing, batches: list[dict],
+                        candidates: int = 0) -> list[int]:
     """The greedy order by perplexity on `batches`, as places among the routable units."""
     def losses(dropped, left):
         for unit in left:
             plan = StaticPlan(static_gates(routing.units, [*dropped, unit]))
             yield evaluate(model, routing, batches, plan, bar=False)["nll"].sum()
 
-    return greedy_order(routing.units, losses)
+    return greedy_order(routing.units, losses, candidates)
+
+
+def greedy_order_by_kl(model, routing: Routing, batches: list[dict],
+                       candidates: int = 10) -> list[int]:
+    """The greedy order by KL from the dense model on `batches`; a thousand tokens suffice.
+
+    KL is far less noisy than the loss: it compares whole distributions on the same tokens.
+    """
+    samples = [open_sample(model, routing, batch) for batch in batches]
+
+    def harms(dropped, left):
+        for unit in left:
+            plan = StaticPlan(static_gates(routing.units, [*dropped, unit]))
+            with torch.no_grad(), routing.autocast():
+                yield sum(costs(model, routing, sample, plan)[0].sum() for sample in samples)
+
+    return greedy_order(routing.units, harms, candidates)
 
 
 def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
@@ -47,7 +72,8 @@ def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
 
 
 def evaluate_static(model, routing: Routing, batches: list[dict], order: list[int], skip: float,
-                    forced: float) -> pd.DataFrame:
+                    forced: float, kl: bool = False) -> pd.DataFrame:
     """The document table of the static plan along `order` at exactly `skip`: mean of two plans."""
     pair = static_pair(order, routing.units, skip, forced)
-    return pair.mean(*(evaluate(model, routing, batches, StaticPlan(plan)) for plan in pair[:2]))
+    return pair.mean(*(evaluate(model, routing, batches, StaticPlan(plan), kl=kl)
+                       for plan in pair[:2]))

@@ -79,6 +79,10 @@ def _refuse_unroutable(base, config: RouterConfig, decoder, layers) -> None:
         raise NotRoutable(f"always_keep={config.always_keep} and keep_last={config.keep_last} "
                           f"leave none of the model's {len(layers)} layers to route; together they "
                           f"must be below {len(layers)}.")
+    if config.skip_adapter_rank and config.unit != "layer":
+        raise NotRoutable(f"skip_adapter_rank={config.skip_adapter_rank} stands in for whole "
+                          f"layers, and unit={config.unit!r} skips parts of them. Use "
+                          "unit='layer', or skip_adapter_rank=0.")
     attention = base.config.get_text_config()._attn_implementation
     if config.kv == "drop" and attention not in ANY_MASK:
         raise NotRoutable("kv='drop' needs an attention that takes any mask; load the model with "

@@ -28,6 +28,9 @@ class RouterConfig(Settings):
     keep_bias: float = 2.0  # initial logit: routers start by keeping layers
     # rank of a low-rank path for skipped tokens, 0 = none
     skip_adapter_rank: int = Field(0, ge=0, le=2**16)
+    # of a depth router: plans in its book, and the share of the units that the last one drops
+    book_plans: int = Field(12, ge=2, le=256)
+    book_depth: float = Field(0.9, gt=0.0, le=1.0)
 
     @property
     def forced_tokens(self) -> int:
@@ -36,10 +39,11 @@ class RouterConfig(Settings):
 
     @model_serializer(mode="wrap")
     def _as_before(self, written):
-        """Leaves the usual router's name out: files and identities from before have none."""
+        """Leaves out what the usual router has no use for: files from before have none of it."""
         values = written(self)
         if values.get("router_class") == "Router":
-            del values["router_class"]
+            for name in ("router_class", "book_plans", "book_depth"):
+                values.pop(name, None)
         return values
 
 

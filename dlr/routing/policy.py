@@ -3,9 +3,6 @@
 A policy maps states before layer K `[b, s, d]` to gates `[b, s, U]`, and logits where it has them.
 """
 
-import hashlib
-from collections.abc import Sequence
-
 import torch
 
 from dlr.routing.router import hard_gates, straight_through_gates
@@ -74,18 +71,27 @@ class RouterPolicy(Policy):
     def step(self, routing, hidden: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate, logit) `[b, s, 1]` of one unit from the state before its layer."""
         logit = routing.router(hidden, unit)
-        return self._gates(logit, routing.threshold), logit
-
-    def _gates(self, logits: torch.Tensor, threshold: float) -> torch.Tensor:
         if self.training:
-            return straight_through_gates(logits, threshold, self.temperature, self.noise)
-        return hard_gates(logits, threshold)
+            gate = straight_through_gates(logit, routing.threshold, self.temperature, self.noise)
+            return gate, logit
+        return hard_gates(logit, routing.threshold), logit
+
+    def threshold(self, routing, hidden: torch.Tensor) -> float | torch.Tensor:
+        """The threshold in force, one for all or `[b, 1, 1]`."""
+        return routing.threshold
 
     def __call__(self, routing, hidden, plan):
         config = routing.config
         pools = config.level == "sequence"
-        logits = self._pooled(routing, hidden, plan) if pools else routing.router(hidden)
-        gates = self._gates(logits, routing.threshold)
+        states, position = (self._pooled(routing, hidden, plan), None) if pools else \
+            (hidden, plan.position)
+        threshold = self.threshold(routing, hidden)
+        if self.training:
+            gates, logits = routing.router.draw(states, position, threshold, self.temperature,
+                                                self.noise)
+        else:
+            logits = routing.router(states, position)
+            gates = hard_gates(logits, threshold)
         if self.training and pools:
             gates = gates[:, :1].expand_as(gates)             # one draw a sequence
         if pools:
@@ -95,7 +101,7 @@ class RouterPolicy(Policy):
         return gates, logits
 
     def _pooled(self, routing, hidden, plan) -> torch.Tensor:
-        """Logits from the mean state of the first tokens, which therefore run every layer.
+        """The mean state `[b, s, d]` of the first tokens, which therefore run every layer.
 
         Pooling the whole sequence, as the original did, would let later tokens decide how earlier
         ones are computed. A cache keeps the states of the first tokens, so that a prompt shorter
@@ -113,7 +119,7 @@ class RouterPolicy(Policy):
         count = (torch.where(plan.real, plan.position, 0).amax(1) + 1).clamp(1, size)
         within = (torch.arange(size, device=hidden.device) < count.unsqueeze(1)).unsqueeze(-1)
         mean = (states[:, :size].float() * within).sum(1) / count.unsqueeze(1)
-        return routing.router(mean.to(hidden.dtype)).unsqueeze(1).expand(-1, length, -1)
+        return mean.to(hidden.dtype).unsqueeze(1).expand(-1, length, -1)
 
     def _together(self, routing, logits, gates, plan) -> torch.Tensor:
         """Gates that the batch shares in a decode step; 'prompt' decides them in a longer pass."""
@@ -240,60 +246,9 @@ class RecordedPlan(Policy):
         refuse_without_plan(routing, "A recorded plan")
 
     def __call__(self, routing, hidden, plan):
-        logits = routing.router(hidden)
+        logits = routing.router(hidden, plan.position)
         batch, length = hidden.shape[:2]
         index = (self.next + torch.arange(batch * length)) % len(self.gates)
         if not plan.first_pass:
             self.next = int(index[-1]) + 1
         return self.gates[index].view(batch, length, -1).to(hidden.device), logits
-
-
-def uniform_from(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
-
-
-def names_of(keys: Sequence[str], rows: int) -> Sequence[str]:
-    """The documents' names, one a row of the batch; the rows' numbers where nobody named them.
-
-    Raises:
-        ValueError: as many names are there as another batch has rows.
-    """
-    if keys and len(keys) != rows:
-        raise ValueError(f"{len(keys)} documents are named in `keys`, and the batch has {rows} "
-                         "rows: give a name a row, or none.")
-    return keys or [str(row) for row in range(rows)]
-
-
-class StaticByDocument(MixedStaticPlan):
-    """MixedStaticPlan drawn by document, so that both sentences of a minimal pair share a plan.
-
-    Attributes:
-        keys: the name of the document of each row of the batch; empty: the rows' numbers.
-    """
-    keys: Sequence[str] = ()
-
-    def draws(self, hidden):
-        numbers = [uniform_from(key) for key in names_of(self.keys, len(hidden))]
-        return torch.tensor(numbers, dtype=torch.float64)
-
-
-class RandomByDocument(Policy):
-    """RandomPlan drawn by the document's name (as `StaticByDocument`'s) and the token's place."""
-    keys: Sequence[str] = ()
-
-    def __init__(self, skip: float):
-        self.skip, self._drawn, self._uniform = skip, None, None
-
-    def __call__(self, routing, hidden, plan):
-        place = plan.position.clamp(min=0).cpu()
-        longest = int(place.max()) + 1
-        keys = tuple(names_of(self.keys, len(place)))
-        if self._drawn != keys or self._uniform.shape[1] < longest:
-            self._drawn, length = keys, 64 * -(-longest // 64)
-            seeds = [int(uniform_from(key) * 2**53) for key in keys]
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            self._uniform = torch.stack([torch.rand(length, routing.units, generator=generator)
-                                         for generator in generators])
-        gates = (self._uniform[torch.arange(len(place)).unsqueeze(1), place] >= self.skip).float()
-        return gates.to(hidden.device), None

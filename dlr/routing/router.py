@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlr.routing.config import RouterConfig
+from dlr.routing.skip import SkipAdapters
 from dlr.settings import SettingsError
 
 ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds it
@@ -30,8 +31,14 @@ class Dense(nn.Module):
         return F.linear(x, self.weight.float(), self.bias.float())
 
 
+def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Three linear layers with GELU between."""
+    return nn.Sequential(Dense(inputs, hidden), nn.GELU(), Dense(hidden, hidden), nn.GELU(),
+                         Dense(hidden, outputs))
+
+
 class Router(nn.Module):
-    """RMSNorm, three linear layers with GELU between, and (optionally) low-rank skip paths.
+    """RMSNorm and a small network, and (optionally) the adapters past skipped units.
 
     Another router is a subclass, named by `RouterConfig.router_class`, in a file `router_*.py`
     beside this one or anywhere that is imported first. With `ahead = False` it is asked layer by
@@ -47,33 +54,40 @@ class Router(nn.Module):
 
     def __init__(self, width: int, units: int, config: RouterConfig):
         super().__init__()
-        self.width = width
-        hidden = config.router_hidden
-        self.net = nn.Sequential(Dense(width, hidden), nn.GELU(), Dense(hidden, hidden), nn.GELU(),
-                                 Dense(hidden, units))
-        nn.init.normal_(self.net[-1].weight, std=0.01)
-        nn.init.constant_(self.net[-1].bias, config.keep_bias)
+        self.width, self.units = width, units
+        self.build(config)
         rank = config.skip_adapter_rank
-        self.down = self.up = None
-        if rank:
-            down = (torch.randn(rank, width) / width**0.5 for _ in range(units))
-            self.down = nn.ParameterList(map(nn.Parameter, down))
-            up = (torch.zeros(width, rank) for _ in range(units))
-            self.up = nn.ParameterList(map(nn.Parameter, up))
+        self.skip = SkipAdapters(width, units, rank) if rank else None
         self.register_load_state_dict_post_hook(self._not_missing)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Router logits `[..., U]` (float32) from states `[..., d]`."""
+    def build(self, config: RouterConfig) -> None:
+        """Makes the network; a subclass with another one has its own."""
+        self.net = network(self.width, config.router_hidden, self.units)
+        nn.init.normal_(self.net[-1].weight, std=0.01)
+        nn.init.constant_(self.net[-1].bias, config.keep_bias)
+
+    def forward(self, hidden: torch.Tensor, position: torch.Tensor | None = None) -> torch.Tensor:
+        """Router logits `[..., U]` (float32).
+
+        Args:
+            hidden: `[..., d]` states before layer K.
+            position: `[...]` place among the real tokens of the sequence, from 0.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.float()
             x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
             return self.net(x)
 
+    def draw(self, hidden: torch.Tensor, position: torch.Tensor | None,
+             threshold: float | torch.Tensor, temperature: float,
+             noise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gates, logits) `[..., U]` in training: gates are 0 or 1 and carry gradients."""
+        logits = self(hidden, position)
+        return straight_through_gates(logits, threshold, temperature, noise), logits
+
     def skipped(self, unit: int, x: torch.Tensor) -> torch.Tensor:
-        """What a token carries past a unit that it skips: x, plus a low-rank term if any."""
-        if self.down is None:
-            return x
-        return x + F.linear(F.linear(x, self.down[unit].to(x.dtype)), self.up[unit].to(x.dtype))
+        """What a token carries past a unit that it skips: x, or what the unit's adapter gives."""
+        return x if self.skip is None else self.skip(unit, x)
 
     # The base model's state_dict must not change when a router is attached.
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -87,9 +101,20 @@ class Router(nn.Module):
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if f"{ROUTER_NAME}." not in key]
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Name to tensor of all that a router file holds: parameters, and buffers that persist."""
+        buffers = {name: buffer for name, buffer in self.named_buffers()
+                   if name not in self._non_persistent_buffers_set}
+        return dict(self.named_parameters()) | buffers
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """Name to tensor, contiguous on the CPU: what a router file holds."""
-        return {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
+        """What a router file holds, contiguous on the CPU."""
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.stored().items()}
+
+    def adapters(self) -> dict[str, torch.Tensor]:
+        """The part of `weights` that is the skip adapters'; it goes with any plan."""
+        return {name: tensor for name, tensor in self.weights().items()
+                if name.startswith("skip.")}
 
     @classmethod
     def sizes(cls, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -99,31 +124,38 @@ class Router(nn.Module):
         return (*(first or (1,)), *(last or (1,)))
 
     @classmethod
-    def refuse_unfit(cls, tensors: dict[str, torch.Tensor], config: RouterConfig) -> None:
+    def refuse_unfit(cls, tensors: dict[str, torch.Tensor], config: RouterConfig,
+                     adapters_only: bool = False) -> None:
         """Raises ValueError, before a router is built, where `tensors` are none of its weights."""
+        sizes = cls.sizes(tensors)
+        if adapters_only:
+            ups = [tensor for name, tensor in tensors.items() if name.startswith("skip.up.")]
+            sizes = (ups[0].shape[0], len(ups)) if ups else (1, 1)
         with torch.device("meta"):
-            cls(*cls.sizes(tensors), config)._fits(tensors)
+            cls(*sizes, config)._fits(tensors, adapters_only)
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             raise ValueError("These router weights hold infinite or undefined numbers "
                              f"({broken[0]!r}): the training that wrote them diverged, or the file "
                              "was damaged.")
 
-    def _fits(self, tensors: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
-        parameters = dict(self.named_parameters())
-        wrong = sorted(parameters.keys() ^ tensors.keys())
-        wrong = wrong or [name for name, parameter in parameters.items()
-                          if parameter.shape != tensors[name].shape]
+    def _fits(self, tensors: dict[str, torch.Tensor],
+              adapters_only: bool = False) -> dict[str, torch.Tensor]:
+        stored = {name: tensor for name, tensor in self.stored().items()
+                  if name.startswith("skip.") or not adapters_only}
+        wrong = sorted(stored.keys() ^ tensors.keys())
+        wrong = wrong or [name for name, tensor in stored.items()
+                          if tensor.shape != tensors[name].shape]
         if wrong:
             raise ValueError("These router weights do not fit this router; first difference: "
                              f"{wrong[0]!r}.")
-        return parameters
+        return stored
 
-    def load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_weights(self, tensors: dict[str, torch.Tensor], adapters_only: bool = False) -> None:
         """Copies `tensors` in; raises ValueError where names or shapes differ."""
         with torch.no_grad():
-            for name, parameter in self._fits(tensors).items():
-                parameter.copy_(tensors[name])
+            for name, tensor in self._fits(tensors, adapters_only).items():
+                tensor.copy_(tensors[name])
 
 
 def router_class(name: str) -> type[Router]:
@@ -147,13 +179,13 @@ def router_class(name: str) -> type[Router]:
     return known()[name]
 
 
-def hard_gates(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+def hard_gates(logits: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Deterministic gates at evaluation: 1.0 where logit > threshold."""
     return (logits > threshold).float()
 
 
-def straight_through_gates(logits: torch.Tensor, threshold: float, temperature: float,
-                           noise: bool = True) -> torch.Tensor:
+def straight_through_gates(logits: torch.Tensor, threshold: float | torch.Tensor,
+                           temperature: float, noise: bool = True) -> torch.Tensor:
     """Hard 0/1 gates forward, gradient of the relaxed gates backward (binary Gumbel-softmax)."""
     shifted = logits - threshold
     if noise:

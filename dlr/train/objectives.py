@@ -16,10 +16,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from dlr.routing.budget import Controller
+from dlr.routing.budget import Controller, calibration_curve
 from dlr.routing.plan import Plan
 from dlr.settings import Settings, SettingsError, validated
 
+RECENT = 16           # steps whose logits price an elastic budget
 SLOPE = "slope"       # of the skip ratio over the threshold, from the logistic noise of drawn gates
 
 
@@ -86,10 +87,21 @@ class Controlled(Objective, name="controlled"):
         return round(share * self.config.steps)
 
     def after_step(self, routing, step, row):
-        if step <= self.router_steps:
-            calibration = routing.calibration
+        if step > self.router_steps:
+            return
+        calibration = routing.calibration
+        if self.config.elastic:
+            calibration.curve = self._curve(routing)
+        else:
             calibration.threshold = self.controller.update(
                 calibration.threshold, row["skip"], step - 1, row[SLOPE])
+
+    def _curve(self, routing) -> list[float]:
+        """The price of every skip ratio, by the router's own logits of the latest steps."""
+        plan = routing.plan
+        free = plan.real & (plan.position >= routing.config.forced_tokens)
+        self._recent = [*getattr(self, "_recent", []), plan.logits[free].detach()][-RECENT:]
+        return calibration_curve(torch.cat(self._recent))
 
 
 class GlobalPenalty(Objective, name="global_penalty"):

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dlr.routing.config import RouterConfig
 from dlr.routing.device import fast_bf16
+from dlr.routing.router import router_class
 from dlr.settings import Dtype, MachineDecides, Named, Seed
 from dlr.train.objectives import OBJECTIVES, Original
 
@@ -57,6 +58,16 @@ class RunConfig(RouterConfig, Original.Weights):
     warm_epochs: int = Field(30, ge=1)
     router_share: float = Field(0.0, ge=0.0, le=1.0)    # of the steps: a warm router learns
 
+    # a depth router's start: skip adapters, static order and harm labels of the base alone
+    adapter_tokens: int = Field(16384, ge=64)   # read by the closed-form fit of skip adapters
+    order_tokens: int = Field(1024, ge=64)      # read by the greedy search for the book's order
+    candidates: int = Field(10, ge=1)           # units that a round of the search tries
+    label_tokens: int = Field(49152, ge=64)     # labelled under every plan of the book
+    context_tokens: int = Field(0, ge=0)        # labelled in context, under one plan each
+    visits: int = Field(600_000, ge=1)          # labels that the regression looks at in all
+    # heal for every budget at once: each sequence draws a skip ratio, or runs dense
+    elastic: bool = False
+
     # optimisation
     steps: int = Field(150, ge=1)
     batch_size: int = Field(8, ge=1)            # sequences a forward pass
@@ -65,6 +76,7 @@ class RunConfig(RouterConfig, Original.Weights):
     router_lr: float = Field(1e-3, gt=0.0)
     warmup: float = Field(0.05, ge=0.0, le=1.0)         # share of the steps
     lora_rank: int = Field(16, ge=1)
+    lora_prefix: bool = True    # adapt also the always_keep layers, whose state the router reads
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     # stochastic depth: the probability that a routable layer is dropped
@@ -86,6 +98,9 @@ class RunConfig(RouterConfig, Original.Weights):
     @model_validator(mode="after")
     def _consistent(self):
         OBJECTIVES[self.objective].weights_of(self)
+        if self.elastic and not (self.reads_book and self.warm_start):
+            raise ValueError("elastic draws prices from a calibrated router: set "
+                             "router_class='DepthRouter' and warm_start=true, or elastic=false.")
         if self.level == "sequence" and self.warm_start:
             raise ValueError("warm_start labels single tokens and level='sequence' has none; set "
                              "warm_start=false.")
@@ -101,6 +116,16 @@ class RunConfig(RouterConfig, Original.Weights):
         if changes.get("objective", self.objective) != self.objective:
             changes = {"weights": {}} | changes
         return super().changed(**changes)
+
+    @property
+    def reads_book(self) -> bool:
+        """Whether the router is one that chooses from a book of plans."""
+        return hasattr(router_class(self.router_class), "set_order")
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether training starts from what `dlr.train.prepare` finds of the base."""
+        return self.reads_book or bool(self.skip_adapter_rank)
 
     def router(self) -> RouterConfig:
         """The part of the settings a router is built from."""

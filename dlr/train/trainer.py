@@ -14,7 +14,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from dlr.base.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
 from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.progress import tqdm
+from dlr.routing.config import Calibration
 from dlr.routing.decoder import routing_of
+from dlr.routing.elastic import ElasticRouter
 from dlr.routing.plan import gate_entropy
 from dlr.routing.policy import Policy, RouterPolicy
 from dlr.routing.router import ROUTER_NAME
@@ -64,7 +66,8 @@ class DLRTrainer(Trainer):
         self.routing.bf16 = config.autocast            # measured in what it is trained in
         refuse_unsaveable(model, self.routing)         # before a training that could not be kept
         self.learns_routing = policy is None
-        self.policy = policy or RouterPolicy(training=True, noise=noise)
+        own = ElasticRouter if config.elastic else RouterPolicy
+        self.policy = policy or own(training=True, noise=noise)
         objective = OBJECTIVES[config.objective] if self.learns_routing else Objective
         self.objective = objective(config)
         self._sums: dict[str, float] = {}
@@ -174,13 +177,14 @@ class DLRTrainer(Trainer):
 
     # -- optimizer, checkpoints --------------------------------------------------------------------
     def create_optimizer(self, model=None):
-        """AdamW with one learning rate for LoRA and one for the router."""
+        """AdamW with one learning rate for LoRA and skip adapters and one for the router."""
         lora, router = [], []
         for name, parameter in (model or self.model).named_parameters():
+            decides = ROUTER_NAME in name and f"{ROUTER_NAME}.skip." not in name
             if ROUTER_NAME in name:
-                parameter.requires_grad_(self.learns_routing)
+                parameter.requires_grad_(self.learns_routing or not decides)
             if parameter.requires_grad:
-                (router if ROUTER_NAME in name else lora).append(parameter)
+                (router if decides else lora).append(parameter)
         groups = [{"params": parameters, "lr": rate} for parameters, rate in
                   ((lora, self.config.lr), (router, self.config.router_lr)) if parameters]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
@@ -198,7 +202,8 @@ class DLRTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         self.routing.router.load_weights(load_file(folder / WEIGHTS))
         record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        self.routing.calibration.threshold = record["threshold"]
+        self.routing.calibration = Calibration(record["threshold"], record["calibrated_skip"],
+                                               record["curve"])
 
     def fit(self) -> None:
         """Trains, from the newest complete checkpoint in the run's folder where there is one.

@@ -21,6 +21,8 @@ from dlr.routing.plan import static_pair
 from dlr.routing.policy import (LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy,
                                 ShuffledPlan)
 from dlr.runs import KINDS
+from dlr.train.prepare import Preparation, context_batches, prepare
+from dlr.train.regress import start
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
 from dlr.train.warmstart import warm_start
@@ -46,6 +48,12 @@ class Bench:
         tokens += config.warm_rounds * (config.warm_tokens + config.batch_size * config.seq_len)
         documents = load_documents(config.dataset, "train")
         return packed(documents, self.tokenizer, config.seq_len, config.seed, 2 * tokens)
+
+
+    def preparation(self, config: RunConfig, labels: bool) -> Preparation:
+        """The base's skip adapters, static order and (where asked for) labels under `config`."""
+        _clear(self)
+        return prepare(self.base, self.tokenizer, config, labels)
 
 
 def open_bench(config: RunConfig) -> Bench:
@@ -88,17 +96,22 @@ def _clear(bench: Bench) -> None:
         bench.open.close()
 
 
-def _variant(bench: Bench, name: str, config: RunConfig) -> Variant:
-    """Fresh LoRA and router on the bench's base."""
+def _variant(bench: Bench, name: str, config: RunConfig,
+             preparation: Preparation | None = None) -> Variant:
+    """Fresh LoRA and router on the bench's base, the latter with a preparation's adapters and book.
+    """
     _clear(bench)
     set_seed(config.seed)
     model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha,
-                     dropout=config.lora_dropout, seed=config.seed)
+                     dropout=config.lora_dropout, seed=config.seed,
+                     first=0 if config.lora_prefix else config.always_keep)
     try:
         routing = attach(model, config.router(), bf16=config.autocast)
     except BaseException:
         model.unload()
         raise
+    if preparation is not None:
+        preparation.install(routing)
     bench.open = Variant(name, config, model, routing, bench=bench)
     return bench.open
 
@@ -112,13 +125,23 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     router is regressed on harm labels (see `warmstart`) and stays as it is. After an error or an
     interrupt the base model is as it was before.
     """
-    order = None
-    if policy is None and config.warm_start and config.warm_background == "static":
+    order = preparation = None
+    warm = policy is None and config.warm_start
+    if config.is_prepared:
+        preparation = bench.preparation(config, labels=warm)
+    elif warm and config.warm_background == "static":
         order = best_static_order(bench, config)
     folder.mkdir(parents=True, exist_ok=True)
-    variant = _variant(bench, name, config)
+    variant = _variant(bench, name, config, preparation)
     try:
-        _fit(bench, variant, folder, policy, order)
+        if warm and preparation is not None:
+            context = context_batches(bench.tokenizer, config)
+            variant.notes |= start(variant.model, variant.routing, preparation.labels,
+                                   bench.calibration, config, context)
+        elif warm:
+            variant.notes |= warm_start(variant.model, variant.routing, bench.blocks(config),
+                                        config, folder, order)
+        _fit(bench, variant, folder, policy)
     except BaseException:
         variant.close()
         raise
@@ -128,15 +151,11 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     return variant
 
 
-def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None,
-         order: list[int] | None) -> None:
-    """Warm start, training, calibration and checkpoint of a variant."""
+def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None) -> None:
+    """Training, calibration and checkpoint of a variant."""
     config, model, routing = variant.config, variant.model, variant.routing
-    blocks = bench.blocks(config)
-    if policy is None and config.warm_start:
-        variant.notes |= warm_start(model, routing, blocks, config, folder, order)
     set_seed(config.seed)
-    trainer = DLRTrainer(model, config, blocks, folder, policy)
+    trainer = DLRTrainer(model, config, bench.blocks(config), folder, policy)
     trainer.fit()
     if policy is None:
         if trainer.objective.calibrates:
@@ -183,8 +202,11 @@ def base_row(bench: Bench) -> dict:
 
 def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int]:
     """`static_order.best_static_order` of the base, under `config` or the bench's own settings."""
+    config = config or bench.config
+    if config.is_prepared:
+        return bench.preparation(config, labels=False).order
     _clear(bench)
-    return static_order.best_static_order(bench.base, bench.calibration, config or bench.config)
+    return static_order.best_static_order(bench.base, bench.calibration, config)
 
 
 def forced_share(bench: Bench, keep_first_tokens: int) -> float:

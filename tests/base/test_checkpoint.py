@@ -31,7 +31,7 @@ def routed(seed=0):
     routing = half_skipping(model, RouterConfig(always_keep=2, keep_first_tokens=1, skip_adapter_rank=2))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "dlr_router.up" in name:
+            if "lora_B" in name or "dlr_router.skip.up" in name:
                 parameter.normal_(std=0.1)
     routing.calibration.threshold = 0.125
     return model.eval()

@@ -20,9 +20,9 @@ from dlr.bench.tasks import load_tasks, manager_for
 from dlr.bench.wikitext import strided_perplexity, windows
 from dlr.measure.evaluate import router_logits
 from dlr.routing.attach import attach
+from dlr.routing.by_document import RandomByDocument, StaticByDocument, uniform_from
 from dlr.routing.config import RouterConfig
-from dlr.routing.policy import (RandomByDocument, RouterPolicy, StaticByDocument, StaticPlan,
-                                uniform_from)
+from dlr.routing.policy import RouterPolicy, StaticPlan
 
 pytestmark = pytest.mark.usefixtures("by_rows")
 

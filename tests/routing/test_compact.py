@@ -231,7 +231,7 @@ def test_sublayers_run_by_their_own_rows(llama, ids):
 @torch.no_grad()
 def test_skip_adapters_are_carried_past_skipped_layers(llama, ids):
     routing = dlr.attach(llama, RouterConfig(always_keep=2, skip_adapter_rank=3), execution="compact")
-    for up in routing.router.up:
+    for up in routing.router.skip.up:
         up.data.normal_(std=0.3)
     for kind in PLANS:
         masked, compact = both(llama, GivenPlan(plan(kind, *ids.shape, 4)), ids)

@@ -198,7 +198,7 @@ def test_skip_adapter_starts_as_identity(llama, ids):
     with routing.using(plan):
         assert torch.equal(llama(ids).logits, without)
         with torch.no_grad():
-            routing.router.up[0].fill_(0.1)
+            routing.router.skip.up[0].fill_(0.1)
         assert not torch.equal(llama(ids).logits, without)
 
 

@@ -1,0 +1,134 @@
+"""Harm labels: what each plan of a book costs each token, in KL from the dense model.
+
+A batch costs one dense pass and M - 1 passes that are cheaper. Labels stream to disk, a file a
+batch, so that an interrupted labelling goes on where it was.
+
+In context, a token's neighbours follow the router and its own plan alone is another (as in DAgger,
+Ross et al. 2011): such a pass labels every token under one plan, and the other harms are unknown.
+
+Notation: n tokens that choose, d width, M plans of the book, U routable units.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from dlr.measure.instrument import Sample, costs, open_sample
+from dlr.progress import tqdm
+from dlr.routing.handle import Routing
+from dlr.routing.policy import GivenPlan, StaticPlan
+from dlr.runs import save_tensors
+
+
+@dataclass
+class HarmLabels:
+    """Of n tokens: what a router may read of them, and their harms.
+
+    Attributes:
+        states: `[n, d]` bfloat16, before layer K.
+        position: `[n]` place in the sequence. token: `[n]` id. document: `[n]` place of the text.
+        harm: `[n, M]` nats; NaN where a plan was not tried on the token.
+        last: `[n, d]` bfloat16, the dense model's last state, for a privileged control; or empty.
+    """
+    states: torch.Tensor
+    position: torch.Tensor
+    token: torch.Tensor
+    document: torch.Tensor
+    harm: torch.Tensor
+    last: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.harm)
+
+    def __getitem__(self, rows) -> "HarmLabels":
+        return HarmLabels(*(getattr(self, part.name)[rows] for part in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: list["HarmLabels"]) -> "HarmLabels":
+        return cls(*(torch.cat([getattr(part, each.name) for part in parts])
+                     for each in fields(cls)))
+
+
+def labels_of(routing: Routing, sample: Sample, harm: torch.Tensor) -> HarmLabels:
+    """`harm` `[n, M]` with what `sample` (opened with K and the last layer among its depths) says.
+    """
+    position = (sample.real.cumsum(1) - 1)[sample.free]
+    last = sample.states.get(len(routing.layers), torch.empty(len(harm), 0))
+    return HarmLabels(sample.states[routing.first].bfloat16(), position.int().cpu(),
+                      sample.ids[sample.free].int().cpu(), sample.document.int(), harm.float(),
+                      last.bfloat16())
+
+
+@torch.no_grad()
+def label_batch(model, routing: Routing, batch: dict, last: bool = False) -> HarmLabels:
+    """Labels of one batch of `data.padded_batches` under every plan of the router's book."""
+    depths = (routing.first, len(routing.layers)) if last else (routing.first,)
+    sample = open_sample(model, routing, batch, depths)
+    harm = [torch.zeros(len(sample))]
+    for gates in routing.router.gates[1:]:
+        with routing.autocast():
+            harm.append(costs(model, routing, sample, StaticPlan(gates))[0])
+    return labels_of(routing, sample, torch.stack(harm, -1))
+
+
+@torch.no_grad()
+def label_in_context(model, routing: Routing, batch: dict, moved: float,
+                     generator: torch.Generator) -> HarmLabels:
+    """Labels of one batch whose tokens follow the router at a random price, one a sequence.
+
+    Args:
+        moved: share of the tokens that take a random plan instead.
+    """
+    sample = open_sample(model, routing, batch, (routing.first,))
+    router, book = routing.router, routing.router.gates.cpu()
+    position = (sample.real.cumsum(1) - 1)[sample.free]
+    harm = router.harm(sample.states[routing.first].to(position.device), position).cpu()
+    skip = 0.7 * torch.rand(len(sample.ids), generator=generator)
+    curve = torch.tensor(routing.calibration.curve)
+    price = curve[(100 * skip).long()][sample.free.nonzero()[:, 0].cpu()]
+    plan = (harm - price.unsqueeze(-1) * router.depths.cpu()).argmin(-1)
+    anew = torch.randint(len(book), plan.shape, generator=generator)
+    plan = torch.where(torch.rand(plan.shape, generator=generator) < moved, anew, plan)
+    with routing.autocast():
+        kl, _ = costs(model, routing, sample, GivenPlan(sample.spread(book[plan])))
+    found = torch.full((len(plan), len(book)), torch.nan)
+    found.scatter_(1, plan.unsqueeze(1), kl.unsqueeze(1))
+    found[:, 0] = 0.0
+    return labels_of(routing, sample, found)
+
+
+def blocks_as_batches(blocks, count: int, size: int, first: int = 0) -> list[dict]:
+    """Batches of `size` packed blocks (see `data.packed`), from block `first` onwards.
+
+    Raises:
+        ValueError: there are fewer than `count` tokens from there on.
+    """
+    length = len(blocks[0]["input_ids"])
+    needed = -(-count // (length * size)) * size
+    if first + needed > len(blocks):
+        raise ValueError(f"{count} tokens from block {first} onwards were asked for and the "
+                         f"training text holds {len(blocks)} blocks of {length} tokens: give more "
+                         "text, or ask for fewer labels (label_tokens, context_tokens).")
+    batches = []
+    for start in range(first, first + needed, size):
+        ids = torch.stack([blocks[place]["input_ids"] for place in range(start, start + size)])
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                        "row": torch.arange(start, start + size)})
+    return batches
+
+
+def stream(batches: list[dict], make, folder: Path, describe: str) -> HarmLabels:
+    """`make(batch)` of every batch, each kept in `folder` as it comes; those there are read again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for number, batch in enumerate(tqdm(batches, desc=describe, unit="batch")):
+        path = folder / f"{number:05d}.safetensors"
+        if not path.is_file():
+            labels = make(batch)
+            save_tensors({part.name: getattr(labels, part.name).contiguous()
+                          for part in fields(HarmLabels)}, path)
+        parts.append(HarmLabels(**load_file(path)))
+    return HarmLabels.joined(parts)

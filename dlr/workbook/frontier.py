@@ -1,0 +1,97 @@
+"""One router at every budget, beside the controls that are given the same skip.
+
+A row is named after its variant and the budget asked for ("DLR at 25%"); its `target_skip` is that
+budget, its `skip` what was measured on the test split.
+"""
+
+from contextlib import closing
+from pathlib import Path
+
+from dlr.base.checkpoint import save_control
+from dlr.measure.evaluate import evaluate, paired_difference
+from dlr.measure.static import evaluate_static, order_of_mean_plan
+from dlr.routing.budget import threshold_at
+from dlr.routing.elastic import ElasticStatic
+from dlr.routing.plan import static_pair
+from dlr.routing.policy import MixedStaticPlan, RandomPlan, RouterPolicy, ShuffledPlan
+from dlr.train.settings import RunConfig
+from dlr.workbook.study import (Bench, Variant, best_static_order, forced_share, row_of, train)
+
+PLANS = ("shuffled", "mean", "random")        # controls that run on the router's own weights
+
+
+def named(name: str, skip: float) -> str:
+    """The display name of a row at a budget."""
+    return f"{name} at {skip:.0%}"
+
+
+def routed_frontier(bench: Bench, variant: Variant, skips: list[float],
+                    controls: tuple = PLANS) -> list[dict]:
+    """Rows of a calibrated router at each budget of `skips`, and of `controls` at its own skip.
+
+    `against_router` of a control is its loss less the router's, paired: positive where the router
+    wins.
+    """
+    routing, seed = variant.routing, variant.config.seed
+    forced = forced_share(bench, routing.config.keep_first_tokens)
+    rows = []
+    for asked in skips:
+        name = named(variant.name, asked)
+
+        def measured(label, kind, policy=None, table=None, **notes):
+            if table is None:
+                table = evaluate(variant.model, routing, bench.test, policy, kl=True,
+                                 describe=label)
+            row = row_of(bench, variant, label, table, kind, **notes | {"target_skip": asked})
+            if kind != "routed":
+                row["against_router"] = paired_difference(table, bench.tables[name])
+            rows.append(row)
+            return row
+
+        with routing.at(threshold=threshold_at(routing.calibration.curve, asked)):
+            own = measured(name, "routed", RouterPolicy(), **variant.notes)
+            if "shuffled" in controls:
+                measured(f"{name}, shuffled", "shuffled", ShuffledPlan(seed))
+            if "mean" in controls:
+                order = order_of_mean_plan(own["keep_rate"])
+                table = evaluate_static(variant.model, routing, bench.test, order, own["skip"],
+                                        forced, kl=True)
+                measured(f"{name}, mean plan", "mean", table=table)
+            if "random" in controls:
+                measured(f"{name}, random plan", "random",
+                         RandomPlan(min(1.0, own["skip"] / (1 - forced)), seed))
+    return rows
+
+
+def static_frontier(bench: Bench, config: RunConfig, folder: Path, skips: dict[float, float],
+                    name: str = "best static") -> list[dict]:
+    """Rows of one healed static order at each budget; elastic as the router, or for target_skip.
+
+    Args:
+        skips: budget asked for -> the skip to measure at, the router's own.
+    """
+    order = best_static_order(bench, config)
+    forced = forced_share(bench, config.keep_first_tokens)
+    plan = ElasticStatic(order) if config.elastic else \
+        MixedStaticPlan(*static_pair(order, len(order), config.target_skip, forced))
+    with closing(train(bench, name, config, folder, plan)) as variant:
+        save_control(variant.model, variant.routing, folder / "checkpoint", "static", order,
+                     config.target_skip, forced)
+        rows = []
+        for asked, skip in skips.items():
+            table = evaluate_static(variant.model, variant.routing, bench.test, order, skip,
+                                    forced, kl=True)
+            rows.append(row_of(bench, variant, named(name, asked), table, "static", order=order,
+                               target_skip=asked))
+        return rows
+
+
+def differences(bench: Bench, routed: str, static: str, skips: list[float]) -> list[dict]:
+    """Loss of the router less that of the static plan, paired, one row a budget."""
+    rows = []
+    for asked in skips:
+        names = named(routed, asked), named(static, asked)
+        if all(name in bench.tables for name in names):
+            rows.append({"target_skip": asked, "routed": routed, "static": static,
+                         **paired_difference(*(bench.tables[name] for name in names))})
+    return rows
