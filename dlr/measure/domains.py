@@ -1,7 +1,8 @@
 """Measurements domain by domain, of tables that `evaluate` made on a mixture (`dlr.base.mixture`).
 
 Every function takes `domains`, one a document, as `Documents.domains` holds them: column doc of a
-table is the place in it. Intervals are over the domain's own documents.
+table is the place in it. Intervals are over the domain's own documents; where these are pieces of
+a few books, the interval is of those books and says little of others.
 """
 
 import pandas as pd
