@@ -1,4 +1,6 @@
-"""Command line of the workbook: `python -m dlr run`, `sweep`, `explore`, `eval` and `notebooks`."""
+"""Command line of the workbook: `python -m dlr run`, `sweep`, `explore`, `eval`, `mixture` and
+`notebooks`.
+"""
 
 import argparse
 import builtins
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from dlr.explore import serve
 from dlr.settings import validated
-from dlr.workbook import evalcommand
+from dlr.workbook import evalcommand, mixturecommand
 from dlr.workbook.phases import PHASES, schema_of
 from dlr.workbook.places import Wanted, beside, named, provenance, shown_path
 from dlr.workbook.runner import checked_parameters, effective_of
@@ -25,6 +27,7 @@ EXAMPLES = """examples:
   python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are kept
   python -m dlr explore "Any text."                       what every token costs; --serve: browser
   python -m dlr eval nano-router --tasks blimp            tasks of lm-evaluation-harness
+  python -m dlr mixture DATA_DIR OUT                      a dataset of five domains
   python -m dlr notebooks 03                              execute a committed notebook in place
 
 DLR_RESULTS and DLR_CACHE name other folders for results and derived data. DLR_DEBUG=1 is --debug
@@ -51,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["explore"].set_defaults(call=serve.explore)
     evalcommand.add_parser(commands)
     commands.choices["eval"].set_defaults(call=evalcommand.evaluate_command)
+    mixturecommand.add_parser(commands)
+    commands.choices["mixture"].set_defaults(call=mixturecommand.mixture_command)
     command = commands.add_parser("notebooks", **SHAPE,
                                   help="execute committed notebooks anew, in place")
     command.set_defaults(call=notebooks)

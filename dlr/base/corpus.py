@@ -78,8 +78,8 @@ def _module_docstrings(item: tuple[str, str]) -> tuple[str, list[str]]:
     return name, [docstring for docstring in map(ast.get_docstring, nodes) if docstring]
 
 
-def _source_files(packages: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(document name, path) of every source file, sorted by name."""
+def source_files(packages: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(document name, path) of every source file of `packages` and Python, sorted by name."""
     paths = {}
     for package in packages:
         for file in metadata.files(package) or []:
@@ -143,7 +143,7 @@ def embedded_corpus(packages: tuple[str, ...] = PACKAGES) -> pd.DataFrame:
                                 "-r requirements.txt") from error
     if path.exists():
         return pd.read_parquet(path)
-    files = _source_files(packages)
+    files = source_files(packages)
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         modules = list(tqdm(pool.map(_module_docstrings, files, chunksize=64), total=len(files),
                             desc="reading docstrings (once)", unit="file"))

@@ -1,5 +1,7 @@
 """Text in, token blocks out: the embedded corpus, local files, or a Hub dataset.
 
+A local folder may be a mixture of domains: see `dlr.base.mixture`.
+
 Notation: b batch, s sequence length. Training data is packed (documents joined by the end-of-text
 token, cut into blocks of s); evaluation data keeps one document a row, right-padded, so that
 intervals can be taken over documents. Text becomes ids in `dlr.base.encoding` alone: a special
@@ -10,14 +12,15 @@ import csv
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dlr.base.corpus import SPLITS, content_hash, embedded_corpus, split_of
+from dlr.base.corpus import SPLITS, content_hash, embedded_corpus
 from dlr.base.encoding import encode, opening_token, padding_token
+from dlr.base.mixture import Row, evenly, files_by_domain, of_split
 from dlr.progress import tqdm
 from dlr.runs import from_project
 
@@ -35,11 +38,17 @@ _SUFFIXES = {".txt", ".md", ".json", ".jsonl"}
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts of one split and the hash that names them in results."""
+    """Texts of one split, the hash that names them in results, and each text's domain, if any."""
     source: str
     split: str
     texts: list[str]
     hash: str
+    domains: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.domains and len(self.domains) != len(self.texts):
+            raise ValueError(f"{len(self.texts)} texts came with {len(self.domains)} domains; "
+                             "give one a text, or none at all.")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -49,33 +58,44 @@ def _hash(texts: list[str]) -> str:
     return hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()[:16]
 
 
-def _file_texts(path: Path) -> list[str]:
+def read_text(path: Path) -> str:
+    """A text file, without its byte order mark.
+
+    Raises:
+        ValueError: the file is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8 (byte {error.start}); convert it first "
+                         "(iconv -t UTF-8).") from None
+
+
+def _file_rows(path: Path, domain: str) -> list[Row]:
     """Documents of one file: `<doc>` blocks, JSON, or text cut at `<|endoftext|>` or chapters.
 
     Raises:
         ValueError: the file is no UTF-8, no JSON, or holds JSON records without a text.
     """
-    try:
-        raw = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not UTF-8 (byte {error.start}); convert it first "
-                         "(iconv -t UTF-8).") from None
+    raw = read_text(path)
     if path.suffix in (".json", ".jsonl"):
-        texts = _json_texts(path, raw)
-    elif "<doc " in raw[:200]:
+        rows = [(text.strip(), group) for text, group in _json_records(path, raw)]
+        return [Row(text, group or text, domain) for text, group in rows if len(text) >= SHORTEST]
+    if "<doc " in raw[:200]:
         texts = _WIKI_DOC.findall(raw)
     elif _SEPARATOR.search(raw):
         texts = _SEPARATOR.split(raw)
     else:
         texts = re.split(r"\n(?=## )" if path.suffix == ".md" else r"\n{3,}", raw)
-    return _long_enough(texts)
+    return [Row(text, text, domain) for text in _long_enough(texts)]
 
 
 def _long_enough(texts: list[str]) -> list[str]:
     return [text for text in map(str.strip, texts) if len(text) >= SHORTEST]
 
 
-def _json_texts(path: Path, raw: str) -> list[str]:
+def _json_records(path: Path, raw: str) -> list[tuple[str, str]]:
+    """Text and group of each record; '' where it has no group."""
     try:
         if path.suffix == ".json":
             records = json.loads(raw)
@@ -89,7 +109,8 @@ def _json_texts(path: Path, raw: str) -> list[str]:
     if wrong is not None:
         raise ValueError(f"{str(path)!r} must hold a list of texts, or of records with a text "
                          f"under 'text'; record {wrong} is none.")
-    return texts
+    groups = [row.get("group") if isinstance(row, dict) else None for row in rows]
+    return [(text, "" if group is None else str(group)) for text, group in zip(texts, groups)]
 
 
 def folder_texts(path: str | Path) -> list[str]:
@@ -101,6 +122,10 @@ def folder_texts(path: str | Path) -> list[str]:
         FileNotFoundError: nothing is there.
         ValueError: there are files, but no document in them.
     """
+    return [row.text for row in _folder_rows(path)]
+
+
+def _folder_rows(path: str | Path) -> list[Row]:
     path = from_project(path)
     if not path.exists():
         raise FileNotFoundError(f"No file or folder at {str(path)!r}. Give a folder of .txt, .md, "
@@ -108,12 +133,15 @@ def folder_texts(path: str | Path) -> list[str]:
     files = [path] if path.is_file() else sorted(
         file for file in path.rglob("*") if file.is_file()
         and (file.suffix in _SUFFIXES or file.name.startswith("wiki_")))
-    texts = [text for file in files for text in _file_texts(file)]
-    if not texts:
-        raise ValueError(f"{str(path)!r} holds no document of 200 characters or more in .txt, .md, "
-                         ".json or .jsonl files; an empty dataset cannot be trained or "
-                         "evaluated on.")
-    return texts
+    rows = []
+    for domain, parts in files_by_domain(path, files).items():
+        added = [row for file in parts for row in _file_rows(file, domain)]
+        if not added:
+            raise ValueError(f"{str(path / domain)!r} holds no document of {SHORTEST} characters "
+                             "or more in .txt, .md, .json or .jsonl files; an empty dataset cannot "
+                             "be trained or evaluated on.")
+        rows += added
+    return rows
 
 
 def hub_lines(dataset: str, split: str, remedy: str) -> list[str]:
@@ -172,13 +200,14 @@ def load_documents(dataset: str, split: str) -> Documents:
         rows = frame[frame["split"] == split]
         return Documents(dataset, split, rows["text"].tolist(), content_hash(rows))
     if from_project(dataset).exists() or dataset.startswith((".", "/", "~")):
-        texts = [text for text in folder_texts(dataset) if split_of(text) == split]
+        rows = of_split(_folder_rows(dataset), split, dataset)
     else:
-        texts = _hub_texts(dataset, split)
-    if not texts:
+        rows = [Row(text, text) for text in _hub_texts(dataset, split)]
+    if not rows:
         raise ValueError(f"The {split} split of dataset={dataset!r} is empty; every split needs at "
                          "least one document.")
-    return Documents(dataset, split, texts, _hash(texts))
+    texts, domains = [row.text for row in rows], [row.domain for row in rows if row.domain]
+    return Documents(dataset, split, texts, _hash(texts + domains), domains)
 
 
 def token_stream(texts: list[str], tokenizer, describe: str = "tokenising") -> np.ndarray:
@@ -216,10 +245,17 @@ class PackedBlocks(torch.utils.data.Dataset):
 
 def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0,
            max_tokens: int | None = None) -> PackedBlocks:
-    """Training blocks of `documents`, taken in shuffled order up to `max_tokens` tokens."""
+    """Training blocks of `documents`, taken in shuffled order up to `max_tokens` tokens.
+
+    Of a mixture every domain gives about as many characters.
+    """
+    order = np.random.default_rng(seed).permutation(len(documents.texts))
+    if documents.domains:
+        order = order[evenly([documents.domains[index] for index in order],
+                             [len(documents.texts[index]) for index in order])]
     texts: list[str] = []
     characters = 0
-    for index in np.random.default_rng(seed).permutation(len(documents.texts)):
+    for index in order:
         texts.append(documents.texts[index])
         characters += len(texts[-1])
         if max_tokens and characters > 8 * max_tokens:       # no token here has over 8 characters

@@ -1,0 +1,58 @@
+"""The router against the best static plan, domain by domain: `domains` in a run's metrics.
+
+    metrics["domains"] = domain_differences(routed, static, documents.domains)
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from dlr.figures.register import figure
+from dlr.figures.style import COLOURS, drawn
+from dlr.runs import Run
+
+
+def domain_records(runs: dict[str, Run]) -> list[dict]:
+    """The rows by domain of all runs that have them, each with its run's target skip."""
+    return [{"target_skip": run.record.get("settings", {}).get("target_skip")} | row
+            for run in runs.values() for row in run.metrics.get("domains") or ()]
+
+
+@figure("token_routing", lambda runs: {
+    f"token_routing_{name}_domains": (records,) for name, run in runs.items()
+    if (records := domain_records({name: run}))})
+@figure("pareto", lambda runs: {"pareto_domains": (records,)
+                                for records in [domain_records(runs)] if records})
+@drawn
+def domains_against_static(rows: list[dict], title: str = ""):
+    """Nats a token against the best static plan, with 95 % intervals: a line a domain.
+
+    Args:
+        rows: domain, nll_difference, low, high; where they have a target_skip, a colour each.
+            Rows of one domain and target, as of several seeds, lie side by side.
+    """
+    table = pd.DataFrame(rows)
+    targets = table.get("target_skip", pd.Series(np.nan, table.index)).fillna(-1.0)
+    names = sorted(table["domain"].unique(), reverse=True)
+    budgets = sorted(targets.unique())
+    colours = ([COLOURS["routed"]] if len(budgets) == 1
+               else sns.color_palette("viridis_r", len(budgets)))
+    turn = table.assign(target=targets).sort_values("target", kind="stable").groupby(
+        "domain").cumcount()
+    lines = int(turn.max()) + 1
+    picture, axes = plt.subplots(figsize=(6, 0.9 + len(names) * (0.3 + 0.08 * lines)))
+    for budget, colour in zip(budgets, colours):
+        part = table[targets == budget]
+        places = [names.index(name) for name in part["domain"]]
+        shift = 0.7 * (0.5 - (turn[part.index] + 0.5) / lines)
+        spread = [part["nll_difference"] - part["low"], part["high"] - part["nll_difference"]]
+        axes.errorbar(part["nll_difference"], places + shift, xerr=spread, fmt="o", ms=4, capsize=2,
+                      color=colour, label=f"{100 * budget:.0f} % asked")
+    axes.axvline(0, color=COLOURS["static"], lw=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set(xlabel="DLR - best static (nats a token, 95 % interval over documents)", title=title)
+    if budgets[0] >= 0:
+        axes.legend(frameon=False, fontsize=8)
+    return picture
