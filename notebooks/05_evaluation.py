@@ -25,6 +25,12 @@
 #
 #     python -m dlr run evaluation --set tasks=[blimp,arc_challenge] --set data_dir=DIR
 #
+# Where `agreement_docs` is above 0, every row but the base also writes freely: the openings of so
+# many documents (of `dataset`) are continued greedily, and the text is held against the base
+# model's own. How many tokens agree, the KL a token along the base's text and along the row's own,
+# and the skip while generating are columns of the table; a matched static plan runs at the router's
+# skip. All texts are `agreement_tokens` long: none stops early.
+#
 # Perplexities of one model differ from notebook to notebook, since the text does: windows of 512
 # tokens of whole test documents in 00, the first 256 tokens of 160 test documents in 01 to 04, 40
 # whole test documents under a window of 512 tokens that moves by 256 in 05, and the first 192
@@ -59,7 +65,8 @@ config = notebook_settings("evaluation", globals())
 import pandas as pd
 
 from dlr.workbook import evaluation
-from dlr.figures.benchmarks import bars, group_tasks, groups, layer_skips, scatter
+from dlr.figures.benchmarks import (agreements, bars, group_tasks, groups, layer_skips,
+                                    scatter)
 from dlr.runs import Run, project_root
 from dlr.bench.table import environment, scores_table
 from dlr.workbook.runner import open_run
@@ -90,6 +97,7 @@ run.figure(bars(rows), "scores")
 
 # %% tags=["nbval-ignore-output"]
 run.figure(scatter(rows), "score_against_skip")
+run.figure(agreements(rows), "agreement")
 
 # %% [markdown]
 # A group's mean hides where a model is right, at chance, or systematically wrong: every task of

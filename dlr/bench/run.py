@@ -81,7 +81,8 @@ def precision_of(base: dict) -> dict:
     return {name: base.get(name) for name in ("fingerprint", "dtype", "quantisation")}
 
 
-def _stored(path: Path, settings: dict) -> dict | None:
+def stored(path: Path, settings: dict) -> dict | None:
+    """The record in `path` if it is whole and of these settings."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,7 +116,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
                 met = Meter(**match[name]["meter"])
                 lm.loaded.at_skip(met.skip, met.forced_share)
                 settings["skip"] = round(met.skip, 6)
-            record = _stored(path, settings)
+            record = stored(path, settings)
             kept += record is not None
             if record is None:
                 notes = [] if task is None else notes_of(task, data_dir)

@@ -112,6 +112,20 @@ def _said(score: dict) -> str:
     return text + (" (not above chance)" if score.get("above_chance") is False else "")
 
 
+def _agreement(measured: dict | None) -> dict:
+    """Columns of free-running agreement with the base (`dlr.measure.agreement`)."""
+    if measured is None:                  # not asked for, or the base itself
+        return {}
+    def said(name: str, digits: int) -> str:
+        value, low, high = (f"{measured[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+        return f"{value} ({low}–{high})"
+    return {f"tokens agreed of {measured['tokens']} (95 %)": said("agreed_tokens", 1),
+            "texts agreeing (95 %)": said("agreeing", 2),
+            "KL/token, base's text (95 %)": said("kl", 3),
+            "KL/token, own text (95 %)": said("kl_own_text", 3),
+            "skip, generating": f"{measured['skip']:.1%}"}
+
+
 def scores_table(rows: list[dict]) -> pd.DataFrame:
     """Rows of `row_of` as people read them, one line a variant."""
     lines = []
@@ -128,8 +142,8 @@ def scores_table(rows: list[dict]) -> pd.DataFrame:
                 line[f"{task} ppl/{unit} (95 %)"] = f"{value:.2f} ({low:.2f}–{high:.2f})"
             line[f"{task} bits/byte"] = f"{measured['bits_per_byte']:.3f}"
         line["cut on the left"] = f"{row['truncated']} of {row['requests']}"
-        lines.append(line)
-    return pd.DataFrame(lines)
+        lines.append(line | _agreement(row.get("agreement")))
+    return pd.DataFrame(lines).fillna("–")
 
 
 def environment() -> dict:

@@ -126,3 +126,28 @@ def layer_skips(rows: list[dict], title: str = "", always_keep: int = 4):
     skipping = [row for row in rows if row["keep_rate"]]
     rates = {row["variant"]: [1 - rate for rate in row["keep_rate"]] for row in skipping}
     return heat(rates, skipping[0], always_keep, "skip rate", title) if rates else None
+
+
+@_compared("agreement", "Greedy text beside the base model's: {}")
+@drawn
+def agreements(rows: list[dict], title: str = ""):
+    """Equal tokens in front, and KL along both texts, with 95 % intervals; or None."""
+    shown = [row for row in reversed(rows) if row.get("agreement")]
+    if not shown:
+        return None
+    picture, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(8, 1.1 + 0.35 * len(shown)))
+    panels = [(left, "agreed_tokens", "full"), (right, "kl", "full"),
+              (right, "kl_own_text", "none")]
+    for place, row in enumerate(shown):
+        table = pd.DataFrame([row["agreement"]])
+        for axes, name, fill in panels:
+            value = table[name]
+            axes.errorbar(value, [place], xerr=[value - table[f"{name}_low"],
+                                                table[f"{name}_high"] - value],
+                          fmt="o", capsize=3, color=COLOURS[row["kind"]], fillstyle=fill)
+    left.set_yticks(range(len(shown)), [row["variant"] for row in shown])
+    left.set_ylim(-0.6, len(shown) - 0.4)
+    left.set_xlabel(f"tokens agreed, of {shown[0]['agreement']['tokens']}")
+    right.set_xlabel("KL a token, nats (hollow: along its own text)")
+    picture.suptitle(title)
+    return picture

@@ -21,11 +21,12 @@ from dlr.routing.policy import Policy, RouterPolicy, refuse_without_plan
 BOOTSTRAP = 1000
 
 
-def _likelihoods(model, routing: Routing, ids: torch.Tensor, real: torch.Tensor, logits,
-                 teacher) -> dict:
-    """Columns nll and (with a teacher) kl: sums over each row's predicted tokens.
+def likelihoods(model, routing: Routing, ids: torch.Tensor, real: torch.Tensor, logits,
+                teacher) -> dict:
+    """Columns nll and (with a teacher) kl, `[b]` each: sums over a row's predicted tokens, in nats.
 
-    `logits` and `teacher` are what `logits_of` gave for the routed and for the frozen model.
+    `logits` and `teacher` are what `logits_of` gave for the routed and for the frozen model. Where
+    `real` `[b, s]` leaves out places at a row's start, these give context and are not counted.
     """
     mask = predicted(real)
     sums = {"nll": torch.zeros(mask.shape, dtype=torch.float64)}
@@ -34,6 +35,8 @@ def _likelihoods(model, routing: Routing, ids: torch.Tensor, real: torch.Tensor,
     for places in chunks(model, mask.shape[1], len(ids)):
         window = slice(places.start, places.stop + 1)       # with the token after the last place
         scored = mask[:, places].cpu()
+        if not scored.any():
+            continue
         with routing.autocast():
             student = logits(window)
         sums["nll"][:, places][scored] = cross_entropy(student, ids[:, window],
@@ -72,7 +75,7 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
         rows.append(pd.DataFrame(
             {"doc": batch["row"].numpy(), "predicted": predicted(real).sum(1).cpu().numpy(),
              "tokens": real.sum(1).cpu().numpy(),
-             **_likelihoods(model, routing, ids, real, logits, teacher),
+             **likelihoods(model, routing, ids, real, logits, teacher),
              **{f"keep_{unit}": counts[:, unit] for unit in range(counts.shape[1])}}))
     return pd.concat(rows).sort_values("doc").reset_index(drop=True)
 
@@ -83,7 +86,7 @@ def skip_ratio(table: pd.DataFrame) -> float:
     return float(1 - keep.to_numpy().sum() / (table["tokens"].sum() * keep.shape[1]))
 
 
-def bootstrap(table: pd.DataFrame, statistic, seed: int = 0) -> tuple[float, float]:
+def bootstrap(table: pd.DataFrame | pd.Series, statistic, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of `statistic` over documents drawn anew; NaN draws are left out."""
     generator = np.random.default_rng(seed)
     draws = np.array([statistic(table.iloc[generator.integers(0, len(table), len(table))])

@@ -1,16 +1,22 @@
 """Notebook 05's work: every variant of an evaluation, one after the other, in one table."""
 
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
+from dlr.base.data import load_documents, padded_batches
 from dlr.base.folder import looks_like, missing_part
-from dlr.base.opened import load
+from dlr.base.opened import Opened, load
 from dlr.bench.harness import DLRLM
-from dlr.bench.run import run_benchmark
+from dlr.bench.run import precision_of, run_benchmark, stored
 from dlr.bench.table import Z, row_of
-from dlr.runs import finished_runs, from_project, results_folder, slug
+from dlr.measure.agreement import agreement, paired_difference, summary
+from dlr.measure.evaluate import skip_ratio
+from dlr.runs import (finished_runs, from_project, plain, results_folder, slug,
+                      write_atomically)
 from dlr.settings import SettingsError
 from dlr.workbook.phases.evaluation import EvaluationConfig, VariantSpec
 
@@ -55,7 +61,7 @@ def evaluate_variants(config: EvaluationConfig, folder: Path,
     specs = specs_of(config, say)
     _refuse_confusion(specs)
     data_dir = str(from_project(config.data_dir)) if config.data_dir else None
-    rows, results = [], {}
+    rows, results, agreed = [], {}, {}
     for spec in specs:
         loaded = load(spec.checkpoint, variant=spec.variant, skip=spec.skip, order=spec.order,
                       say=say, dtype=config.dtype, attn_implementation=config.attn_implementation,
@@ -68,12 +74,56 @@ def evaluate_variants(config: EvaluationConfig, folder: Path,
             match=results[spec.match]["tasks"] if spec.match else None)
         rows.append(row_of(lm, results[spec.name], config.tasks))
         lm.close()
+        if config.agreement_docs and loaded.routing is not None:        # the base is its own
+            path = folder / "tasks" / slug(spec.name) / "agreement.json"
+            agreed[spec.name] = agreement_of(config, loaded, path, agreed.get(spec.match))
+            rows[-1]["agreement"] = agreement_row(agreed, spec)
         del lm, loaded                      # before the next one is loaded: a card may not hold two
         gc.collect()
     harness = {name: result["harness"] for name, result in results.items()}
     return rows, harness, paired(results, specs)
 
 
+# -- free-running generation ------------------------------------------------------------------
+def agreement_of(config: EvaluationConfig, loaded: Opened, path: Path,
+                 match: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The table of `measure.agreement.agreement`, which `path` keeps.
+
+    Args:
+        match: a routed model's table; a static plan then runs at that model's skip.
+    """
+    documents = load_documents(config.dataset, "test")
+    skip = None
+    if match is not None and loaded.order is not None:
+        # tokens that run everything whatever the plan; the last of the prompt chooses the first
+        forced = loaded.routing.config.keep_first_tokens + 1 - match["prompt_tokens"]
+        forced = float((forced.clip(0, match["tokens"]) / match["tokens"]).mean())
+        skip = skip_ratio(match)
+        loaded.at_skip(skip, forced)
+    settings = {"digest": loaded.digest, "base": precision_of(loaded.base), "data": documents.hash,
+                "prompt": config.agreement_prompt, "tokens": config.agreement_tokens,
+                "documents": config.agreement_docs, "skip": skip and round(skip, 6)}
+    record = stored(path, settings)
+    if record is None:
+        prompts = padded_batches(documents, loaded.tokenizer, config.agreement_prompt,
+                                 config.batch_size, config.agreement_docs)
+        table = agreement(loaded.model, loaded.routing, prompts, loaded.policy,
+                          config.agreement_tokens, describe=f"{loaded.name}: generating")
+        record = plain({"settings": settings, "table": table.to_dict("list")})
+        write_atomically(path, json.dumps(record) + "\n")
+    return pd.DataFrame(record["table"])
+
+
+def agreement_row(tables: dict[str, pd.DataFrame], spec: VariantSpec) -> dict:
+    """What a row says of its agreement; of a matched one `against`, the routed row's minus its."""
+    row = summary(tables[spec.name])
+    if spec.match in tables:
+        row["against"] = paired_difference(tables[spec.match], tables[spec.name])
+        row["match"] = spec.match
+    return row
+
+
+# -- accuracies -------------------------------------------------------------------------------
 def _outcomes(record: dict) -> np.ndarray:
     return np.array(list(record["outcomes"]), int)
 

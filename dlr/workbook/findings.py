@@ -158,7 +158,21 @@ def evaluation(rows: list[dict], differences: list[dict]) -> str:
         if guessed:
             lines.append(f"{row['variant']} is not above chance on {', '.join(guessed)}, which "
                          "says nothing about routing.")
-    return _text(lines)
+    return _text(lines + [_free_running(row) for row in rows if "against" in
+                          row.get("agreement", {})])
+
+
+def _free_running(row: dict) -> str:
+    """A matched static plan's row beside the router's, router minus static: whose text strays."""
+    measured, gap = row["agreement"], row["agreement"]["against"]
+    name, ends = measured["match"], ("agreed_tokens_low", "agreed_tokens_high")
+    side = against({"low": -gap[ends[1]], "high": -gap[ends[0]]})         # more tokens are better
+    return (f"Running freely at {_percent(measured['skip'])} skip, {name} is {side} "
+            f"{row['variant']}: of {measured['tokens']} greedy tokens {gap['agreed_tokens']:+.1f} "
+            f"agree with the base's before the first that does not ({gap[ends[0]]:+.1f} to "
+            f"{gap[ends[1]]:+.1f}, paired over {measured['prompts']} prompts), and KL is "
+            f"{gap['kl']:+.3f} nats a token along the base's text ({gap['kl_low']:+.3f} to "
+            f"{gap['kl_high']:+.3f}), {gap['kl_own_text']:+.3f} along their own.")
 
 
 def latency(table: pd.DataFrame) -> str:

@@ -1,12 +1,16 @@
 """Which rows an evaluation makes, what is above chance, paired differences, and the figures made from a results file."""
 
+from dataclasses import asdict
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from dlr.bench.metering import Meter
 from dlr.bench.table import _above, scores_table
-from dlr.figures.benchmarks import bars, group_tasks, groups, layer_skips, scatter
-from dlr.settings import SettingsError
+from dlr.figures.benchmarks import agreements, bars, group_tasks, groups, layer_skips, scatter
+from dlr.settings import SettingsError, validated
+from dlr.workbook import evaluation, findings
 from dlr.workbook.evaluation import evaluate_variants, paired, specs_of
 from dlr.workbook.phases.evaluation import EvaluationConfig, VariantSpec
 
@@ -94,3 +98,49 @@ def test_every_row_is_in_the_figures(comparison):
     heat = layer_skips(rows, always_keep=4).axes[0]
     assert [label.get_text() for label in heat.get_xticklabels()] == ["4", "5"]
     plt.close("all")
+
+
+@pytest.mark.slow
+def test_rows_say_how_long_their_text_is_the_bases(tmp_path, monkeypatch):
+    one_token = {"meter": asdict(Meter(12, scored=1, reach=1, kept=[1] * 12))}         # no task is run
+    benchmark = {"tasks": {"none": one_token}, "harness": {"results": {}}}
+    monkeypatch.setattr(evaluation, "run_benchmark", lambda *_, **__: benchmark)
+    config = EvaluationConfig(agreement_docs=4, agreement_prompt=12, agreement_tokens=6)
+    rows, _, differences = evaluate_variants(config, tmp_path)
+    base, router, static = rows
+    assert "agreement" not in base and router["agreement"]["prompts"] == 4
+    assert 0.2 < router["agreement"]["skip"] < 0.6
+    assert static["agreement"]["skip"] == pytest.approx(router["agreement"]["skip"], abs=1e-5)
+    gap = static["agreement"]["against"]
+    for name in ("agreed_tokens", "agreeing", "kl", "kl_own_text"):
+        assert gap[name] == pytest.approx(router["agreement"][name] - static["agreement"][name])
+    table = scores_table(rows)
+    assert list(table["tokens agreed of 6 (95 %)"] == "–") == [True, False, False]
+    told = findings.evaluation(rows, differences)
+    assert "router is" in told and f"of 6 greedy tokens {gap['agreed_tokens']:+.1f} agree" in told
+    left, right = agreements(rows).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["static plan", "router"]
+    assert len(right.containers) == 4
+    plt.close("all")
+    monkeypatch.setattr(evaluation, "agreement", None)                 # what is kept is not measured again
+    again, _, _ = evaluate_variants(config, tmp_path)
+    assert [row.get("agreement") for row in again] == [row.get("agreement") for row in rows]
+
+
+def test_rows_without_agreement_are_read_as_before(comparison):
+    rows, _ = comparison
+    assert agreements(rows) is None and not [name for name in scores_table(rows) if "KL" in name]
+    assert "greedy" not in findings.evaluation(rows, [])
+
+
+def test_a_better_router_is_called_better_by_tokens_that_agree():
+    gap = {"agreed_tokens": 2.0, "agreed_tokens_low": 1.0, "agreed_tokens_high": 3.0, "kl": -0.1, "kl_low": -0.2,
+           "kl_high": -0.05, "kl_own_text": -0.1}
+    static = {"variant": "static", "perplexity": {}, "scores": [],
+              "agreement": {"tokens": 8, "prompts": 3, "skip": 0.25, "match": "DLR", "against": gap}}
+    assert "at 25.0 % skip, DLR is better than static" in findings.evaluation([static], [])
+
+
+def test_settings_of_an_agreement_that_is_not_measured_are_refused():
+    with pytest.raises(SettingsError, match="agreement_docs=0 continues no document, so that agreement_tokens would"):
+        validated({"agreement_tokens": 8}, EvaluationConfig)

@@ -4,7 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dlr.settings import Dtype, Local, LocalPath, Named, Settings, distinct
+from dlr.settings import (Dtype, Local, LocalPath, Named, Settings, default_of,
+                          distinct)
 from dlr.workbook.phases import PhaseSettings, phase
 
 
@@ -43,10 +44,24 @@ class EvaluationConfig(PhaseSettings):
     dtype: Dtype | None = None              # of the base's weights; None: as the checkpoint's
     attn_implementation: str = "sdpa"       # sdpa, eager or flash_attention_2
     load_in_4bit: bool | None = None    # NF4 base through bitsandbytes; None: as the checkpoint's
+    # free-running agreement with the base's greedy text (`dlr.measure.agreement`); 0: not measured
+    agreement_docs: int = Field(0, ge=0)        # test documents whose openings are continued
+    agreement_prompt: int = Field(64, ge=1)     # tokens of an opening
+    agreement_tokens: int = Field(64, ge=1)     # tokens generated after it
+    dataset: Named = "embedded"                 # of those documents, as in training
 
     @model_validator(mode="after")
     def _rows_of_this_base(self):
         """The default rows are of the embedded model: another base, or a phase, brings its own."""
         if self.variants == EMBEDDED_ROWS and (self.phase or self.model != "nano"):
             self.variants = []
+        return self
+
+    @model_validator(mode="after")
+    def _continued_at_all(self):
+        idle = [name for name in ("agreement_prompt", "agreement_tokens", "dataset")
+                if getattr(self, name) != default_of(type(self), name)]
+        if idle and not self.agreement_docs:
+            raise ValueError(f"agreement_docs=0 continues no document, so that {', '.join(idle)} "
+                             "would have no effect; give agreement_docs, or leave it out")
         return self
