@@ -3,6 +3,8 @@
 Notation: b batch, s sequence, U routable units. All tables hold one row a document.
 """
 
+import math
+
 import numpy as np
 import pandas as pd
 import torch
@@ -152,8 +154,9 @@ def router_logits(model, routing: Routing, batches: list[dict]) -> tuple[torch.T
     device = device_of(model)
     for batch in tqdm(batches, desc="calibrating", unit="batch"):
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        with routing.autocast(), routing.using(RouterPolicy()):
-            # of the model's own logits none are read, so only the last are made
+        # The logits depend on the first K layers alone: later ones are skipped, and of the model's
+        # own logits, which nobody reads, only the last are made.
+        with routing.autocast(), routing.at(policy=RouterPolicy(), threshold=math.inf):
             model(input_ids=ids, attention_mask=mask, use_cache=False, **last_only(model))
         plan = routing.plan
         free = plan.real & (mask.cumsum(1) - 1 >= routing.config.forced_tokens)

@@ -89,6 +89,19 @@ def costs(model, routing: Routing, sample: Sample,
     return torch.cat(kl).cpu(), torch.cat(loss).cpu()
 
 
+@contextlib.contextmanager
+def giving(layer, output):
+    """For the duration `layer` gives back `output`, whatever it is called with."""
+    before = vars(layer).get("forward")    # one of its own, where accelerate dispatched the model
+    layer.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+
+
 class Instrument:
     """Measures plans on one sample; a pass that differs in a late unit reuses the layers before.
 
@@ -115,18 +128,10 @@ class Instrument:
     @contextlib.contextmanager
     def _reusing(self, layers: int):
         """The first `layers` decoder layers give back what they computed under the base plan."""
-        changed = list(self.routing.layers[:layers])
-        # where accelerate dispatched the model, layers have a forward of their own
-        before = [vars(layer).get("forward") for layer in changed]
-        for layer, output in zip(changed, self.kept):
-            layer.forward = lambda *args, _output=output, **kwargs: _output
-        try:
+        with contextlib.ExitStack() as stack:
+            for layer, output in zip(self.routing.layers[:layers], self.kept):
+                stack.enter_context(giving(layer, output))
             yield
-        finally:
-            for layer, forward in zip(changed, before):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
 
     def _run(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.passes += 1

@@ -12,13 +12,15 @@ Notation: n tokens that choose, d width, M plans of the book, U routable units.
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from dlr.measure.instrument import Sample, costs, open_sample
+from dlr.measure.static_runs import StaticRuns
 from dlr.progress import tqdm
 from dlr.routing.handle import Routing
-from dlr.routing.policy import GivenPlan, StaticPlan
+from dlr.routing.policy import GivenPlan
 from dlr.runs import save_tensors
 
 
@@ -66,10 +68,9 @@ def label_batch(model, routing: Routing, batch: dict, last: bool = False) -> Har
     """Labels of one batch of `data.padded_batches` under every plan of the router's book."""
     depths = (routing.first, len(routing.layers)) if last else (routing.first,)
     sample = open_sample(model, routing, batch, depths)
-    harm = [torch.zeros(len(sample))]
-    for gates in routing.router.gates[1:]:
-        with routing.autocast():
-            harm.append(costs(model, routing, sample, StaticPlan(gates))[0])
+    runs = StaticRuns(model, routing, sample)
+    book = routing.router.gates.cpu()
+    harm = [torch.zeros(len(sample)), *(runs.kl(gates, keep=True) for gates in book[1:])]
     return labels_of(routing, sample, torch.stack(harm, -1))
 
 
@@ -99,21 +100,21 @@ def label_in_context(model, routing: Routing, batch: dict, moved: float,
     return labels_of(routing, sample, found)
 
 
-def blocks_as_batches(blocks, count: int, size: int, first: int = 0) -> list[dict]:
-    """Batches of `size` packed blocks (see `data.packed`), from block `first` onwards.
+def blocks_as_batches(blocks: np.ndarray, count: int, size: int) -> list[dict]:
+    """Batches of `size` blocks out of blocks of token ids `[n, s]`, `count` tokens or a few more.
 
     Raises:
-        ValueError: there are fewer than `count` tokens from there on.
+        ValueError: there are fewer.
     """
-    length = len(blocks[0]["input_ids"])
+    length = blocks.shape[1]
     needed = -(-count // (length * size)) * size
-    if first + needed > len(blocks):
-        raise ValueError(f"{count} tokens from block {first} onwards were asked for and the "
-                         f"training text holds {len(blocks)} blocks of {length} tokens: give more "
-                         "text, or ask for fewer labels (label_tokens, context_tokens).")
+    if needed > len(blocks):
+        raise ValueError(f"{count} tokens were asked for and the training text holds {len(blocks)} "
+                         f"blocks of {length} tokens: give more text, or ask for fewer labels "
+                         "(label_tokens, context_tokens).")
     batches = []
-    for start in range(first, first + needed, size):
-        ids = torch.stack([blocks[place]["input_ids"] for place in range(start, start + size)])
+    for start in range(0, needed, size):
+        ids = torch.from_numpy(blocks[start:start + size].astype(np.int64))
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids),
                         "row": torch.arange(start, start + size)})
     return batches

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 
 import pandas as pd
-import torch
 
 from dlr.measure.evaluate import evaluate
-from dlr.measure.instrument import costs, open_sample
+from dlr.measure.instrument import open_sample
+from dlr.measure.static_runs import StaticRuns
 from dlr.progress import tqdm
 from dlr.routing.handle import Routing
 from dlr.routing.plan import static_gates, static_pair
@@ -20,21 +20,22 @@ def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[fl
     Args:
         harms: given the units dropped so far and those to try, the harm of dropping each of the
             latter too. It is asked for U (U + 1) / 2 harms in all.
-        candidates: how many units a round tries, those that did least harm when they were last
+        candidates: how many units a round tries, those that added least harm when they were last
             tried; 0: all. Ten make the search linear in U.
     """
     dropped: list[int] = []
-    last = dict.fromkeys(range(units), 0.0)
+    added = dict.fromkeys(range(units), 0.0)
+    level = 0.0
     tried = [units if not place else min(units - place, candidates or units)
              for place in range(units)]
     with tqdm(total=sum(tried), desc="best static plan", unit="plan") as bar:
         for count in tried:
-            units_to_try = sorted(sorted(last, key=last.get)[:count])
+            units_to_try = sorted(sorted(added, key=added.get)[:count])
             for unit, harm in zip(units_to_try, harms(dropped, units_to_try)):
-                last[unit] = float(harm)
+                added[unit] = float(harm) - level
                 bar.update()
-            dropped.append(min(units_to_try, key=last.get))
-            del last[dropped[-1]]
+            dropped.append(min(units_to_try, key=added.get))
+            level += added.pop(dropped[-1])
     return dropped
 
 
@@ -55,13 +56,14 @@ def greedy_order_by_kl(model, routing: Routing, batches: list[dict],
 
     KL is far less noisy than the loss: it compares whole distributions on the same tokens.
     """
-    samples = [open_sample(model, routing, batch) for batch in batches]
+    runs = [StaticRuns(model, routing, open_sample(model, routing, batch)) for batch in batches]
 
     def harms(dropped, left):
+        for run in runs:
+            run.kl(static_gates(routing.units, dropped), keep=True)
         for unit in left:
-            plan = StaticPlan(static_gates(routing.units, [*dropped, unit]))
-            with torch.no_grad(), routing.autocast():
-                yield sum(costs(model, routing, sample, plan)[0].sum() for sample in samples)
+            gates = static_gates(routing.units, [*dropped, unit])
+            yield sum(run.kl(gates).sum() for run in runs)
 
     return greedy_order(routing.units, harms, candidates)
 

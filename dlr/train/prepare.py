@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -65,13 +66,13 @@ class Preparer:
         return cache_folder() / "prepared" / f"{kind}-{digest}"
 
     def _batches(self, tokens: int, part: int) -> list[dict]:
-        """Batches of training text; parts 0, 1, 2 are other blocks of one shuffled stream."""
+        """Batches of training text; parts 0, 1, 2 take the documents in other orders.
+
+        More tokens begin with the same ones, so that labels can be added to.
+        """
         size = max(1, TOKENS // self.config.seq_len)
-        least = self.config.seq_len * size
-        blocks = packed(self.documents, self.tokenizer, self.config.seq_len, part,
-                        max(tokens, least))
-        return blocks_as_batches(blocks, min(tokens, len(blocks) * self.config.seq_len // least
-                                             * least), size)
+        return blocks_as_batches(shuffled_blocks(self.documents, self.tokenizer, self.config, part,
+                                                 tokens), tokens, size)
 
     def _attached(self) -> Routing:
         return attach(self.base, self.config.router(), bf16=self.config.autocast)
@@ -118,7 +119,7 @@ class Preparer:
         try:
             start.install(routing)
             folder = self._path("labels", config.skip_adapter_rank, config.adapter_tokens,
-                                start.order, routing.router.depths.tolist(), config.label_tokens)
+                                start.order, routing.router.depths.tolist())
             return stream(self._batches(config.label_tokens, 2),
                           lambda batch: label_batch(self.base, routing, batch), folder,
                           "labelling harm")
@@ -137,7 +138,11 @@ def context_batches(tokenizer, config: RunConfig) -> list[dict]:
     """Training text to label in context, other for each seed; [] where none is asked for."""
     if not config.context_tokens:
         return []
-    size = max(1, TOKENS // config.seq_len)
-    blocks = packed(load_documents(config.dataset, "train"), tokenizer, config.seq_len,
-                    1000 + config.seed, config.context_tokens + size * config.seq_len)
-    return blocks_as_batches(blocks, config.context_tokens, size)
+    blocks = shuffled_blocks(load_documents(config.dataset, "train"), tokenizer, config,
+                             1000 + config.seed, config.context_tokens)
+    return blocks_as_batches(blocks, config.context_tokens, max(1, TOKENS // config.seq_len))
+
+
+def shuffled_blocks(documents, tokenizer, config: RunConfig, seed: int, tokens: int) -> np.ndarray:
+    """Blocks `[n, s]` of documents in an order drawn by `seed`, `tokens` tokens or a few more."""
+    return packed(documents, tokenizer, config.seq_len, seed, tokens + TOKENS).blocks

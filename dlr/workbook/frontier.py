@@ -26,8 +26,10 @@ def named(name: str, skip: float) -> str:
 
 
 def routed_frontier(bench: Bench, variant: Variant, skips: list[float],
-                    controls: tuple = PLANS) -> list[dict]:
+                    controls: tuple = PLANS, kl: bool = False) -> list[dict]:
     """Rows of a calibrated router at each budget of `skips`, and of `controls` at its own skip.
+
+    With `kl`, rows have the KL from the frozen base too, which takes twice the time.
 
     `against_router` of a control is its loss less the router's, paired: positive where the router
     wins.
@@ -40,7 +42,7 @@ def routed_frontier(bench: Bench, variant: Variant, skips: list[float],
 
         def measured(label, kind, policy=None, table=None, **notes):
             if table is None:
-                table = evaluate(variant.model, routing, bench.test, policy, kl=True,
+                table = evaluate(variant.model, routing, bench.test, policy, kl=kl,
                                  describe=label)
             row = row_of(bench, variant, label, table, kind, **notes | {"target_skip": asked})
             if kind != "routed":
@@ -55,7 +57,7 @@ def routed_frontier(bench: Bench, variant: Variant, skips: list[float],
             if "mean" in controls:
                 order = order_of_mean_plan(own["keep_rate"])
                 table = evaluate_static(variant.model, routing, bench.test, order, own["skip"],
-                                        forced, kl=True)
+                                        forced, kl)
                 measured(f"{name}, mean plan", "mean", table=table)
             if "random" in controls:
                 measured(f"{name}, random plan", "random",
@@ -64,7 +66,7 @@ def routed_frontier(bench: Bench, variant: Variant, skips: list[float],
 
 
 def static_frontier(bench: Bench, config: RunConfig, folder: Path, skips: dict[float, float],
-                    name: str = "best static") -> list[dict]:
+                    name: str = "best static", kl: bool = False) -> list[dict]:
     """Rows of one healed static order at each budget; elastic as the router, or for target_skip.
 
     Args:
@@ -80,7 +82,7 @@ def static_frontier(bench: Bench, config: RunConfig, folder: Path, skips: dict[f
         rows = []
         for asked, skip in skips.items():
             table = evaluate_static(variant.model, variant.routing, bench.test, order, skip,
-                                    forced, kl=True)
+                                    forced, kl)
             rows.append(row_of(bench, variant, named(name, asked), table, "static", order=order,
                                target_skip=asked))
         return rows

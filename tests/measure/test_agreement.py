@@ -12,10 +12,10 @@ from dlr.measure import logits
 from dlr.measure.agreement import MEASURES, agreement, base_texts, paired_difference, summary
 from dlr.measure.evaluate import skip_ratio
 from dlr.measure.likelihood import kl_to_teacher
+from dlr.routing.by_document import RandomByDocument, StaticByDocument
 from dlr.routing.config import RouterConfig
 from dlr.routing.plan import static_gates, static_pair
-from dlr.routing.policy import (RandomByDocument, RandomPlan, RouterPolicy, StaticByDocument,
-                                StaticPlan)
+from dlr.routing.policy import RandomPlan, RouterPolicy, StaticPlan
 
 pytestmark = pytest.mark.usefixtures("by_rows")
 

@@ -1,5 +1,6 @@
 """Harm labels are the KL of whole plans, stream to disk, and go on where they stopped."""
 
+import numpy as np
 import pytest
 import torch
 from test_ridge import batches
@@ -62,7 +63,7 @@ def test_an_interrupted_labelling_goes_on(tmp_path, llama):
 
 
 def test_too_little_text_is_refused():
-    blocks = [{"input_ids": torch.arange(8)}] * 6
+    blocks = np.arange(48, dtype=np.uint32).reshape(6, 8)
     assert [len(batch["row"]) for batch in blocks_as_batches(blocks, 40, 2)] == [2, 2, 2]
     with pytest.raises(ValueError, match="fewer labels"):
         blocks_as_batches(blocks, 49, 2)
