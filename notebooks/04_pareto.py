@@ -11,12 +11,15 @@
 # %% [markdown]
 # # 04 · The frontier: quality against layers run
 #
-# **Question.** At 20, 40 and 60 % measured skip, is a token-level router better than the best
-# static plan, and than its own shuffled and mean plans?
+# **Question.** At 20, 40 and 60 % measured skip, is one depth router better than the best static
+# plan, and than its own shuffled, mean and random plans?
 #
-# **Method.** `point="router"` trains one router and one healed static plan at one target and seed;
-# `point="baselines"` trains dense LoRA and stochastic depth for a seed; `point="summary"` (the
-# default) reads every finished run and draws the frontier. The sweep runs them all:
+# **Method.** A depth router predicts the harm of each plan of a nested book for a token, and the
+# token takes the plan with the least harm + price · layers run: one router serves every budget by
+# its price. `point="router"` trains one router and one static plan of a seed, both with skip
+# adapters and both elastically (each sequence at a depth of its own), and measures them at every
+# budget; `point="baselines"` trains dense LoRA and stochastic depth for a seed; `point="summary"`
+# (the default) reads every finished run and draws the frontier. The sweep runs them all:
 #
 #     python -m dlr sweep params/pareto/nano.yaml
 #
@@ -34,8 +37,7 @@ run_name: str = ""
 point: str = "summary"
 model: str = "nano"
 dataset: str = "embedded"
-target_skip: float = 0.4
-dropped: list = [0.2, 0.4, 0.6]
+budgets: list = [0.2, 0.4, 0.6]
 steps: int = 40
 eval_docs: int = 160
 batch_size: int = 8
@@ -53,6 +55,7 @@ from dlr.workbook.runner import notebook_settings
 config = notebook_settings("pareto", globals())
 
 # %% tags=["nbval-ignore-output"]
+from dlr.workbook import frontier as points
 from dlr.workbook import study
 from dlr.figures.training import frontier, verdicts
 from dlr.runs import Run, finished_runs, project_root, results_folder
@@ -65,14 +68,16 @@ if run is not None and not run.done:
     bench = study.open_bench(config)
     if config.point == "router":
         variant = study.train(bench, "DLR", config, run.folder / "router")
-        rows = study.routed_rows(bench, variant)
+        rows = points.routed_frontier(bench, variant, config.budgets)
         variant.close()
-        rows.append(study.static_row(bench, config, run.folder / "static", rows[0]["skip"]))
+        skips = {row["target_skip"]: row["skip"] for row in rows if row["kind"] == "routed"}
+        rows += points.static_frontier(bench, config, run.folder / "static", skips)
     else:
         rows = [study.base_row(bench), study.dense_row(bench, config, run.folder / "dense")]
         half = config.changed(layer_drop=0.5)
-        rows += study.stochastic_rows(bench, half, run.folder / "stochastic", config.dropped)
-    run.finish(rows, against_static=study.against_static(bench, "DLR"))
+        rows += study.stochastic_rows(bench, half, run.folder / "stochastic", config.budgets)
+    run.finish(rows, against_static=points.differences(bench, "DLR", "best static",
+                                                       config.budgets))
 
 # %% tags=["nbval-ignore-output"]
 run.table(shown(run.rows)) if run is not None else None

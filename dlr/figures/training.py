@@ -58,10 +58,9 @@ def keep_rates(rows: list[dict], always_keep: int = 4, title: str = ""):
 
 
 def verdicts(runs: dict[str, Run]) -> pd.DataFrame:
-    """Router against best static plan, paired, of each run with both; `skip` is the router's."""
-    return pd.DataFrame([{"run": name, "skip": run.rows[0]["skip"], **difference}
-                         for name, run in runs.items()
-                         if (difference := run.metrics.get("against_static"))])
+    """Router against best static plan, paired, a row a budget; `skip` is the router's."""
+    return pd.DataFrame([{"run": name, **difference} for name, run in runs.items()
+                         for difference in run.metrics.get("against_static") or ()])
 
 
 def _lines(axes, table: pd.DataFrame) -> None:

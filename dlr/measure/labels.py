@@ -32,7 +32,7 @@ class HarmLabels:
         states: `[n, d]` bfloat16, before layer K.
         position: `[n]` place in the sequence. token: `[n]` id. document: `[n]` place of the text.
         harm: `[n, M]` nats; NaN where a plan was not tried on the token.
-        last: `[n, d]` bfloat16, the dense model's last state, for a privileged control; or empty.
+        last: `[n, d]` bfloat16, the dense model's last state, for a privileged control.
     """
     states: torch.Tensor
     position: torch.Tensor
@@ -54,20 +54,18 @@ class HarmLabels:
 
 
 def labels_of(routing: Routing, sample: Sample, harm: torch.Tensor) -> HarmLabels:
-    """`harm` `[n, M]` with what `sample` (opened with K and the last layer among its depths) says.
-    """
+    """Labels of `harm` `[n, M]`; `sample` was opened with K and the last layer among its depths."""
     position = (sample.real.cumsum(1) - 1)[sample.free]
-    last = sample.states.get(len(routing.layers), torch.empty(len(harm), 0))
+    last = sample.states[len(routing.layers)]
     return HarmLabels(sample.states[routing.first].bfloat16(), position.int().cpu(),
                       sample.ids[sample.free].int().cpu(), sample.document.int(), harm.float(),
                       last.bfloat16())
 
 
 @torch.no_grad()
-def label_batch(model, routing: Routing, batch: dict, last: bool = False) -> HarmLabels:
+def label_batch(model, routing: Routing, batch: dict) -> HarmLabels:
     """Labels of one batch of `data.padded_batches` under every plan of the router's book."""
-    depths = (routing.first, len(routing.layers)) if last else (routing.first,)
-    sample = open_sample(model, routing, batch, depths)
+    sample = open_sample(model, routing, batch, (routing.first, len(routing.layers)))
     runs = StaticRuns(model, routing, sample)
     book = routing.router.gates.cpu()
     harm = [torch.zeros(len(sample)), *(runs.kl(gates, keep=True) for gates in book[1:])]
@@ -82,7 +80,7 @@ def label_in_context(model, routing: Routing, batch: dict, moved: float,
     Args:
         moved: share of the tokens that take a random plan instead.
     """
-    sample = open_sample(model, routing, batch, (routing.first,))
+    sample = open_sample(model, routing, batch, (routing.first, len(routing.layers)))
     router, book = routing.router, routing.router.gates.cpu()
     position = (sample.real.cumsum(1) - 1)[sample.free]
     harm = router.harm(sample.states[routing.first].to(position.device), position).cpu()

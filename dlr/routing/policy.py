@@ -33,7 +33,7 @@ def refuse_without_plan(routing, what: str) -> None:
 
 
 class RouterPolicy(Policy):
-    """The router's own plan: noisy and differentiable while `training`, deterministic otherwise.
+    """The router's own plan: differentiable while `training`, with noise of scale `noise`.
 
     With a cache, a step of one token a sequence follows `routing.decode_plan`:
         'exact': every token by its own logits, as in one pass without a cache.
@@ -47,7 +47,7 @@ class RouterPolicy(Policy):
     """
     reads_hidden = True
 
-    def __init__(self, training: bool = False, temperature: float = 1.0, noise: bool = True):
+    def __init__(self, training: bool = False, temperature: float = 1.0, noise: float = 1.0):
         self.training, self.temperature, self.noise = training, temperature, noise
 
     def check(self, routing, plan) -> None:

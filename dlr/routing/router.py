@@ -80,7 +80,7 @@ class Router(nn.Module):
 
     def draw(self, hidden: torch.Tensor, position: torch.Tensor | None,
              threshold: float | torch.Tensor, temperature: float,
-             noise: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+             noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """(gates, logits) `[..., U]` in training: gates are 0 or 1 and carry gradients."""
         logits = self(hidden, position)
         return straight_through_gates(logits, threshold, temperature, noise), logits
@@ -185,12 +185,16 @@ def hard_gates(logits: torch.Tensor, threshold: float | torch.Tensor) -> torch.T
 
 
 def straight_through_gates(logits: torch.Tensor, threshold: float | torch.Tensor,
-                           temperature: float, noise: bool = True) -> torch.Tensor:
-    """Hard 0/1 gates forward, gradient of the relaxed gates backward (binary Gumbel-softmax)."""
+                           temperature: float, noise: float = 1.0) -> torch.Tensor:
+    """Hard 0/1 gates forward, gradient of the relaxed gates backward (binary Gumbel-softmax).
+
+    Args:
+        noise: scale of the noise; at 0 the gates are those of evaluation.
+    """
     shifted = logits - threshold
     if noise:
         uniform = torch.rand_like(shifted).clamp(1e-6, 1 - 1e-6)
-        shifted = shifted + uniform.log() - (1 - uniform).log()    # two Gumbels' difference
+        shifted = shifted + noise * (uniform.log() - (1 - uniform).log())    # of two Gumbels
     soft = torch.sigmoid(shifted / temperature)
     hard = (soft > 0.5).float()
     return hard + soft - soft.detach()

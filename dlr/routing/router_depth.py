@@ -121,15 +121,20 @@ class DepthRouter(Router):
         priced = F.pad(prices(harm, self.depths), (0, 1), value=KEPT)
         return priced[..., self.steps]
 
-    def draw(self, hidden, position, threshold, temperature, noise=True):
+    def draw(self, hidden, position, threshold, temperature, noise=1.0):
         harm = self.harm(hidden, position)
         price = torch.as_tensor(threshold, device=harm.device, dtype=harm.dtype)
         # In units of depth: a Gumbel then blurs a token's choice by about one unit, at any price.
         score = -(harm / price.clamp(min=1e-6) + (self.units - self.depths))
         if noise:
-            score = score - (-torch.rand_like(score).clamp(1e-6, 1 - 1e-6).log()).log()
+            score = score - noise * (-torch.rand_like(score).clamp(1e-6, 1 - 1e-6).log()).log()
         soft = (score / temperature).softmax(-1)
         hard = F.one_hot(score.argmax(-1), self.plans).to(soft)
         gates = (hard + soft - soft.detach()) @ self.gates
         dense = (price <= 0).expand_as(gates[..., :1])
         return torch.where(dense, torch.ones_like(gates), gates), self.logits(harm)
+
+
+class PositionRouter(DepthRouter):
+    """A control: it reads the position alone."""
+    blind = "state"

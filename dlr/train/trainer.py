@@ -24,6 +24,9 @@ from dlr.runs import write_atomically
 from dlr.train.objectives import OBJECTIVES, SLOPE, Objective
 from dlr.train.settings import RunConfig
 
+# Share of the router's steps in which noise fades. A plan is noise-free where it is used, and a
+# model that met random plans alone is worse under that one than under random ones.
+NOISELESS_FROM = 0.75
 STATE = "trainer_state.json"          # the last file that Trainer's first process writes
 # Of log.csv; the keep rate of each unit follows.
 LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy",
@@ -52,14 +55,14 @@ class DLRTrainer(Trainer):
     Args:
         policy: None trains the router's own plan. Under a fixed one (static, stochastic depth,
             dense) LoRA alone is trained.
-        noise: whether gates are drawn with Gumbel noise while the router learns.
+        noise: scale of the Gumbel noise that gates are drawn with as the router begins to learn.
     """
     # compute_loss divides by the number of labels in the whole accumulated batch, so Trainer must
     # not divide again: batch 1 x 4 accumulated then equals batch 4 x 1.
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, config: RunConfig, dataset, folder: Path,
-                 policy: Policy | None = None, noise: bool = True):
+                 policy: Policy | None = None, noise: float = 1.0):
         self.config = config
         self.routing = routing_of(model)
         self.folder = Path(folder)
@@ -68,6 +71,7 @@ class DLRTrainer(Trainer):
         self.learns_routing = policy is None
         own = ElasticRouter if config.elastic else RouterPolicy
         self.policy = policy or own(training=True, noise=noise)
+        self.noise = noise
         objective = OBJECTIVES[config.objective] if self.learns_routing else Objective
         self.objective = objective(config)
         self._sums: dict[str, float] = {}
@@ -121,6 +125,8 @@ class DLRTrainer(Trainer):
             progress = min(1.0, step / max(1, self.config.steps - 1))
             self.policy.temperature = start + (end - start) * progress
             self.policy.training = step < self.objective.router_steps
+            learnt = step / max(1, self.objective.router_steps)
+            self.policy.noise = self.noise * max(0.0, 1 - learnt / NOISELESS_FROM)
         return self.policy
 
     def _record(self, tokens, count, **terms) -> None:

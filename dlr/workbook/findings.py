@@ -126,6 +126,29 @@ def token_routing(rows: list[dict], target: float, verdict: dict | None,
     return _text(lines)
 
 
+def depth_router(rows: list[dict], metrics: dict) -> str:
+    """Notebook 09: who beats the best static plan before healing, and whether labels still help."""
+    lines = []
+    plans = dict.fromkeys(row["plan"] for row in rows)
+    for plan in [plan for plan in plans if plan not in ("static", "oracle")]:
+        own = [row for row in rows if row["plan"] == plan]
+        sides = [against({"low": row["difference_low"], "high": row["difference_high"]})
+                 for row in own]
+        counted = ", ".join(f"{side} it at {sides.count(side)}" for side in dict.fromkeys(sides))
+        shares = ", ".join(f"{_share(row['captured'])} at {row['budget']:.0%}" for row in own)
+        lines.append(f"**{plan.capitalize()}** against the best static plan: {counted} of "
+                     f"{len(own)} budgets; of the realised oracle's gain it captures {shares}.")
+    scaling = pd.DataFrame(metrics["scaling"])
+    for budget, part in scaling.groupby("budget") if len(scaling) else ():
+        part = part.sort_values("labels")
+        if len(part) > 1:
+            first, last = part.iloc[0], part.iloc[-1]
+            lines.append(f"At {budget:.0%}, from {first['labels']:,.0f} to {last['labels']:,.0f} "
+                         f"labelled tokens the KL of the chosen plans goes from {first['kl']:.3f} "
+                         f"to {last['kl']:.3f}.")
+    return _text(lines)
+
+
 # -- notebooks 04 to 06 -----------------------------------------------------------------------
 def frontier(differences: pd.DataFrame) -> str:
     """Notebook 04: seed by seed, the router against the best static plan at each measured skip."""

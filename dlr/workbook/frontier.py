@@ -7,15 +7,13 @@ budget, its `skip` what was measured on the test split.
 from contextlib import closing
 from pathlib import Path
 
-from dlr.base.checkpoint import save_control
-from dlr.measure.evaluate import evaluate, paired_difference
+from dlr.measure.evaluate import evaluate, paired_difference, skip_ratio
 from dlr.measure.static import evaluate_static, order_of_mean_plan
 from dlr.routing.budget import threshold_at
-from dlr.routing.elastic import ElasticStatic
-from dlr.routing.plan import static_pair
-from dlr.routing.policy import MixedStaticPlan, RandomPlan, RouterPolicy, ShuffledPlan
+from dlr.routing.policy import RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.train.settings import RunConfig
-from dlr.workbook.study import (Bench, Variant, best_static_order, forced_share, row_of, train)
+from dlr.workbook.study import (Bench, Variant, best_static_order, forced_share, row_of,
+                                train_static)
 
 PLANS = ("shuffled", "mean", "random")        # controls that run on the router's own weights
 
@@ -74,11 +72,7 @@ def static_frontier(bench: Bench, config: RunConfig, folder: Path, skips: dict[f
     """
     order = best_static_order(bench, config)
     forced = forced_share(bench, config.keep_first_tokens)
-    plan = ElasticStatic(order) if config.elastic else \
-        MixedStaticPlan(*static_pair(order, len(order), config.target_skip, forced))
-    with closing(train(bench, name, config, folder, plan)) as variant:
-        save_control(variant.model, variant.routing, folder / "checkpoint", "static", order,
-                     config.target_skip, forced)
+    with closing(train_static(bench, name, config, folder, order, config.target_skip)) as variant:
         rows = []
         for asked, skip in skips.items():
             table = evaluate_static(variant.model, variant.routing, bench.test, order, skip,
@@ -94,6 +88,18 @@ def differences(bench: Bench, routed: str, static: str, skips: list[float]) -> l
     for asked in skips:
         names = named(routed, asked), named(static, asked)
         if all(name in bench.tables for name in names):
-            rows.append({"target_skip": asked, "routed": routed, "static": static,
-                         **paired_difference(*(bench.tables[name] for name in names))})
+            tables = [bench.tables[name] for name in names]
+            rows.append({"target_skip": asked, "skip": skip_ratio(tables[0]),
+                         **paired_difference(*tables)})
     return rows
+
+
+def against_static(bench: Bench, routed: str) -> dict | None:
+    """Loss of the routed model less that of the best static plan, in nats a token, paired.
+
+    Negative: the router wins. None where either was not among the variants.
+    """
+    if "best static" not in bench.tables or routed not in bench.tables:
+        return None
+    return paired_difference(bench.tables[routed], bench.tables["best static"])
+

@@ -16,6 +16,7 @@ from dlr.base.models import add_lora, load_base
 from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, summary
 from dlr.measure.static import evaluate_static, order_of_mean_plan
 from dlr.routing.attach import attach
+from dlr.routing.elastic import ElasticStatic
 from dlr.routing.handle import Routing
 from dlr.routing.plan import static_pair
 from dlr.routing.policy import (LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy,
@@ -242,12 +243,24 @@ def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float,
     """The static plan along `order`, by default the greedy one, healed by the same LoRA budget."""
     order = order or best_static_order(bench, config)
     forced = forced_share(bench, config.keep_first_tokens)
-    plan = MixedStaticPlan(*static_pair(order, len(order), skip, forced))
-    with closing(train(bench, name, config, folder, plan)) as variant:
-        model, routing = variant.model, variant.routing
-        save_control(model, routing, folder / "checkpoint", "static", order, skip, forced)
-        table = evaluate_static(model, routing, bench.test, order, skip, forced)
+    with closing(train_static(bench, name, config, folder, order, skip)) as variant:
+        table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced)
         return row_of(bench, variant, name, table, "static", order=order)
+
+
+def train_static(bench: Bench, name: str, config: RunConfig, folder: Path, order: list[int],
+                 skip: float) -> Variant:
+    """LoRA and skip adapters healed under static plans along `order`; saved.
+
+    The plans skip `skip`, or, where `config` is elastic, what each sequence draws.
+    """
+    forced = forced_share(bench, config.keep_first_tokens)
+    plan = ElasticStatic(order) if config.elastic else \
+        MixedStaticPlan(*static_pair(order, len(order), skip, forced))
+    variant = train(bench, name, config, folder, plan)
+    save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip,
+                 forced)
+    return variant
 
 
 def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
@@ -278,14 +291,3 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
             name = f"stochastic depth, {skip:.0%} dropped"
             rows.append(measure(bench, variant, name, plan, "stochastic"))
         return rows
-
-
-def against_static(bench: Bench, routed: str) -> dict | None:
-    """Loss of the routed model less that of the best static plan, in nats a token, paired.
-
-    Negative: the router wins. None where either was not among the variants.
-    """
-    if "best static" not in bench.tables or routed not in bench.tables:
-        return None
-    return paired_difference(bench.tables[routed], bench.tables["best static"])
-

@@ -20,7 +20,7 @@ def test_a_label_is_the_kl_under_its_plan(llama):
     routing = dlr.attach(llama, DEPTH)
     batch = batches()[0]
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    labels = label_batch(llama, routing, batch, last=True)
+    labels = label_batch(llama, routing, batch)
     assert labels.harm.shape == (len(labels), 5) and (labels.harm[:, 0] == 0).all()
     with frozen_base(llama, routing):
         teacher = llama(ids, attention_mask=real.long()).logits

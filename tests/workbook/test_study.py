@@ -17,7 +17,7 @@ from dlr.routing.policy import RouterPolicy, StaticPlan
 from dlr.runs import KINDS, kind_of
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
-from dlr.workbook import static_order, study
+from dlr.workbook import frontier, static_order, study
 
 WORDS = "the a cat dog house tree runs sees under over with and red blue old small water light".split()
 
@@ -120,7 +120,7 @@ def test_differences_have_the_signs_their_docstrings_give(bench, rows):
     for routed, static, sign in ((good, bad, -1), (bad, good, 1)):
         study.measure(nano, variant, "DLR", routed)
         study.measure(nano, variant, "best static", static, "static")
-        verdict = study.against_static(nano, "DLR")
+        verdict = frontier.against_static(nano, "DLR")
         assert sign * verdict["low"] > 0 and sign * verdict["high"] > 0 and sign * verdict["nll_difference"] > 1
     routing.router.net[-1].bias.data.fill_(4.0)                             # every gate open: what a good router is
     def shuffled_badly(policy, routing, hidden, current):
@@ -129,7 +129,7 @@ def test_differences_have_the_signs_their_docstrings_give(bench, rows):
         patch.setattr(study.ShuffledPlan, "__call__", shuffled_badly)
         found = study.routed_rows(nano, variant)
     assert found[1]["against_router"]["low"] > 1, "positive: the router wins"
-    assert study.against_static(nano, "another") is None
+    assert frontier.against_static(nano, "another") is None
     with pytest.raises(ValueError, match="same documents"):
         study.paired_difference(nano.tables["DLR"], bench.tables["DLR"])
 

@@ -38,17 +38,29 @@ class SequenceConfig(NotebookConfig):
     penalties: Annotated[list[Annotated[float, Field(ge=0.0)]], distinct("{:g}")] = [0.3, 1.0, 3.0]
 
 
+class DepthConfig(NotebookConfig):
+    """What the notebooks of the depth router share; the controls get the same skip adapters."""
+    toy: ClassVar = RunConfig.toy | {"adapter_tokens": 64, "order_tokens": 64, "label_tokens": 64,
+                                     "visits": 512, "candidates": 2, "context_tokens": 0}
+
+    router_class: str = "DepthRouter"
+    router_hidden: int = Field(256, ge=1, le=2**16)
+    skip_adapter_rank: int = Field(32, ge=0, le=2**16)
+    lora_prefix: bool = False
+
+
 @phase("03_token_routing")
-class TokenConfig(NotebookConfig):
+class TokenConfig(DepthConfig):
     """03: token-level routing, version by version."""
     variants: Annotated[list[str], distinct()] = [
         "v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
 
 
 @phase("04_pareto")
-class ParetoConfig(NotebookConfig):
-    """04: one point of the frontier, the router beside its controls, or the baselines of a seed."""
-    toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
+class ParetoConfig(DepthConfig):
+    """04: the frontier of one seed: its router at every budget, or its baselines."""
+    toy: ClassVar = DepthConfig.toy | {"budgets": [0.4]}
 
     point: Literal["router", "baselines", "summary"] = "summary"
-    dropped: Dropped = [0.2, 0.4, 0.6]
+    elastic: bool = True
+    budgets: Dropped = [0.2, 0.4, 0.6]     # skip ratios that are dialled and measured
