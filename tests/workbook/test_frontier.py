@@ -1,0 +1,104 @@
+"""One depth router at every budget beside healed static plans; adapters, order and labels are made once."""
+
+import pytest
+import torch
+from test_study import folder, settings  # noqa: F401  a fixture, and the settings that go with it
+
+import dlr
+from dlr.train import prepare as prepared
+from dlr.workbook import depth_study, frontier, study
+from dlr.workbook.phases.depth_router import DepthRouterConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("cache")
+        patch.setattr(prepared, "cache_folder", lambda: place)
+        yield place
+
+
+DEPTH = {"router_class": "DepthRouter", "router_hidden": 16, "skip_adapter_rank": 2, "adapter_tokens": 1024,
+         "order_tokens": 1024, "label_tokens": 2048, "visits": 2000, "elastic": True, "lora_prefix": False, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def bench(folder):  # noqa: F811
+    return study.open_bench(settings(folder, **DEPTH))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("frontier")
+
+
+@pytest.fixture(scope="module")
+def rows(bench, place):
+    variant = study.train(bench, "DLR", bench.config, place / "router")
+    rows = frontier.routed_frontier(bench, variant, [0.2, 0.5])
+    variant.close()
+    skips = {row["target_skip"]: row["skip"] for row in rows if row["kind"] == "routed"}
+    return rows + frontier.static_frontier(bench, bench.config, place / "static", skips)
+
+
+def test_one_router_meets_every_budget_and_controls_its_skip(bench, rows):
+    named = {row["variant"]: row for row in rows}
+    for asked in (0.2, 0.5):
+        routed = named[f"DLR at {asked:.0%}"]
+        assert routed["skip"] == pytest.approx(asked, abs=0.05) and routed["target_skip"] == asked
+        for control, tolerance in ((f"DLR at {asked:.0%}, shuffled", 1e-9), (f"DLR at {asked:.0%}, mean plan", 1e-6),
+                                   (f"best static at {asked:.0%}", 1e-6), (f"DLR at {asked:.0%}, random plan", 0.03)):
+            assert named[control]["skip"] == pytest.approx(routed["skip"], abs=tolerance), control
+    found = frontier.differences(bench, "DLR", "best static", [0.2, 0.5, 0.7])
+    assert [row["target_skip"] for row in found] == [0.2, 0.5] and all(row["low"] <= row["high"] for row in found)
+
+
+def test_checkpoints_bring_book_and_adapters_back(bench, rows, place):
+    base = bench.base
+    routed = dlr.load(place / "router" / "checkpoint", model=base, skip=0.5)
+    order = routed.routing.router.order.tolist()
+    with torch.no_grad():
+        routed.model(torch.randint(2, 97, (2, 16)))
+    book = {tuple(gates) for gates in routed.routing.router.gates.int().tolist()}
+    assert {tuple(row) for row in routed.routing.plan.gates[:, 4:].flatten(0, 1).int().tolist()} <= book
+    routed.routing.detach()
+    routed.model.unload()
+    static = dlr.load(place / "static" / "checkpoint", model=base)
+    assert static.order == order and any(up.abs().sum() > 0 for up in static.routing.router.skip.up)
+    first = order[0]                                                        # dropped by every plan but the dense one
+    trained, fitted = static.routing.router.skip.up[first], adapters(bench)[f"up.{first}"]
+    assert not torch.equal(trained, fitted), "adapters are trained with LoRA"
+    assert torch.allclose(trained, fitted, atol=0.1), "from their closed form on"
+    static.routing.detach()
+    static.model.unload()
+
+
+def adapters(bench):
+    return prepared.Preparer(bench.base, bench.tokenizer, bench.config).adapters()
+
+
+def test_what_is_prepared_once_is_read_again(bench, rows, _cache, monkeypatch):
+    monkeypatch.setattr(prepared, "fit_skip_adapters", None)
+    monkeypatch.setattr(prepared, "greedy_order_by_kl", None)
+    monkeypatch.setattr(prepared, "label_batch", None)
+    first = bench.preparation(bench.config, labels=True)
+    assert len(first.labels) >= 2048 * 0.6 and sorted(first.order) == [0, 1, 2, 3]
+    fewer = bench.preparation(bench.config.changed(label_tokens=1024), labels=True)
+    assert torch.equal(fewer.labels.harm, first.labels.harm[:len(fewer.labels)]), "labels can be added to"
+    with pytest.raises(TypeError):                                          # another rank is other adapters
+        bench.preparation(bench.config.changed(skip_adapter_rank=3), labels=False)
+
+
+def test_the_study_before_healing_compares_all_plans(bench, rows, tmp_path):
+    class Run:
+        def finish(self, rows, **more):
+            return {"rows": rows} | more
+
+    config = DepthRouterConfig(**bench.config.model_dump()).changed(
+        budgets=[0.3], label_counts=[256, 10**6], scaling_batches=1, context_tokens=1024)
+    metrics = depth_study.measure(bench, config, Run())
+    plans = {row["plan"]: row["kl"] for row in metrics["rows"]}
+    assert set(plans) == {"static", "shuffled", "oracle", "depth router", "in context", "position alone",
+                          "token alone", "privileged"}
+    assert plans["oracle"] == min(plans.values())
+    assert [row["labels"] for row in metrics["scaling"]] == [256, metrics["labels"]]
