@@ -51,18 +51,27 @@ class InPlace:
 
 
 class Standin(InPlace):
-    """A module's forward, in whose place each thread may have put another function."""
+    """A module's forward, in whose place each thread may have put another function.
+
+    Two at once: `own_by_thread` is what a thread takes for the module's own forward (merged
+    weights), and `by_thread` what it puts above that (kept rows).
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.by_thread: dict = {}
+        self.own_by_thread: dict = {}
 
     def __call__(self, *args, **kwargs):
-        forward = self.by_thread.get(get_ident())
-        return self.own(*args, **kwargs) if forward is None else forward(*args, **kwargs)
+        forward = self.by_thread.get(get_ident(), self.own)
+        return forward(*args, **kwargs)
 
-    def __getstate__(self):
-        return self.__dict__ | {"by_thread": {}}          # a copy of the model is in nobody's block
+    def own(self, *args, **kwargs):
+        forward = self.own_by_thread.get(get_ident(), super().own)
+        return forward(*args, **kwargs)
+
+    def __getstate__(self):                               # a copy of the model is in nobody's block
+        return self.__dict__ | {"by_thread": {}, "own_by_thread": {}}
 
     @staticmethod
     def of(module: nn.Module) -> "Standin | None":
@@ -71,24 +80,27 @@ class Standin(InPlace):
         return forward if isinstance(forward, Standin) else None
 
     @classmethod
-    def put(cls, module: nn.Module, forward) -> None:
-        """Lets `forward` stand in for the module's in this thread."""
+    def put(cls, module: nn.Module, forward, as_own: bool = False) -> None:
+        """Lets `forward` stand in for the module's in this thread, `as_own` below all others."""
         with LOCK:
             standin = cls.of(module)
             if standin is None:
                 standin = cls(module)
                 standin.install()
-            standin.by_thread[get_ident()] = forward
+            (standin.own_by_thread if as_own else standin.by_thread)[get_ident()] = forward
 
     @classmethod
-    def take(cls, module: nn.Module, everybody: bool = False) -> None:
+    def take(cls, module: nn.Module, everybody: bool = False, as_own: bool = False) -> None:
         """Takes this thread's function away, or everybody's; the last leaves the module's own."""
         with LOCK:
             standin = cls.of(module)
             if standin is None:
                 return
-            standin.by_thread.clear() if everybody else standin.by_thread.pop(get_ident(), None)
-            if not standin.by_thread:
+            if everybody:
+                standin.by_thread.clear()
+                standin.own_by_thread.clear()
+            (standin.own_by_thread if as_own else standin.by_thread).pop(get_ident(), None)
+            if not standin.by_thread and not standin.own_by_thread:
                 standin.remove()
 
 
