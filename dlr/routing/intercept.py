@@ -8,7 +8,9 @@ import functools
 import inspect
 import sys
 import threading
+from collections import Counter
 from threading import get_ident
+from typing import ClassVar
 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -181,12 +183,17 @@ class intercepted:
     """Context: modules run `forwards`, and `attention` calls `attend` (None: its own function).
 
     A class rather than a generator: it is entered once or twice a layer and pass.
+
+    Attributes:
+        entered: blocks by thread that have not ended; an interrupt leaves some behind.
     """
+    entered: ClassVar[Counter] = Counter()
 
     def __init__(self, forwards: dict, attention: nn.Module, attend):
         self.forwards, self.attention, self.attend = forwards, attention, attend
 
     def __enter__(self):
+        self.entered[get_ident()] += 1
         try:
             for module, forward in self.forwards.items():
                 Standin.put(module, forward)
@@ -201,6 +208,7 @@ class intercepted:
             Standin.take(module)
         if self.attend is not None:
             _Config.take(self.attention)
+        self.entered[get_ident()] -= 1
 
 
 def own_forwards(modules, everybody: bool = True) -> None:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dlr.routing.intercept import Standin
 
 BLOCK = 64                         # query rows that share their keys in causal attention
 
@@ -38,6 +41,19 @@ class Rows:
         flat = torch.arange(batch * length, device=device)
         places = torch.arange(length, device=device).expand(batch, -1)
         return cls(flat, places, flat, batch, length, ((0, length, length),))
+
+    @classmethod
+    def last(cls, batch: int, length: int, count: int, device) -> "Rows":
+        """The last `count` rows of every sequence."""
+        places = torch.arange(length - count, length, device=device).expand(batch, -1)
+        flat = (places + length * torch.arange(batch, device=device).unsqueeze(1)).flatten()
+        return cls(flat, places, torch.arange(batch * count, device=device), batch, length)
+
+    @classmethod
+    def none(cls, batch: int, length: int, device) -> "Rows":
+        """No row."""
+        flat = torch.empty(0, dtype=torch.long, device=device)
+        return cls(flat, flat.view(1, 0).expand(batch, 0), flat, batch, length)
 
     @property
     def count(self) -> int:
@@ -108,7 +124,10 @@ def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
     batch, length = real.shape
     rows: list[Rows | None] = [None] * len(kept)
     skipping = (kept != host[-1]).any((1, 2)).nonzero()[0]
-    if not len(skipping):
+    if not kept[skipping].any():           # whole layers, as in every step of one token
+        none = Rows.none(batch, length, runs.device) if len(skipping) else None
+        for index in skipping:
+            rows[index] = none
         return rows
     unit, sequence, place = kept[skipping].nonzero()
     counts = np.bincount(unit * batch + sequence, minlength=len(skipping) * batch)
@@ -171,3 +190,34 @@ def _causal(rows: Rows, query, key, value, scale: float | None) -> torch.Tensor:
             block, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, scale=scale))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     return out.unflatten(2, (kept, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def selective(module: nn.Module, rows: Rows, width: int, extras: dict):
+    """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros.
+
+    `extras` remembers how many further outputs the module has (an MLP of experts returns its
+    router's choices), because a pass in which no row runs must return as many.
+    """
+    standin = Standin.of(module)               # one that another thread put there, if any
+    original = module.forward if standin is None else standin.own
+
+    def forward(x, *args, **kwargs):
+        shape = x.shape[:-1]
+        if not rows.count and module in extras:
+            return _joined(x.new_zeros(*shape, width), (None,) * extras[module])
+        if not rows.count:
+            out = original(x, *args, **kwargs)
+        else:
+            has_rows = [isinstance(arg, torch.Tensor) and arg.shape[:-1] == shape for arg in args]
+            args = [rows.gather(arg) if gathers else arg for arg, gathers in zip(args, has_rows)]
+            out = original(rows.gather(x), *args, **kwargs)
+        first, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        extras[module] = len(others)
+        scattered = rows.scatter(first, shape) if rows.count else x.new_zeros(*shape, width)
+        return _joined(scattered, others)
+
+    return forward
+
+
+def _joined(first: torch.Tensor, others: tuple):
+    return (first, *others) if others else first
