@@ -227,7 +227,10 @@ class CompactLayer(InPlace):
             return scattered.view(*shape, *out.shape[2:]), None
 
         exchange = self.function is not None and attention is not None
-        with intercepted(forwards, self.attention, attends if exchange else None):
+        if forwards or exchange:
+            with intercepted(forwards, self.attention, attends if exchange else None):
+                out = self.own(hidden, **kwargs)
+        else:
             out = self.own(hidden, **kwargs)
         self.returns_tuple = isinstance(out, (tuple, list))
         return out
