@@ -160,10 +160,8 @@ class CompactLayer(InPlace):
         owed_length = inputs.shape[1] - hidden.shape[1]
         query, key, value, mask = self._keys(inputs, kwargs | all_places)
         rows = rows if rows is not None else Rows.every(*hidden.shape[:2], hidden.device)
-        every = rows.count == rows.batch * rows.length
-        skipped = hidden if every else self.routing.router.skipped(self.place, hidden)
         if not rows.count:
-            return skipped
+            return self.routing.router.skipped(self.place, hidden)
 
         def attention(module, kept, *keys_and_mask, **options):
             if self.parts.fused:
@@ -178,7 +176,10 @@ class CompactLayer(InPlace):
         with intercepted(self.no_keys, self.attention, attention):
             out = self.own(rows.gather(hidden), **kwargs | changed)
         self.returns_tuple = isinstance(out, (tuple, list))
-        return rows.onto(skipped, out[0] if self.returns_tuple else out)
+        # skip adapters too cost nothing for rows that run the layer
+        others = rows.others(hidden)
+        others = self.routing.router.skipped(self.place, others) if len(rows.rest) else others
+        return rows.woven(out[0] if self.returns_tuple else out, others)
 
     def _keys(self, hidden: torch.Tensor, kwargs: dict) -> tuple:
         """Runs the layer up to its attention: (query, key, value, mask) as attention gets them.
