@@ -50,6 +50,13 @@ class merged:
         return self
 
     def __exit__(self, *error):
+        try:
+            self._take()
+        except BaseException:                              # an interrupt half-way: to the end
+            self._take()
+            raise
+
+    def _take(self) -> None:
         for layer in self.forwards:
             Standin.take(layer, as_own=True)
 

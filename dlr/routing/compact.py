@@ -15,6 +15,7 @@ too little to pay for a second run is left alone.
 """
 
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import nn
@@ -92,7 +93,10 @@ class CompactLayer(InPlace):
 
     def tidy(self) -> None:
         """Removes what an interrupt of this thread may have left on the layer's modules."""
-        own_forwards(self.touched, everybody=False)
+        block = get_ident(), self.attention
+        if block in intercepted.begun:
+            own_forwards(self.touched, everybody=False)
+            intercepted.begun.discard(block)
 
     def refresh(self) -> None:
         """Finds the parts again where LoRA was added, merged or removed; raises NotCompactable."""

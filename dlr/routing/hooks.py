@@ -13,7 +13,7 @@ import torch
 
 from dlr.routing.decoder import NotRoutable, refuse_layerdrop
 from dlr.routing.families import CACHES
-from dlr.routing.intercept import LOCK, intercepted
+from dlr.routing.intercept import LOCK
 from dlr.routing.masked import FirstPassDone, run_first_pass
 from dlr.routing.memory import Memory, memory_of, remember
 from dlr.routing.parts import NotCompactable
@@ -43,9 +43,8 @@ class Hooks:
                               "which shares its hooks; use one process a device (torchrun, "
                               "accelerate launch).")
         self._end()  # what an interrupted pass of this thread left behind
-        if intercepted.entered.pop(get_ident(), 0):
-            for layer in routing.compact_layers or ():
-                layer.tidy()
+        for layer in routing.compact_layers or ():
+            layer.tidy()
         asked = routing.threads.asked.pop(get_ident(), {})
         if routing.policy is None:
             return

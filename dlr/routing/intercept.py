@@ -8,7 +8,6 @@ import functools
 import inspect
 import sys
 import threading
-from collections import Counter
 from threading import get_ident
 from typing import ClassVar
 
@@ -185,15 +184,15 @@ class intercepted:
     A class rather than a generator: it is entered once or twice a layer and pass.
 
     Attributes:
-        entered: blocks by thread that have not ended; an interrupt leaves some behind.
+        begun: (thread, attention) of blocks that have not ended; an interrupt leaves some behind.
     """
-    entered: ClassVar[Counter] = Counter()
+    begun: ClassVar[set] = set()
 
     def __init__(self, forwards: dict, attention: nn.Module, attend):
         self.forwards, self.attention, self.attend = forwards, attention, attend
 
     def __enter__(self):
-        self.entered[get_ident()] += 1
+        self.begun.add((get_ident(), self.attention))
         try:
             for module, forward in self.forwards.items():
                 Standin.put(module, forward)
@@ -208,7 +207,7 @@ class intercepted:
             Standin.take(module)
         if self.attend is not None:
             _Config.take(self.attention)
-        self.entered[get_ident()] -= 1
+        self.begun.discard((get_ident(), self.attention))
 
 
 def own_forwards(modules, everybody: bool = True) -> None:

@@ -11,6 +11,7 @@ import dlr
 from dlr.base.merged import merged
 from dlr.base.models import add_lora
 from dlr.measure.likelihood import frozen_base
+from dlr.routing.intercept import Standin
 from dlr.routing.weights import fingerprint
 
 pytestmark = pytest.mark.usefixtures("by_rows")
@@ -81,6 +82,21 @@ def test_weights_are_the_very_same_after_an_error_and_within(healed, ids, error)
     with torch.no_grad():
         healed(ids)                                   # the next pass tidies what compact rows left
     assert same(healed, before)
+
+
+def test_an_interrupt_at_the_end_of_the_block_leaves_nothing_either(healed, monkeypatch):
+    before, calls, take = weights(healed), [], Standin.take
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return take(*args, **kwargs)
+
+    monkeypatch.setattr(Standin, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt), merged(healed):
+        pass
+    assert len(calls) > 3 and same(healed, before)
 
 
 def same_tensors(model, before) -> bool:

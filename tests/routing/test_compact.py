@@ -13,6 +13,7 @@ from dlr.routing import families
 from dlr.routing.compact import OVERHEAD
 from dlr.routing.config import RouterConfig
 from dlr.routing.decoder import NotRoutable
+from dlr.routing.intercept import Standin
 from dlr.routing.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routing.rows import plan_rows
 
@@ -369,3 +370,21 @@ def test_a_family_with_other_names_is_one_entry_in_the_table(llama, ids, monkeyp
     routing.detach()
     routing = dlr.attach(llama, OPEN.changed(unit="sublayer"))
     assert routing.units == 8
+
+
+def test_what_an_interrupt_leaves_on_one_model_is_tidied_there_although_another_ran_between(ids, monkeypatch):
+    """Stop is heard while a block ends, so that its stand-ins stay behind."""
+    first, second = tiny(), tiny("qwen2")
+    for model in (first, second):
+        half_skipping(model)
+    with torch.no_grad():
+        expected = first(ids, use_cache=False).logits
+        take = Standin.take
+        with monkeypatch.context() as patch:
+            patch.setattr(Standin, "take", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                first(ids, use_cache=False)
+        assert Standin.take == take and any(isinstance(m.__dict__.get("forward"), Standin) for m in first.modules())
+        second(ids, use_cache=False)
+        assert torch.equal(first(ids, use_cache=False).logits, expected)
+    assert not any("forward" in m.__dict__ for m in first.modules())
