@@ -20,10 +20,12 @@
 # *dense*; *truncation* (the first layers only, as many as the plan keeps: the ceiling); *masked*
 # (everything computed, then blended); *two-pass* (the original hooks: a pass for the router, then a
 # masked one); and *compact*. The plan is that of a trained router, recorded on test documents; on
-# another shape it is stretched over the layers. Every routed system runs its router as well. Shapes
-# of published models hold random weights: speed does not depend on what the weights are.
+# another model it is stretched over the layers. Every routed system runs its router as well, and skip
+# adapters of the rank that is asked for. Shapes of published models, routers and adapters hold
+# random weights: speed does not depend on what the weights are.
 #
 #     python -m dlr run latency --params params/latency/tinyllama.yaml
+#     python -m dlr run latency --params params/latency/smollm2.yaml
 #
 # A run of these settings that is recorded already is shown; any other goes to `results/scratch/`,
 # or to a folder of its own if `run_name` is given one. Times are the machine's: the line below says
@@ -32,6 +34,8 @@
 # %% tags=["parameters"]
 run_name: str = ""
 shape: str = "nano"
+model: str = ""
+skip_adapter_rank: int = 0
 checkpoint: str = ""
 layers: int = 0
 dtype: str = "auto"
@@ -53,6 +57,8 @@ from dlr.workbook.runner import notebook_settings
 config = notebook_settings("latency", globals())
 
 # %% tags=["nbval-ignore-output"]
+from pathlib import Path
+
 import pandas as pd
 import torch
 
@@ -64,15 +70,19 @@ from dlr.base.models import load_base
 from dlr.workbook.runner import open_run
 
 run = open_run("latency", config)
+name = Path(config.model).name or config.shape
 
 # %% tags=["nbval-ignore-output"]
 if not run.done:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = shapes.recorded_logits(config.checkpoint, config.plan_docs)
+    base = config.model or (config.shape if config.shape == "nano" else "")
+    precision = None if config.dtype == "auto" else config.dtype
     subject = latency.subject(
-        config.shape, plan, config.skips, layers=config.layers or None, device=device,
-        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
-        model=load_base()[0].to(device) if config.shape == "nano" else None)
+        name, plan, config.skips, layers=config.layers or None, device=device,
+        dtype=getattr(torch, precision) if precision else None,
+        skip_adapter_rank=config.skip_adapter_rank,
+        model=load_base(base, dtype=precision, device=device)[0] if base else None)
     works = [latency.Prefill(subject, batch, length)
              for batch in config.batches for length in config.lengths]
     rows = [latency.measure(work, [0.0, *config.skips], repeats=config.repeats) for work in works]
@@ -124,13 +134,14 @@ pd.DataFrame(metrics["profile"]).round(1)
 # %% [markdown]
 # ## Decoding
 #
-# Seconds a step, one token a sequence.
+# Seconds a step, one token a sequence; *layers* leaves out the output head, which every system runs
+# in full.
 
 # %% tags=["nbval-ignore-output"]
 table[table["work"] != "prefill"][columns].round(3)
 
 # %% tags=["nbval-ignore-output"]
-run.figure(speedups(run.rows, f"{config.shape}, {first['dtype']}"), "speedups")
+run.figure(speedups(run.rows, f"{name}, {first['dtype']}"), "speedups")
 
 # %% [markdown]
 # ## Operations and memory

@@ -263,7 +263,7 @@ def stream(progress: Progress, always: float) -> Markup:
     mean = sum(routed.depths) / len(routed.depths) if routed.depths else None
     state = "stopped" if progress.stopped else "finished" if progress.done else "generating…"
     tiles = [Tile("routed tokens/s", number(routed.rate, 1),
-                  said_execution(progress.execution, "LoRA not merged")),
+                  said_execution(progress.execution, progress.lora)),
              Tile("dense tokens/s", number(dense.rate, 1),
                   "base model without adapters, interleaved"),
              Tile("layers a token", number(mean, 2), f"of {layers}"),

@@ -161,4 +161,4 @@ def said_execution(execution: str, lora: str = "LoRA as merged") -> str:
     """What an execution, and where LoRA's products are made, mean for the times beside it."""
     if execution == "masked":
         return "every layer is computed: no gain in time"
-    return f"{execution} execution, {lora}"
+    return f"{execution} execution, {lora}" if lora else f"{execution} execution"

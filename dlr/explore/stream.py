@@ -1,7 +1,7 @@
 """Continuations token by token, each token with its depth: the routed model and the dense one.
 
 The two run step by step in turn, each on its own cache and its own continuation, so that a busy
-machine slows both alike.
+machine slows both alike. LoRA is merged for the routed steps; between steps the model is as it was.
 """
 
 import time
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from dlr.base.merged import merged
 from dlr.explore.session import Session
 from dlr.explore.tokens import piece_bytes
 from dlr.measure.likelihood import frozen_base
@@ -37,23 +38,25 @@ class Side:
 
 @dataclass
 class Progress:
-    """What has been generated so far. `bytes` spells pieces that are no whole characters."""
+    """What has been generated so far. `bytes` spells pieces that are no whole characters; `lora`
+    says whether the routed side ran with it merged."""
     prompt: str
     routed: Side
     dense: Side
     layers: int
     execution: str
+    lora: str = ""
     bytes: dict[str, str] = field(default_factory=dict)
     done: bool = False
     stopped: bool = False
 
 
 class _Stream:
-    """One model's cached decoding."""
+    """One model's cached decoding: the base model's (`lora` None), or the routed one's."""
 
-    def __init__(self, session: Session, prompt: list[int], dense: bool,
+    def __init__(self, session: Session, prompt: list[int], lora: merged | None,
                  generator: torch.Generator, temperature: float):
-        self.session, self.dense = session, dense
+        self.session, self.lora = session, lora
         self.generator, self.temperature = generator, temperature
         self.cache, self.side = DynamicCache(), Side()
         self.next = torch.tensor([prompt], device=device_of(session.model))
@@ -71,13 +74,10 @@ class _Stream:
     def step(self) -> bool:
         """Decodes one token (its depth is known when it is read); False once the text has ended."""
         routing = self.session.routing
-        if self.dense:
-            with frozen_base(self.session.model, routing):
-                logits = self._forward()
-        else:
+        with self.lora or frozen_base(self.session.model, routing):
             logits = self._forward()
-            if self.side.ids:
-                self.side.depths.append(float(routing.plan.active_layers[0, -1]))
+        if self.lora and self.side.ids:
+            self.side.depths.append(float(routing.plan.active_layers[0, -1]))
         if self.temperature > 0:
             chances = (logits / self.temperature).softmax(-1)
             chosen = int(torch.multinomial(chances, 1, generator=self.generator))
@@ -116,11 +116,11 @@ def generate(session: Session, prompt: str, tokens: int = 60, threshold: float |
     if room < 1:
         raise ValueError(f"The prompt has {len(ids):,} tokens and the model's context is "
                          f"{session.context:,}; shorten it.")
-    routing = session.routing
+    routing, lora = session.routing, merged(session.model)
     streams = [_Stream(session, ids, side, torch.Generator().manual_seed(seed), temperature)
-               for side in ((False, True) if dense else (False,))]
+               for side in ((lora, None) if dense else (lora,))]
     progress = Progress(prompt, streams[0].side, streams[-1].side if dense else Side(),
-                        len(routing.layers), routing.execution)
+                        len(routing.layers), routing.execution, lora.said)
     going = [True] * len(streams)
     for _ in range(min(tokens, room)):
         with routing.at(threshold=threshold):

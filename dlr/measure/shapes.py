@@ -11,6 +11,7 @@ from dlr.base.data import load_documents, padded_batches
 from dlr.base.opened import load
 from dlr.measure.evaluate import router_logits
 from dlr.routing.budget import threshold_for
+from dlr.routing.decoder import decoder_and_layers
 
 SHAPES = {
     "tinyllama-1.1b": LlamaConfig(
@@ -40,6 +41,15 @@ def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str
             parameter.uniform_(-0.02, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
     model.tie_weights()
     return model.eval()
+
+
+def capped(model, layers: int | None):
+    """`model` without its layers after the first `layers` (None: as it is)."""
+    if layers:
+        del decoder_and_layers(model)[1][layers:]
+        config = model.config.get_text_config()
+        config.num_hidden_layers = min(layers, config.num_hidden_layers)
+    return model
 
 
 def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:

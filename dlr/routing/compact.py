@@ -15,21 +15,21 @@ too little to pay for a second run is left alone.
 """
 
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 from torch import nn
 
 from dlr.routing.families import names
-from dlr.routing.intercept import InPlace, Standin, attention_function, intercepted, own_forwards
+from dlr.routing.intercept import InPlace, attention_function, intercepted, own_forwards
 from dlr.routing.masked import argument_names
-from dlr.routing.owed import PendingLayer, by_row, joined, pending_layer, positional
+from dlr.routing.owed import PendingLayer, behind, by_row, pending_layer, positional
 from dlr.routing.parts import Parts, width_of
-from dlr.routing.rows import Rows, attend
+from dlr.routing.rows import Rows, attend, selective
 
 # Running a layer by rows costs as much extra time as products of so many FLOPs: 2 ms on two CPU
 # cores (measured), about 0.3 ms of kernel launches at 150 TFLOP/s on an accelerator (estimated).
 OVERHEAD = {"cpu": 1.5e8, "cuda": 5e10}
-
 
 class _OneLayer:
     """A cache of one layer, for a layer that is run for its keys and values only."""
@@ -56,37 +56,6 @@ class _Blank:
 
     def __call__(self, x, *args, **kwargs):
         return x.new_zeros(*x.shape[:-1], self.width)
-
-
-def _selective(module: nn.Module, rows: Rows, width: int, extras: dict):
-    """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros.
-
-    `extras` remembers how many further outputs the module has (an MLP of experts returns its
-    router's choices), because a pass in which no row runs must return as many.
-    """
-    standin = Standin.of(module)               # one that another thread put there, if any
-    original = module.forward if standin is None else standin.own
-
-    def forward(x, *args, **kwargs):
-        shape = x.shape[:-1]
-        if not rows.count and module in extras:
-            return _joined(x.new_zeros(*shape, width), (None,) * extras[module])
-        if not rows.count:
-            out = original(x, *args, **kwargs)
-        else:
-            has_rows = [isinstance(arg, torch.Tensor) and arg.shape[:-1] == shape for arg in args]
-            args = [rows.gather(arg) if gathers else arg for arg, gathers in zip(args, has_rows)]
-            out = original(rows.gather(x), *args, **kwargs)
-        first, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
-        extras[module] = len(others)
-        scattered = rows.scatter(first, shape) if rows.count else x.new_zeros(*shape, width)
-        return _joined(scattered, others)
-
-    return forward
-
-
-def _joined(first: torch.Tensor, others: tuple):
-    return (first, *others) if others else first
 
 
 class CompactLayer(InPlace):
@@ -124,17 +93,25 @@ class CompactLayer(InPlace):
 
     def tidy(self) -> None:
         """Removes what an interrupt of this thread may have left on the layer's modules."""
-        own_forwards(self.touched, everybody=False)
+        block = get_ident(), self.attention
+        if block in intercepted.begun:
+            own_forwards(self.touched, everybody=False)
+            intercepted.begun.discard(block)
 
     def refresh(self) -> None:
         """Finds the parts again where LoRA was added, merged or removed; raises NotCompactable."""
         if self._inside() != self.children:
             self._find()
 
-    def install(self) -> None:
-        """Puts this in the place of the layer's forward until `remove`, for a compact pass."""
-        # looked up once a pass, because the model's attention implementation may be changed
-        self.function = attention_function(self.attention)
+    def install(self, functions: dict) -> None:
+        """Puts this in the place of the layer's forward until `remove`, for a compact pass.
+
+        `functions`: attention functions this pass has looked up; between passes they may change.
+        """
+        kind = type(self.attention), id(getattr(self.attention, "config", None))
+        if kind not in functions:
+            functions[kind] = attention_function(self.attention)
+        self.function = functions[kind]
         super().install()
 
     def __call__(self, hidden=None, *args, **kwargs):
@@ -155,11 +132,14 @@ class CompactLayer(InPlace):
         plain = units == 1 and self._plain(rows[0], hidden.device.type)
         # Two runs need one gate for the whole layer, an attention function that can be exchanged,
         # and an output form that is known or that this run will show. They pay where enough rows
-        # are skipped. Owed keys are always worth them: the first run projects those as well.
+        # are skipped; otherwise owed inputs go along with the one run, for their keys and values.
         form_known = self.returns_tuple is not None or rows[0] is None or rows[0].count
         can_run_twice = units == 1 and self.function is not None and form_known
         if can_run_twice and (keys_owed or not plain) and by_row(kwargs, hidden):
-            return self._output(self.run(hidden, kwargs, rows[0], slot.take() if keys_owed else []))
+            waiting = slot.take() if keys_owed else []
+            if plain:
+                return self._blend(plan, hidden, self.run_behind(waiting, hidden, kwargs))
+            return self._output(self.run(hidden, kwargs, rows[0], waiting))
         if keys_owed:
             slot.complete()
         attention, mlp = (None, None) if plain else (rows[0], rows[-1])
@@ -179,18 +159,13 @@ class CompactLayer(InPlace):
         `waiting` holds earlier inputs whose keys and values are owed. They are projected together
         with `hidden`, in front of it.
         """
-        owed_length = sum(earlier.shape[1] for earlier, _ in waiting)
-        inputs = hidden
-        places = all_places = positional(kwargs)
-        if owed_length:
-            inputs = torch.cat([*(earlier for earlier, _ in waiting), hidden], 1)
-            all_places = {name: joined([*(earlier[name] for _, earlier in waiting), part])
-                          for name, part in places.items()}
+        places = positional(kwargs)
+        inputs, all_places = behind(waiting, hidden, places)
+        owed_length = inputs.shape[1] - hidden.shape[1]
         query, key, value, mask = self._keys(inputs, kwargs | all_places)
         rows = rows if rows is not None else Rows.every(*hidden.shape[:2], hidden.device)
-        skipped = self.routing.router.skipped(self.place, hidden)
         if not rows.count:
-            return skipped
+            return self.routing.router.skipped(self.place, hidden)
 
         def attention(module, kept, *keys_and_mask, **options):
             if self.parts.fused:
@@ -205,7 +180,10 @@ class CompactLayer(InPlace):
         with intercepted(self.no_keys, self.attention, attention):
             out = self.own(rows.gather(hidden), **kwargs | changed)
         self.returns_tuple = isinstance(out, (tuple, list))
-        return rows.onto(skipped, out[0] if self.returns_tuple else out)
+        # skip adapters too cost nothing for rows that run the layer
+        others = rows.others(hidden)
+        others = self.routing.router.skipped(self.place, others) if len(rows.rest) else others
+        return rows.woven(out[0] if self.returns_tuple else out, others)
 
     def _keys(self, hidden: torch.Tensor, kwargs: dict) -> tuple:
         """Runs the layer up to its attention: (query, key, value, mask) as attention gets them.
@@ -221,15 +199,28 @@ class CompactLayer(InPlace):
         raise RuntimeError(f"{type(self.attention).__name__} never called its attention function. "
                            "Use execution='masked'.")
 
+    def run_behind(self, waiting: list, hidden: torch.Tensor, kwargs: dict):
+        """The layer's own output of all `hidden`, in one run.
+
+        Inputs that wait stand in front of it, for their keys and values alone.
+        """
+        inputs, places = behind(waiting, hidden, positional(kwargs))
+        new = Rows.last(*inputs.shape[:2], hidden.shape[1], hidden.device)
+        # mask and keys are those that all of `hidden` would meet alone
+        out = self.run_parts(inputs, kwargs | places, new, new,
+                             lambda own, rows, *given, **options: own(*given, **options)[0])
+        output = (out[0] if self.returns_tuple else out)[:, -hidden.shape[1]:]
+        return (output, *out[1:]) if self.returns_tuple else output
+
     def run_parts(self, hidden: torch.Tensor, kwargs: dict, attention: Rows | None,
-                  mlp: Rows | None):
+                  mlp: Rows | None, attend=attend):
         """The layer's own output; each part computes its rows only (None: all of them)."""
         forwards = {}
         projections = [*self.parts.query, *self.parts.output]
         for rows, modules in ((attention, projections), (mlp, self.parts.mlp)):
             for module in modules if rows is not None else ():
                 width = width_of(module, self.width)
-                forwards[module] = _selective(module, rows, width, self.extra_outputs)
+                forwards[module] = selective(module, rows, width, self.extra_outputs)
 
         def attends(module, query, key, value, mask, **options):
             shape = attention.batch, attention.length
@@ -241,7 +232,10 @@ class CompactLayer(InPlace):
             return scattered.view(*shape, *out.shape[2:]), None
 
         exchange = self.function is not None and attention is not None
-        with intercepted(forwards, self.attention, attends if exchange else None):
+        if forwards or exchange:
+            with intercepted(forwards, self.attention, attends if exchange else None):
+                out = self.own(hidden, **kwargs)
+        else:
             out = self.own(hidden, **kwargs)
         self.returns_tuple = isinstance(out, (tuple, list))
         return out

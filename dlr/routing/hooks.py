@@ -98,8 +98,9 @@ class Hooks:
             self.routing.threads.forget_the_dead()
             self.routing.threads.passes[get_ident()] = plan
             if plan.compact:
+                functions: dict = {}           # layers share what a look-up finds
                 for layer in self.routing.compact_layers:
-                    layer.install()
+                    layer.install(functions)
 
     def _end(self) -> None:
         """Ends this thread's pass; compact layers go with the last pass that uses them."""
@@ -127,11 +128,12 @@ class Hooks:
                 raise NotRoutable("unit='sublayer' cannot be trained with gradient checkpointing, "
                                   "which computes attention and MLP again when their gates are "
                                   "gone. Turn it off, or use unit='layer'.")
-        if any(parameter.is_meta for parameter in routing.router.parameters()):
+        plan.memory = self._memory_of(plan)
+        goes_on = plan.cache is not None and memory_of(plan.cache) is not None
+        if not goes_on and any(part.is_meta for part in routing.router.parameters()):
             raise NotRoutable("The router's weights were offloaded with the base model's; they are "
                               "few, and are needed before the first skipped layer. Detach, offload "
                               "the base, and attach again.")
-        plan.memory = self._memory_of(plan)
         routing.policy.check(routing, plan)
 
     def _memory_of(self, plan: Plan) -> Memory:

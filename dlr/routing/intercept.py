@@ -9,6 +9,7 @@ import inspect
 import sys
 import threading
 from threading import get_ident
+from typing import ClassVar
 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -51,18 +52,27 @@ class InPlace:
 
 
 class Standin(InPlace):
-    """A module's forward, in whose place each thread may have put another function."""
+    """A module's forward, in whose place each thread may have put another function.
+
+    Two at once: `own_by_thread` is what a thread takes for the module's own forward (merged
+    weights), and `by_thread` what it puts above that (kept rows).
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self.by_thread: dict = {}
+        self.own_by_thread: dict = {}
 
     def __call__(self, *args, **kwargs):
-        forward = self.by_thread.get(get_ident())
-        return self.own(*args, **kwargs) if forward is None else forward(*args, **kwargs)
+        forward = self.by_thread.get(get_ident(), self.own)
+        return forward(*args, **kwargs)
 
-    def __getstate__(self):
-        return self.__dict__ | {"by_thread": {}}          # a copy of the model is in nobody's block
+    def own(self, *args, **kwargs):
+        forward = self.own_by_thread.get(get_ident(), super().own)
+        return forward(*args, **kwargs)
+
+    def __getstate__(self):                               # a copy of the model is in nobody's block
+        return self.__dict__ | {"by_thread": {}, "own_by_thread": {}}
 
     @staticmethod
     def of(module: nn.Module) -> "Standin | None":
@@ -71,24 +81,27 @@ class Standin(InPlace):
         return forward if isinstance(forward, Standin) else None
 
     @classmethod
-    def put(cls, module: nn.Module, forward) -> None:
-        """Lets `forward` stand in for the module's in this thread."""
+    def put(cls, module: nn.Module, forward, as_own: bool = False) -> None:
+        """Lets `forward` stand in for the module's in this thread, `as_own` below all others."""
         with LOCK:
             standin = cls.of(module)
             if standin is None:
                 standin = cls(module)
                 standin.install()
-            standin.by_thread[get_ident()] = forward
+            (standin.own_by_thread if as_own else standin.by_thread)[get_ident()] = forward
 
     @classmethod
-    def take(cls, module: nn.Module, everybody: bool = False) -> None:
+    def take(cls, module: nn.Module, everybody: bool = False, as_own: bool = False) -> None:
         """Takes this thread's function away, or everybody's; the last leaves the module's own."""
         with LOCK:
             standin = cls.of(module)
             if standin is None:
                 return
-            standin.by_thread.clear() if everybody else standin.by_thread.pop(get_ident(), None)
-            if not standin.by_thread:
+            if everybody:
+                standin.by_thread.clear()
+                standin.own_by_thread.clear()
+            (standin.own_by_thread if as_own else standin.by_thread).pop(get_ident(), None)
+            if not standin.by_thread and not standin.own_by_thread:
                 standin.remove()
 
 
@@ -169,12 +182,17 @@ class intercepted:
     """Context: modules run `forwards`, and `attention` calls `attend` (None: its own function).
 
     A class rather than a generator: it is entered once or twice a layer and pass.
+
+    Attributes:
+        begun: (thread, attention) of blocks that have not ended; an interrupt leaves some behind.
     """
+    begun: ClassVar[set] = set()
 
     def __init__(self, forwards: dict, attention: nn.Module, attend):
         self.forwards, self.attention, self.attend = forwards, attention, attend
 
     def __enter__(self):
+        self.begun.add((get_ident(), self.attention))
         try:
             for module, forward in self.forwards.items():
                 Standin.put(module, forward)
@@ -189,6 +207,7 @@ class intercepted:
             Standin.take(module)
         if self.attend is not None:
             _Config.take(self.attention)
+        self.begun.discard((get_ident(), self.attention))
 
 
 def own_forwards(modules, everybody: bool = True) -> None:

@@ -45,6 +45,15 @@ def joined(parts: list):
     return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts], 1)
 
 
+def behind(waiting: list, hidden: torch.Tensor, places: dict) -> tuple[torch.Tensor, dict]:
+    """Inputs `[b, n + s, d]` and places of earlier calls, those of this one at their end."""
+    if not waiting:
+        return hidden, places
+    inputs = torch.cat([*(earlier for earlier, _ in waiting), hidden], 1)
+    return inputs, {name: joined([*(earlier[name] for _, earlier in waiting), part])
+                    for name, part in places.items()}
+
+
 class PendingLayer(DynamicLayer):
     """A DynamicLayer some of whose newest entries are still inputs. Made from one by `owe`."""
 

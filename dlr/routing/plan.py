@@ -93,6 +93,8 @@ class Plan:
 
     def opened(self, gates: torch.Tensor, tokens: int) -> torch.Tensor:
         """`gates` `[b, s, ...]`, open for the first `tokens` of every sequence."""
+        if not tokens:
+            return gates
         return torch.where((self.position < tokens).unsqueeze(-1), torch.ones_like(gates), gates)
 
     @property

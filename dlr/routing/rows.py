@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dlr.routing.intercept import Standin
 
 BLOCK = 64                         # query rows that share their keys in causal attention
 
@@ -20,12 +23,14 @@ class Rows:
 
     Attributes:
         flat: `[n]` places among the b * s rows, ascending.
+        rest: `[b * s - n]` places of the others, ascending.
         padded: `[b, m]` the same as places in each sequence, filled up with 0.
         source: `[n]` places of the kept rows among the b * m padded ones.
         batch, length: b and s.
         blocks: (start, stop, keys): padded rows start to stop need only the first `keys` keys.
     """
     flat: torch.Tensor
+    rest: torch.Tensor
     padded: torch.Tensor
     source: torch.Tensor
     batch: int
@@ -37,7 +42,22 @@ class Rows:
         """All rows."""
         flat = torch.arange(batch * length, device=device)
         places = torch.arange(length, device=device).expand(batch, -1)
-        return cls(flat, places, flat, batch, length, ((0, length, length),))
+        return cls(flat, flat[:0], places, flat, batch, length, ((0, length, length),))
+
+    @classmethod
+    def last(cls, batch: int, length: int, count: int, device) -> "Rows":
+        """The last `count` rows of every sequence."""
+        places = torch.arange(length - count, length, device=device).expand(batch, -1)
+        flat = (places + length * torch.arange(batch, device=device).unsqueeze(1)).flatten()
+        source = torch.arange(batch * count, device=device)
+        earlier = torch.arange(batch * length, device=device).view(batch, length)[:, :-count]
+        return cls(flat, earlier.flatten(), places, source, batch, length)
+
+    @classmethod
+    def none(cls, batch: int, length: int, device) -> "Rows":
+        """No row."""
+        rest = torch.arange(batch * length, device=device)
+        return cls(rest[:0], rest, rest[:0].expand(batch, 0), rest[:0], batch, length)
 
     @property
     def count(self) -> int:
@@ -54,13 +74,17 @@ class Rows:
         out.index_copy_(0, self.flat, kept.reshape(-1, kept.shape[-1]))
         return out.view(*shape, kept.shape[-1])
 
-    def onto(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """`x` `[b, s, d]` with `kept` `[1, n, d]` in the places of the kept rows."""
+    def others(self, x: torch.Tensor) -> torch.Tensor:
+        """`[1, b * s - n, d]` of `x` `[b, s, d]`: the rows that are not kept."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.rest).unsqueeze(0)
+
+    def woven(self, kept: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """`[b, s, d]` of kept rows `[1, n, d]` and the others `[1, b * s - n, d]`."""
         if self.count == self.batch * self.length:
-            return kept.view(x.shape)
-        out = x.clone(memory_format=torch.contiguous_format)
-        out.view(-1, x.shape[-1]).index_copy_(0, self.flat, kept[0].to(x.dtype))
-        return out
+            return kept.view(self.batch, self.length, -1)
+        out = others.new_empty(self.batch * self.length, others.shape[-1])
+        out.index_copy_(0, self.flat, kept[0].to(out.dtype)).index_copy_(0, self.rest, others[0])
+        return out.view(self.batch, self.length, -1)
 
     def positions(self, value):
         """A positional argument for the kept rows as one sequence.
@@ -108,7 +132,10 @@ def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
     batch, length = real.shape
     rows: list[Rows | None] = [None] * len(kept)
     skipping = (kept != host[-1]).any((1, 2)).nonzero()[0]
-    if not len(skipping):
+    if not kept[skipping].any():           # whole layers, as in every step of one token
+        none = Rows.none(batch, length, runs.device) if len(skipping) else None
+        for index in skipping:
+            rows[index] = none
         return rows
     unit, sequence, place = kept[skipping].nonzero()
     counts = np.bincount(unit * batch + sequence, minlength=len(skipping) * batch)
@@ -120,13 +147,15 @@ def plan_rows(runs: torch.Tensor, real: torch.Tensor) -> list[Rows | None]:
     begin = np.append(0, (batch * width).cumsum())  # of each unit's padded rows
     padded = np.zeros(begin[-1], dtype=np.int64)
     padded[begin[unit] + source] = place
-    table = torch.from_numpy(np.concatenate([sequence * length + place, source, padded]))
-    sizes = np.concatenate([counts.sum(1), counts.sum(1), batch * width]).tolist()
+    rest = (~kept[skipping]).reshape(len(skipping), -1).nonzero()[1]
+    table = torch.from_numpy(np.concatenate([sequence * length + place, rest, source, padded]))
+    runs_of = counts.sum(1)
+    sizes = np.concatenate([runs_of, batch * length - runs_of, runs_of, batch * width]).tolist()
     columns = table.to(runs.device, non_blocking=True).split(sizes)  # one copy for all units
     for number, index in enumerate(skipping):
-        flat, in_padded, places = columns[number::len(skipping)]
+        flat, others, in_padded, places = columns[number::len(skipping)]
         blocks = _blocks(padded[begin[number]:begin[number + 1]].reshape(batch, -1))
-        rows[index] = Rows(flat, places.view(batch, -1), in_padded, batch, length, blocks)
+        rows[index] = Rows(flat, others, places.view(batch, -1), in_padded, batch, length, blocks)
     return rows
 
 
@@ -171,3 +200,34 @@ def _causal(rows: Rows, query, key, value, scale: float | None) -> torch.Tensor:
             block, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, scale=scale))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     return out.unflatten(2, (kept, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def selective(module: nn.Module, rows: Rows, width: int, extras: dict):
+    """`module`'s forward for `rows` alone: gather, compute, scatter. Other rows come out as zeros.
+
+    `extras` remembers how many further outputs the module has (an MLP of experts returns its
+    router's choices), because a pass in which no row runs must return as many.
+    """
+    standin = Standin.of(module)               # one that another thread put there, if any
+    original = module.forward if standin is None else standin.own
+
+    def forward(x, *args, **kwargs):
+        shape = x.shape[:-1]
+        if not rows.count and module in extras:
+            return _joined(x.new_zeros(*shape, width), (None,) * extras[module])
+        if not rows.count:
+            out = original(x, *args, **kwargs)
+        else:
+            has_rows = [isinstance(arg, torch.Tensor) and arg.shape[:-1] == shape for arg in args]
+            args = [rows.gather(arg) if gathers else arg for arg, gathers in zip(args, has_rows)]
+            out = original(rows.gather(x), *args, **kwargs)
+        first, others = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        extras[module] = len(others)
+        scattered = rows.scatter(first, shape) if rows.count else x.new_zeros(*shape, width)
+        return _joined(scattered, others)
+
+    return forward
+
+
+def _joined(first: torch.Tensor, others: tuple):
+    return (first, *others) if others else first

@@ -121,6 +121,8 @@ def test_decoding_leaves_the_context_as_it_was(subject):
     work = latency.Decode(subject, 1, 10, steps=3)
     table = latency.measure(work, [0.5], repeats=1)
     assert set(table["system"]) == {"dense", "truncation", "masked", "compact"}
+    layers, whole = (table[table["part"] == part]["median"].to_numpy() for part in ("layers", "end to end"))
+    assert len(layers) == len(whole) == 4 and (0 < layers).all() and (layers < whole).all(), "the head is timed apart"
     for depth, cache in work.caches.items():
         assert cache.get_seq_length() == 10 and all(layer.keys.shape[-2] == 10 for layer in cache.layers[:depth])
 
@@ -146,6 +148,17 @@ def test_closed_form_equals_the_counter(llama):
             assert all(layer.keys.shape[2] == 32 for layer in llama(ids).past_key_values.layers), "owed keys are made"
         expected = flops_per_token(llama.config, 2 + float(gates.sum()), length) * length
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_model_with_its_own_weights_is_capped_and_gets_adapters(subject):
+    model = tiny("qwen2")
+    ids, expected = torch.arange(2, 9)[None], tiny("qwen2")
+    expected.config.num_hidden_layers = 4
+    own = latency.subject("own", torch.randn(60, 12), [0.5], layers=4, model=model, always_keep=2, skip_adapter_rank=3)
+    assert own.layers == 4 and own.routing.config.skip_adapter_rank == 3 and own.gates[0.5].shape == (60, 2)
+    with torch.no_grad(), own.routing.disabled():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert subject.layers == 6 and subject.routing.config.skip_adapter_rank == 0
 
 
 def test_published_shapes_are_the_published_ones():

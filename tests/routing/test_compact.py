@@ -13,6 +13,7 @@ from dlr.routing import families
 from dlr.routing.compact import OVERHEAD
 from dlr.routing.config import RouterConfig
 from dlr.routing.decoder import NotRoutable
+from dlr.routing.intercept import Standin
 from dlr.routing.policy import GivenPlan, Policy, RandomPlan, StaticPlan
 from dlr.routing.rows import plan_rows
 
@@ -176,12 +177,32 @@ def test_rows_are_those_of_the_plan(seed):
     for unit, rows in enumerate(found[:4]):
         kept = gates[..., unit].bool() & real
         assert torch.equal(rows.flat, kept.flatten().nonzero().flatten())
+        assert torch.equal(rows.rest, (~kept).flatten().nonzero().flatten())
         assert torch.equal(rows.padded.flatten()[rows.source], rows.flat % 90)
         for sequence, places in zip(kept, rows.padded):
             count = int(sequence.sum())
             assert places[:count].tolist() == sequence.nonzero().flatten().tolist() and not places[count:].any()
         assert [place for start, stop, _ in rows.blocks for place in range(start, stop)] == list(range(rows.padded.shape[1]))
         assert all(keys == rows.padded[:, start:stop].max() + 1 for start, stop, keys in rows.blocks)
+
+
+def test_whole_layers_that_nobody_runs_share_their_empty_rows():
+    runs, real = torch.ones(2, 3, 4, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    assert plan_rows(runs, real) == [None] * 4
+    runs[..., 1:3] = False
+    first, skipped, again, last = plan_rows(runs, real)
+    assert first is last is None and skipped is again and skipped.count == 0
+    assert torch.equal(skipped.rest, torch.arange(6)) and skipped.padded.shape == (2, 0)
+
+
+def test_skip_adapters_compute_the_rows_that_skip_and_no_others(ids):
+    model = tiny()
+    routing = dlr.attach(model, RouterConfig(always_keep=2, keep_first_tokens=0, skip_adapter_rank=2), execution="compact")
+    gates, seen, skipped = plan("half", *ids.shape, 4, 1), [], routing.router.skipped
+    routing.router.skipped = lambda unit, x: (seen.append(x.shape[:-1].numel()), skipped(unit, x))[1]
+    with torch.no_grad(), routing.using(GivenPlan(gates)):
+        model(ids, use_cache=False)
+    assert seen == (1 - gates).sum((0, 1)).int().tolist() and 0 < min(seen) < ids.numel()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -349,3 +370,21 @@ def test_a_family_with_other_names_is_one_entry_in_the_table(llama, ids, monkeyp
     routing.detach()
     routing = dlr.attach(llama, OPEN.changed(unit="sublayer"))
     assert routing.units == 8
+
+
+def test_what_an_interrupt_leaves_on_one_model_is_tidied_there_although_another_ran_between(ids, monkeypatch):
+    """Stop is heard while a block ends, so that its stand-ins stay behind."""
+    first, second = tiny(), tiny("qwen2")
+    for model in (first, second):
+        half_skipping(model)
+    with torch.no_grad():
+        expected = first(ids, use_cache=False).logits
+        take = Standin.take
+        with monkeypatch.context() as patch:
+            patch.setattr(Standin, "take", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                first(ids, use_cache=False)
+        assert Standin.take == take and any(isinstance(m.__dict__.get("forward"), Standin) for m in first.modules())
+        second(ids, use_cache=False)
+        assert torch.equal(first(ids, use_cache=False).logits, expected)
+    assert not any("forward" in m.__dict__ for m in first.modules())

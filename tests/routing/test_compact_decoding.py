@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, half_skipping, tiny
 from transformers import DynamicCache, StaticCache
 
 import dlr
+from dlr.routing.compact import OVERHEAD
 from dlr.routing.config import RouterConfig
 from dlr.routing.owed import PendingLayer
 from dlr.routing.policy import GivenPlan
@@ -93,7 +94,7 @@ def test_a_skipped_layer_is_not_called_in_decoding_and_its_cache_is_whole_all_th
         attention.register_forward_pre_hook(lambda m, a, index=index: calls.append(index))
     calls.clear()
     logits, cache = decoded(model, gates, one, 6, "compact")
-    assert calls == [3, 4, 4, 4], "the prefill calls each once, the one kept step layer 4, for its keys and then for its row"
+    assert calls == [3, 4, 4], "the prefill calls each once, the one kept step layer 4, for its row and all keys owed"
     assert isinstance(cache.layers[3], PendingLayer) and cache.layers[3].waiting
     assert cache.get_seq_length(3) == 14
     copied = copy.deepcopy(cache)
@@ -171,3 +172,20 @@ def test_a_sequence_plan_lasts_as_long_as_its_cache(llama, ids):
         rest = llama(ids[:, 8:], past_key_values=first.past_key_values).logits
     assert 0 < routing.plan.skip_ratio
     assert torch.allclose(rest, whole[:, 8:], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gemma3"])
+@pytest.mark.parametrize("overhead", [0.0, 1e15])
+def test_owed_inputs_go_along_with_the_run_that_needs_their_keys(family, overhead, ids, monkeypatch):
+    """By rows, or in full where that costs less."""
+    monkeypatch.setitem(OVERHEAD, "cpu", overhead)
+    model = tiny(family)
+    dlr.attach(model, OPEN, execution="compact")
+    gates = plan("half", *ids.shape, 4, 3)
+    gates[:, 5:9] = 0.0                                          # nobody runs them: their keys are owed
+    gates[0, 9, 1:3] = 1.0
+    _, masked = decoded(model, gates, ids, 9, "masked")
+    (expected, _), (logits, cache) = (decoded(model, gates, ids, 9, way) for way in ("masked", "compact"))
+    assert torch.allclose(logits, expected, atol=1e-5)
+    for mine, theirs in zip(cache.layers, masked.layers):
+        assert torch.allclose(mine.keys, theirs.keys, atol=1e-5) and torch.allclose(mine.values, theirs.values, atol=1e-5)

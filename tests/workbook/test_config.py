@@ -69,6 +69,7 @@ def test_wrong_settings_are_named_with_the_remedy(given, words):
     ("token_routing", "dataset=", "dataset=''"),
     ("pareto", "model=", "model=''"),
     ("latency", "skips=[]", "at least 1 item"), ("latency", "batches=[]", "at least 1 item"),
+    ("latency", "skip_adapter_rank=-1", "skip_adapter_rank=-1"),
     ("latency", "lengths=[0]", "lengths.0=0"), ("token_analysis", "budgets=[]", "at least 1 item"),
     ("token_analysis", "weights=[]", "at least 1 item"),
     ("evaluation", "tasks=blimp", "write [a, b]"),
@@ -86,6 +87,12 @@ def test_what_no_notebook_takes_is_refused_before_a_kernel_starts(phase, assignm
     with pytest.raises(SettingsError) as error:
         checked_parameters(phase, None, [assignment])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_speed_is_measured_on_a_shape_or_on_a_model():
+    assert checked_parameters("latency", None, ["model=smollm2"])["model"] == "smollm2"
+    with pytest.raises(SettingsError, match="model='smollm2' has weights of its own"):
+        checked_parameters("latency", None, ["model=smollm2", "shape=tinyllama-1.1b"])
 
 
 @pytest.mark.parametrize("text", [

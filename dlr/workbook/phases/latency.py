@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dlr.settings import Count, Dtype, Local, MachineDecides, Seed, distinct
 from dlr.workbook.phases import PhaseSettings, phase
@@ -18,7 +18,10 @@ class LatencyConfig(PhaseSettings):
                      "plan_docs": 2, "skips": [0.5]}
     data: ClassVar = "recorded plan"
 
+    # the embedded model, or random weights in a published model's shapes
     shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
+    model: Local = ""                   # 'smollm2', a folder, a .gguf file or a Hub id; '': `shape`
+    skip_adapter_rank: int = Field(0, ge=0)     # of the router that runs, random; 0: no adapters
     checkpoint: Local = ""              # whose router's plan is recorded; '': the embedded router
     layers: int = Field(0, ge=0)        # caps the depth to what memory holds; 0: the whole model
     # auto: bfloat16 where it is fast
@@ -32,3 +35,10 @@ class LatencyConfig(PhaseSettings):
     repeats: int = Field(9, ge=1)           # turns; medians and quartiles are taken over them
     plan_docs: int = Field(16, ge=1)        # test documents whose plan is recorded
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one_model(self):
+        if self.model and self.shape != "nano":
+            raise ValueError(f"model={self.model!r} has weights of its own, so that "
+                             f"shape={self.shape!r} has no effect. Give one of the two.")
+        return self
