@@ -34,11 +34,11 @@ DLR_RESULTS and DLR_CACHE name other folders for results and derived data. DLR_D
 for every command.
 """
 TOUR = """\
-This regresses a token-level router on how much each layer's absence harms each token, and
-calibrates it on held-out text; trains LoRA three times on the embedded base, under that router,
-under the best static plan and at full depth; and evaluates the router beside its controls on the
-test split.
-About 7 minutes on two CPU cores without fast bfloat16, half that on newer ones."""
+This fits skip adapters to the embedded base, finds its best static order, labels tokens with the
+harm of ever shorter plans, and regresses a depth router on it; trains LoRA three times, under that
+router, under the best static plan and at full depth; and evaluates the router beside its controls
+on the test split.
+About 8 minutes on two CPU cores without fast bfloat16, half that on newer ones."""
 TOUR_PARAMS = Path(__file__).resolve().parent.parent / "params" / "token_routing" / "quick.yaml"
 FOLDERS = ("DLR_RESULTS", "DLR_CACHE")
 SHAPE = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}

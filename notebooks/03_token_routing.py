@@ -14,20 +14,18 @@
 # **Question.** Which training makes a token-level router hit its budget, and does it then beat
 # plans that do not look at the token?
 #
-# **Method.** All variants share base, data, steps, LoRA, seed and skip adapters (a low-rank
-# stand-in for each layer's update, fitted in closed form, applied where the layer is skipped).
+# **Method.** All variants share base, data, steps, LoRA and seed.
 #
-# | variant | router and objective | what is trained |
+# | variant | objective | what is trained |
 # |---|---|---|
-# | v1 | independent gates; cross-entropy, distillation and one global penalty on the mean gate | router, LoRA and adapters, by gradients |
-# | v2 | independent gates; the original objective: per-layer L1, summed, and a squared target term | router, LoRA and adapters, by gradients |
-# | cold | independent gates; controlled budget (the threshold is the dual variable) | router, LoRA and adapters, by gradients, end to end |
-# | DLR | a depth router over a nested book of plans | LoRA and adapters by gradients; the router is regressed on the harm of whole plans |
-# | DLR without KD | the same with cross-entropy alone | as DLR |
+# | v1 | cross-entropy, distillation and one global penalty on the mean gate | router and LoRA, by gradients |
+# | v2 | the original objective: per-layer L1, summed, and a squared target term | router and LoRA, by gradients |
+# | cold | controlled budget (the threshold is the dual variable) | router and LoRA, by gradients, end to end |
+# | DLR | the default: warm start, then a plan that stays put | LoRA alone by gradients; the router is regressed |
+# | DLR without KD | the default with cross-entropy alone | as DLR |
 #
-# A depth router predicts for a token the KL from the dense model under each plan of the book; the
-# token takes the plan with the least harm + price · layers run, and the price is calibrated
-# (`router_share` above 0 trains the router further, end to end).
+# In the default the router gets no gradient: it is regressed on labels of marginal harm, shrunk
+# towards the best static plan, and calibrated (`router_share` above 0 trains it further).
 #
 # Every controlled router is calibrated on held-out text and measured on the test split, beside its
 # own plan shuffled across tokens, its mean plan, a random plan at the same skip, and the best
@@ -54,7 +52,7 @@ accumulation: int = 1
 seq_len: int = 256
 lr: float = 1.0e-3
 kd_weight: float = 0.5
-label_tokens: int = 40960
+warm_tokens: int = 6144
 seed: int = 0
 
 # %%
@@ -66,10 +64,9 @@ from dlr.settings import SettingsError
 from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("token_routing", globals())
-COLD = {"router_class": "Router", "warm_start": False, "lora_prefix": True}
-CHANGES = {"v1": COLD | {"objective": "global_penalty", "router_lr": 1e-2},
-           "v2": COLD | {"objective": "original", "router_lr": 1e-2},
-           "cold": COLD, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}}
+CHANGES = {"v1": {"objective": "global_penalty", "warm_start": False, "router_lr": 1e-2},
+           "v2": {"objective": "original", "warm_start": False, "router_lr": 1e-2},
+           "cold": {"warm_start": False}, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}}
 known = [*CHANGES, "best static", "dense LoRA"]
 unknown = [name for name in config.variants if name not in known]
 if unknown:
@@ -77,8 +74,7 @@ if unknown:
 configs = {name: config.changed(**CHANGES[name]) for name in CHANGES if name in config.variants}
 
 # %% tags=["nbval-ignore-output"]
-from dlr.workbook import frontier as points
-from dlr.workbook import study
+from dlr.workbook import frontier, study
 from dlr.runs import kind_of
 from dlr.figures.training import comparison, keep_rates, training
 from dlr.workbook.runner import open_run, shown
@@ -100,7 +96,7 @@ if not run.done:
         rows.append(study.static_row(bench, config, run.folder / "static", skip))
     if "dense LoRA" in config.variants:
         rows.append(study.dense_row(bench, config, run.folder / "dense"))
-    run.finish(rows, against_static=points.against_static(bench, "DLR"))
+    run.finish(rows, against_static=frontier.against_static(bench, "DLR"))
 
 # %% [markdown]
 # ## Result

@@ -41,30 +41,30 @@ def spread(values: list[float]) -> str:
 
 @pytest.mark.parametrize("target", [0.2, 0.4, 0.6])
 def test_the_frontier(target):
-    runs = [f"pareto/router-target_skip={target}-seed={seed}" for seed in range(3)]
+    runs = [f"pareto/router-seed={seed}" for seed in range(3)]
+    dlr, static = f"DLR at {target:.0%}", f"best static at {target:.0%}"
     each = {name: [rows(run)[name]["perplexity"] for run in runs] for name in rows(runs[0])}
-    skips = [100 * rows(run)["DLR"]["skip"] for run in runs]
-    against = [metrics(run)["against_static"] for run in runs]
+    skips = [100 * rows(run)[dlr]["skip"] for run in runs]
+    against = [next(row for row in metrics(run)["against_static"] if row["target_skip"] == target)
+               for run in runs]
     differences = "; ".join(
         f"{d['nll_difference']:+.4f} ({d['low']:.4f}, {d['high']:.4f})" for d in against)
     says(f"| {100 * target:.0f} % | {np.mean(skips):.1f} ± {np.std(skips, ddof=1):.1f} % | "
-         f"{spread(each['DLR'])} | "
-         f"{spread(each['best static'])} | {np.mean(each['DLR, mean plan']):.2f} | "
-         f"{np.mean(each['DLR, shuffled']):.2f} | "
-         f"{np.mean(each['DLR, random plan']):.2f} | {differences} |")
-    assert all(abs(skip - 100 * target) < 0.25 for skip in skips)
-    assert all(shuffled > own for shuffled, own in zip(each["DLR, shuffled"], each["DLR"]))
-    wins, losses = sum(d["high"] < 0 for d in against), sum(d["low"] > 0 for d in against)
-    assert (wins, losses) == {0.2: (1, 0), 0.4: (3, 0),
-                              0.6: (0, 3)}[target], "where the router wins"
+         f"{spread(each[dlr])} | "
+         f"{spread(each[static])} | {np.mean(each[f'{dlr}, mean plan']):.2f} | "
+         f"{np.mean(each[f'{dlr}, shuffled']):.2f} | "
+         f"{np.mean(each[f'{dlr}, random plan']):.2f} | {differences} |")
+    assert all(abs(skip - 100 * target) < 1 for skip in skips)
+    assert all(shuffled > own for shuffled, own in zip(each[f"{dlr}, shuffled"], each[dlr]))
+    assert all(d["high"] < 0 for d in against), "the router wins in every cell"
 
 
 def test_what_stands_beside_the_frontier():
-    seeds = [rows(f"pareto/baselines-seed={seed}") for seed in range(3)]
-    dense = [seed["dense LoRA"]["perplexity"] for seed in seeds]
-    dropped = [np.mean([seed[f"stochastic depth, {name}"]["perplexity"] for seed in seeds])
+    beside = rows("pareto/baselines-seed=0")
+    dropped = [beside[f"stochastic depth, {name}"]["perplexity"]
                for name in ("full", "20% dropped", "40% dropped", "60% dropped")]
-    says(f"base {seeds[0]['base']['perplexity']:.2f}, dense LoRA {spread(dense)}.",
+    says(f"base {beside['base']['perplexity']:.2f}, dense LoRA "
+         f"{beside['dense LoRA']['perplexity']:.2f}",
          f"{dropped[0]:.2f} at full depth, {dropped[1]:.2f}, {dropped[2]:.2f} and "
          f"{dropped[3]:.2f} with 20, 40 and 60 % dropped")
     found = rows("token_routing/default")
@@ -77,11 +77,11 @@ def test_what_stands_beside_the_frontier():
          f"{found['v1']['perplexity']:.1f}")
 
 
-def test_the_threshold_of_the_reported_routers_never_moved():
-    """Gradients trained LoRA alone: routers keep the threshold that their warm start gave them."""
+def test_the_reported_routers_were_not_trained_by_gradients():
+    """Gradients trained LoRA and adapters alone: routers keep what the regression gave them."""
     logs = sorted((ROOT / "results" / "pareto").glob("router-*/router/log.csv"))
-    assert len(logs) == 9
-    assert all(pd.read_csv(path)["threshold"].nunique() == 1 for path in logs)
+    assert len(logs) == 3
+    assert all(pd.read_csv(path)["temperature"].isna().all() for path in logs)
 
 
 def test_what_the_shipped_router_knows():

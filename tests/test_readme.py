@@ -100,7 +100,7 @@ EXPECTED = {
     "python -m dlr run token_routing --params params/token_routing/tinyllama.yaml": (
         refused("Without a network use"), {}),
     "python -m dlr sweep params/pareto/nano.yaml --jobs 2": (
-        shown("12 runs, 12 finished already", "| best static", "0 failed"), RECORDED),
+        shown("4 runs, 4 finished already", "| best static", "0 failed"), RECORDED),
     "papermill notebooks/03_token_routing.ipynb out.ipynb -f params/token_routing/quick.yaml": (
         papermill, {}),
     "python -m dlr explore 'Any text.'": (shown("layers a token", "always kept"), {}),

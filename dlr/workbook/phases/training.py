@@ -38,6 +38,13 @@ class SequenceConfig(NotebookConfig):
     penalties: Annotated[list[Annotated[float, Field(ge=0.0)]], distinct("{:g}")] = [0.3, 1.0, 3.0]
 
 
+@phase("03_token_routing")
+class TokenConfig(NotebookConfig):
+    """03: token-level routing, version by version."""
+    variants: Annotated[list[str], distinct()] = [
+        "v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
+
+
 class DepthConfig(NotebookConfig):
     """What the notebooks of the depth router share; the controls get the same skip adapters."""
     toy: ClassVar = RunConfig.toy | {"adapter_tokens": 64, "order_tokens": 64, "label_tokens": 64,
@@ -47,13 +54,6 @@ class DepthConfig(NotebookConfig):
     router_hidden: int = Field(256, ge=1, le=2**16)
     skip_adapter_rank: int = Field(32, ge=0, le=2**16)
     lora_prefix: bool = False
-
-
-@phase("03_token_routing")
-class TokenConfig(DepthConfig):
-    """03: token-level routing, version by version."""
-    variants: Annotated[list[str], distinct()] = [
-        "v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
 
 
 @phase("04_pareto")
