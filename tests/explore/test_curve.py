@@ -97,3 +97,18 @@ def test_no_curve_where_no_depth_router_made_the_plan(session, model, tokenizer)
     half_skipping(model)
     other = Session(model=model, tokenizer=tokenizer).read(TEXT)
     assert other.harm is None and "<desc" not in views.view(other)
+
+
+def test_the_cost_line_counts_adapters_under_any_plan_and_the_router_under_its_own(model, tokenizer):
+    router = scattered(model, DEPTH.model_copy(update={"skip_adapter_rank": 3})).router
+    session = Session(model=model, tokenizer=tokenizer)
+    own, static = session.read(TEXT), session.read(TEXT, policy=StaticPlan(torch.tensor([1.0, 0, 1, 0])))
+    with_adapters = [session.flops(record).flops_routed for record in (own, static)]
+    adapters, router.skip = router.skip, None
+    bare = [session.flops(record).flops_routed for record in (own, static)]
+    router.skip = adapters
+    for record, more, less in zip((own, static), with_adapters, bare):
+        assert more - less == pytest.approx(int((~record.gates).sum()) * 2 * 2 * 32 * 3)
+    network = 2 * (33 * 128 + 128 * 128 + 128 * 3)
+    given = replace(own, meta=own.meta | {"policy": "GivenPlan"})
+    assert with_adapters[0] - session.flops(given).flops_routed == pytest.approx(len(own) * network)
