@@ -50,6 +50,19 @@ def half_skipping(model, config=OPEN):
     return routing
 
 
+DEPTH = RouterConfig(router_class="DepthRouter", always_keep=2, keep_first_tokens=1, book_depth=0.75)
+
+
+def scattered(model, config=DEPTH, order=(2, 0, 3, 1)):
+    """A depth router whose random harms differ from token to token."""
+    torch.manual_seed(3)
+    routing = dlr.attach(model, config)
+    routing.router.set_order(list(order))
+    with torch.no_grad():
+        routing.router.net[-1].weight.normal_(std=1.0)
+    return routing
+
+
 class Renamed(torch.nn.Module):
     """A Llama layer whose parts no family names so."""
 

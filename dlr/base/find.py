@@ -5,11 +5,13 @@ training; and for a phase the same in its newest complete run. Half-written chec
 with a warning.
 """
 
+import json
 import warnings
 from pathlib import Path
 
 from dlr.base.folder import CONFIG, looks_like, missing_part
 from dlr.base.models import NANO_ROUTER
+from dlr.routing.weights import NANO_NAME
 from dlr.runs import METRICS, from_project, results_folder
 
 EMBEDDED = "embedded router"            # its label; on a command line it is 'nano-router'
@@ -32,6 +34,16 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
                 named = folder.parent if folder.name == "checkpoint" else folder
                 folders[str(named.relative_to(root))] = folder
     return folders
+
+
+def router_for(base: str) -> Path | None:
+    """The first of `checkpoints` whose router was made for the base model `base`; None: no one."""
+    name = NANO_NAME if base == "nano" else base
+    for folder in checkpoints().values():
+        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if record.get("base", {}).get("name") == name and missing_part(folder) is None:
+            return folder
+    return None
 
 
 def label_of(folder: Path) -> str:

@@ -6,7 +6,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from dlr.bench.metering import Meter
-from dlr.measure.flops import flops_per_token, plan_flops_per_token
+from dlr.measure.flops import added_weights, flops_per_token, plan_flops_per_token
 
 Z = 1.96                                    # half a 95 % interval in standard errors
 
@@ -84,10 +84,11 @@ def row_of(lm, benchmark: dict, names: list[str]) -> dict:
                 "always_keep": settings.always_keep}
         always = settings.always_keep + settings.keep_last
         row["active_layers"] = always + sum(meter.keep_rate) / routing.units_per_layer
-        router = settings.router_hidden if lm.loaded.kind == "routed" else 0
         row["flops"] = plan_flops_per_token(config, meter.mean_reach, meter.keep_rate,
-                                            settings.always_keep, settings.keep_last, router,
-                                            settings.skip_adapter_rank)
+                                            settings.always_keep, settings.keep_last,
+                                            routing.router, lm.loaded.kind == "routed")
+    if routing is not None:
+        row |= added_weights(routing.router, lm.loaded.kind)
     results = benchmark["harness"]["results"]
     tops = [name for name in names if name in results]
     below = {leaf for top in tops for leaf in leaves_of(top, benchmark)}
@@ -133,6 +134,9 @@ def scores_table(rows: list[dict]) -> pd.DataFrame:
         line = {"variant": row["variant"], "skip": f"{row['skip']:.1%}",
                 "active layers": f"{row['active_layers']:.2f}",
                 "MFLOPs/token": f"{row['flops'] / 1e6:.2f}"}
+        if "adapter_parameters" in row:          # rows recorded before do not say
+            line["router + adapters, parameters"] = \
+                f"{row['router_parameters']:,} + {row['adapter_parameters']:,}"
         for score in row["scores"]:
             line[f"{score['task']} ({score['metric'].split(',')[0]})"] = _said(score)
         for task, measured in row["perplexity"].items():

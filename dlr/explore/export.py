@@ -44,6 +44,8 @@ def rows(record: Record) -> list[dict]:
             row[f"top_{which}_probability"] = chances
         row["layers"] = table[i].tolist()
         row["router_logits"] = record.logits[i].tolist()
+        if record.harm is not None:
+            row["predicted_harm"] = record.harm[i].tolist()
         tokens.append(plain(row))
     return tokens
 
@@ -78,9 +80,9 @@ def to_csv(record: Record) -> str:
     flat = []
     for row in rows(record):
         for name in ("top_dense", "top_routed", "top_dense_probability", "top_routed_probability",
-                     "layers", "router_logits"):
+                     "layers", "router_logits", "predicted_harm"):
             stem = {"layers": "layer", "router_logits": "logit"}.get(name, name)
-            row |= {f"{stem}_{k}": value for k, value in enumerate(row.pop(name))}
+            row |= {f"{stem}_{k}": value for k, value in enumerate(row.pop(name, ()))}
         flat.append({name: cell(value) for name, value in row.items()})
     # Texts stand in quotes: where ';' separates cells, one in a token would begin a new cell.
     return pd.DataFrame(flat).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)

@@ -15,6 +15,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dlr.explore.curve import harm_curve
 from dlr.explore.layout import (Cost, Layout, Look, change, level, lines_of, number, said_execution,
                                 said_plan, steps)
 from dlr.explore.stream import Progress
@@ -115,7 +116,8 @@ def _card(layout: Layout, i: int) -> dict:
         "ran": [layer for layer, share in enumerate(shares) if share == 1],
         "half": [layer for layer, share in enumerate(shares) if 0 < share < 1],
         "skipped": [layer for layer, share in enumerate(shares) if share == 0],
-        "next": None if last else record.tokens[i + 1], "top": list(zip(*columns))}
+        "next": None if last else record.tokens[i + 1], "top": list(zip(*columns)),
+        "curve": harm_curve(record, i)}
 
 
 def strip(layout: Layout, marked: Iterable[int] = (), cards: bool = True) -> Markup:

@@ -152,6 +152,8 @@ def said_plan(record: Record) -> str:
         plan = f"plan: {record.meta['policy']}"
     elif threshold == -math.inf:
         plan = "every gate open"
+    elif "depths" in record.meta:
+        plan = f"units run at a price of {threshold:.3g} nats each"
     else:
         plan = f"gates open above a router logit of {threshold:.3f}"
     return f"{record.meta['model']}, {plan}"

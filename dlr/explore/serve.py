@@ -33,6 +33,7 @@ TOKEN_VARIABLE = "JUPYTER_TOKEN"  # in the environment: a command line can be re
 EXAMPLES = """examples:
   python -m dlr explore "The cat sat on the mat."          the embedded router, in the terminal
   python -m dlr explore --skip 0.3 --out view < notes.txt  another budget; also files for a paper
+  python -m dlr explore --base smollm2 "Any text."          a base model, with its router if any
   python -m dlr explore --serve                            all of it in a browser, on this machine
 """
 DATA = Path(__file__).parent / "templates"        # holds one for Voilà too
@@ -46,6 +47,8 @@ def add_parser(commands, formatter) -> None:
     add = explore.add_argument
     add("text", nargs="?", help="the text (default: standard input)")
     add("--checkpoint", metavar="FOLDER", help="checkpoint (default: the embedded router)")
+    add("--base", metavar="MODEL", help="base model: smollm2, nano, a folder, a Hub id; with the "
+        "router made for it, if any, or with --checkpoint's")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the base model's weights (default: as the checkpoint records)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: an accelerator if any)")
@@ -60,12 +63,12 @@ def add_parser(commands, formatter) -> None:
 
 def explore(arguments) -> int:
     """Runs the command; returns its exit status."""
-    loading = {name: getattr(arguments, name) for name in ("dtype", "device")
+    loading = {name: getattr(arguments, name) for name in ("base", "dtype", "device")
                if getattr(arguments, name) is not None}
     if arguments.serve:
         if arguments.skip is not None or arguments.out or arguments.plain:
-            raise ValueError("--serve takes --checkpoint, --dtype, --device, a text, --port and "
-                             "--no-browser; budget and export are in the page.")
+            raise ValueError("--serve takes --checkpoint, --base, --dtype, --device, a text, "
+                             "--port and --no-browser; budget and export are in the page.")
         return serve(arguments.checkpoint, arguments.port, not arguments.no_browser,
                      arguments.text, **loading)
     if arguments.port or arguments.no_browser:
@@ -103,7 +106,11 @@ def notebook(checkpoint: str | None, text: str | None = None, **loading) -> str:
     import nbformat
 
     from dlr.base.find import find_checkpoint
-    folder = str(find_checkpoint(checkpoint).resolve())
+    from dlr.runs import from_project
+    alone = checkpoint is None and "base" in loading
+    folder = None if alone else str(find_checkpoint(checkpoint).resolve())
+    if "base" in loading and (place := from_project(loading["base"])).exists():
+        loading["base"] = str(place.resolve())
     settings = "".join(f", {name}={value!r}" for name, value in loading.items())
     source = f"from dlr.explore.tabs import Workbench\nWorkbench({folder!r}, {text!r}{settings})"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
@@ -156,7 +163,7 @@ def server(checkpoint: str | None = None, port: int = 0, text: str | None = None
 
     Args:
         idle, check: seconds without a tab after which a kernel ends, and seconds between looks.
-        loading: dtype and device of the checkpoint, see `dlr.explore.session.Session`.
+        loading: base, dtype and device of the checkpoint, see `dlr.explore.session.Session`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.

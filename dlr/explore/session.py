@@ -11,18 +11,15 @@ Every session loads its own copy of the model; `close` takes router and adapters
 import contextlib
 import statistics
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import peft  # noqa: F401  takes seconds to import: here, not at the first view
 import torch
-from transformers.utils import logging as bars
 
 from dlr.base.data import load_documents, padded_batches
-from dlr.base.find import label_of
-from dlr.base.opened import load
 from dlr.explore.layout import Cost
+from dlr.explore.opening import open_routed
 from dlr.explore.tokens import piece_bytes
 from dlr.measure.evaluate import router_logits
 from dlr.measure.flops import active_halves, adapter_flops, router_flops, text_flops
@@ -64,6 +61,8 @@ class Session:
 
     Args:
         checkpoint: as in `dlr.base.find.find_checkpoint`; the embedded router by default.
+        base: the base model to open the checkpoint on. Alone, it is opened with the first router
+            that was made for it, or, where there is none, with every layer run.
         model, tokenizer: a routed model that is there already, instead of a checkpoint; `close`
             then leaves it alone.
         loading: dtype, device and load_in_4bit, as in `dlr.load`; what is None is as the checkpoint
@@ -74,21 +73,21 @@ class Session:
         ValueError: a model was given without its tokenizer, or with `loading`.
     """
 
-    def __init__(self, checkpoint: str | Path | None = None, *, model=None, tokenizer=None,
-                 **loading):
+    def __init__(self, checkpoint: str | Path | None = None, base: str | None = None, *,
+                 model=None, tokenizer=None, **loading):
         loading = {name: value for name, value in loading.items() if value is not None}
         self.owned = model is None
         self.name, self.folder, self.note = "given model", None, ""
+        self.source: tuple = (None, None)
         if self.owned:
             if torch.cuda.is_available():
                 loading.setdefault("device", "cuda")
-            with _quiet() as said:
-                opened = load(checkpoint, variant="routed", say=lambda words: None, **loading)
-            self.folder, self.name = opened.folder, label_of(opened.folder)
-            self.note = " ".join(said).replace(str(self.folder), self.name)
-            model, tokenizer, _ = opened
-        elif tokenizer is None or checkpoint is not None or loading:
-            given = [*loading, *(["checkpoint"] if checkpoint is not None else [])]
+            model, tokenizer, self.folder, self.name, self.note = \
+                open_routed(checkpoint, base, **loading)
+            self.source = (self.folder, base)        # what opens it again
+        elif tokenizer is None or checkpoint is not None or base is not None or loading:
+            named = {"checkpoint": checkpoint, "base": base}
+            given = [*loading, *(name for name, value in named.items() if value is not None)]
             raise ValueError("Session(model=...) takes a routed model that is loaded, and its "
                              "tokenizer=...; checkpoint, dtype, device and the like have no effect "
                              f"on it (given: {', '.join(given) or 'none'}).")
@@ -205,8 +204,7 @@ class Session:
         always = meta["always_keep"] + meta["keep_last"]
         active = active_halves(record.gates, always, meta["units_per_layer"])
         asked = router_flops(router) if meta["policy"] == "RouterPolicy" else 0
-        past = int((~record.gates).sum()) * adapter_flops(router.width,
-                                                          self.routing.config.skip_adapter_rank)
+        past = int((~record.gates).sum()) * adapter_flops(router)
         return Cost(text_flops(config, dense, record.position),
                     text_flops(config, active, record.position, asked) + past,
                     execution=self.routing.execution)
@@ -257,24 +255,3 @@ class Session:
         base = self.model.unload() if hasattr(self.model, "unload") else self.model
         self.model = None
         return base
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Yields a list that afterwards holds this project's own warnings, for the view. Other warnings
-    are passed on. transformers' progress bar, which would stay on the page, is off meanwhile."""
-    said: list[str] = []
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            yield said
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-    for warning in caught:
-        if project_root() / "dlr" in Path(warning.filename).resolve().parents:
-            said.append(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename,
-                                   warning.lineno)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import ipywidgets as W
 
-from dlr.base.find import checkpoints
 from dlr.explore import html
+from dlr.explore.opening import sources
 from dlr.explore.session import Session
 from dlr.explore.stream import Progress, generate
 from dlr.explore.widgets import (FIRST, WIDE, Explorer, Later, Quiet, budget_slider, column,
@@ -27,18 +27,18 @@ class Comparison(Quiet, W.VBox):
     Args:
         checkpoint: of the first side; the second starts with the same one.
         session: a session to share; it is not closed with the comparison.
-        loading: dtype, device and load_in_4bit, see `dlr.explore.session.Session`.
+        base, loading: see `dlr.explore.session.Session`.
     """
 
     def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None,
-                 **loading):
+                 base: str | None = None, **loading):
         self.error: Exception | None = None
         self.records: tuple[Record, Record] | None = None
         self._owned = session is None
         self._loading = loading
-        first = session or Session(checkpoint, **loading)
+        first = session or Session(checkpoint, base, **loading)
         self._sessions = {"first": first, "second": first}
-        self.source = first.folder
+        self.source = first.source
         self._build(first, FIRST if text is None else text)
         super().__init__([self.controls, self.downloads, self.view], layout={"width": "100%"})
         self._later = Later(self.read)
@@ -52,8 +52,8 @@ class Comparison(Quiet, W.VBox):
         self.text = text_area(text, "text to compare on")
         self.budgets = {side: budget_slider(first) for side in ("first", "second")}
         self.budgets["second"].value = max(0, self.budgets["first"].value - 15)
-        self._folders = {first.name: first.folder} | checkpoints()
-        self.picker = W.Dropdown(options=list(self._folders), value=first.name, layout=WIDE)
+        self._sources = sources(first.name, first.source)
+        self.picker = W.Dropdown(options=list(self._sources), value=first.name, layout=WIDE)
         self.plan = W.Dropdown(options=[ROUTER, STATIC], value=ROUTER, layout=WIDE)
         self.save = W.Button(description="Export HTML", icon="download")
         self.downloads, self.view = W.HTML(), view_area()
@@ -71,7 +71,7 @@ class Comparison(Quiet, W.VBox):
             return
         try:
             self._sessions["second"] = first if self.picker.value == first.name else \
-                Session(self._folders[self.picker.value], **self._loading)
+                Session(*self._sources[self.picker.value], **self._loading)
         except Exception:
             self.picker.value = before.name                 # the model is still that one
             raise
@@ -142,17 +142,17 @@ class Generator(Quiet, W.VBox):
 
     Args:
         session: a session to share; it is not closed with the tab.
-        loading: dtype, device and load_in_4bit, see `dlr.explore.session.Session`.
+        base, loading: see `dlr.explore.session.Session`.
     """
 
     def __init__(self, checkpoint=None, prompt: str = "The function returns",
-                 session: Session | None = None, **loading):
+                 session: Session | None = None, base: str | None = None, **loading):
         self.error: Exception | None = None
         self.progress: Progress | None = None
         self._task, self._stopped, self._seed = None, False, -1
         self._owned = session is None
-        self.session = session or Session(checkpoint, **loading)
-        self.source = self.session.folder
+        self.session = session or Session(checkpoint, base, **loading)
+        self.source = self.session.source
         self.prompt = text_area(prompt, "prompt", height="72px")
         self.budget = budget_slider(self.session)
         self.tokens = W.IntSlider(value=60, min=5, max=400, layout=WIDE)
@@ -218,15 +218,16 @@ class Workbench(Quiet, W.Tab):
     when opened, and made again if the explorer has another checkpoint by then.
 
     Args:
-        loading: dtype, device and load_in_4bit, see `dlr.explore.session.Session`.
+        base, loading: see `dlr.explore.session.Session`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; the message names those there are.
     """
 
-    def __init__(self, checkpoint=None, text: str | None = None, **loading):
+    def __init__(self, checkpoint=None, text: str | None = None, base: str | None = None,
+                 **loading):
         self._loading = loading
-        self.explorer = Explorer(checkpoint, text, **loading)
+        self.explorer = Explorer(checkpoint, text, base=base, **loading)
         self.comparison: Comparison | None = None
         self.generator: Generator | None = None
         super().__init__([self.explorer, W.VBox(), W.VBox()],
@@ -235,14 +236,15 @@ class Workbench(Quiet, W.Tab):
 
     def _open(self) -> None:
         """Builds the chosen tab on the explorer's checkpoint; an error shows in its place."""
-        source = self.explorer.session.folder
+        source = self.explorer.session.source
         tabs = list(self.children)
         try:
             if self.selected_index == 1 and self._stale(self.comparison, source):
-                tabs[1] = self.comparison = Comparison(source, self.explorer.text.value,
-                                                       **self._loading)
+                tabs[1] = self.comparison = Comparison(
+                    source[0], self.explorer.text.value, base=source[1], **self._loading)
             elif self.selected_index == 2 and self._stale(self.generator, source):
-                tabs[2] = self.generator = Generator(source, **self._loading)
+                tabs[2] = self.generator = Generator(
+                    source[0], base=source[1], **self._loading)
         except Exception as error:
             tabs[self.selected_index] = W.HTML(html.message(error))
         self.children = tabs

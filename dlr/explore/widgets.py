@@ -12,10 +12,10 @@ import functools
 
 import ipywidgets as W
 
-from dlr.base.find import checkpoints
 from dlr.explore import html
 from dlr.explore.export import FORMATS, export
 from dlr.explore.layout import Cost, Look
+from dlr.explore.opening import sources
 from dlr.explore.session import TURNS, Session
 from dlr.explore.tokens import Words
 from dlr.measure.record import Record
@@ -120,12 +120,12 @@ class Explorer(Quiet, W.VBox):
         checkpoint: folder or label of a checkpoint; the embedded router by default.
         text: what to show first.
         session: a session to share; the explorer then does not close it.
-        loading: dtype, device and load_in_4bit of every checkpoint opened here, see
-            `dlr.explore.session.Session`.
+        base: of the first session; loading: dtype, device and load_in_4bit of every checkpoint
+            opened here, see `dlr.explore.session.Session`.
     """
 
     def __init__(self, checkpoint=None, text: str | None = None, session: Session | None = None,
-                 **loading):
+                 base: str | None = None, **loading):
         self.error: Exception | None = None
         self.record: Record | None = None
         self.words: Words | None = None
@@ -134,7 +134,7 @@ class Explorer(Quiet, W.VBox):
         self._owned = session is None
         self._quiet = False
         self._loading = loading
-        self.session = session or Session(checkpoint, **loading)
+        self.session = session or Session(checkpoint, base, **loading)
         self._build(FIRST if text is None else text)
         self._read_later = Later(self.read)
         self._settle_later = Later(self.settle)
@@ -154,8 +154,8 @@ class Explorer(Quiet, W.VBox):
         self.text = text_area(text, "text to explore")
         self.example = W.Dropdown(options=[("choose an example", ""), *EXAMPLES.items()],
                                   layout=WIDE)
-        self._folders = {self.session.name: self.session.folder} | checkpoints()
-        self.picker = W.Dropdown(options=list(self._folders), value=self.session.name, layout=WIDE,
+        self._sources = sources(self.session.name, self.session.source)
+        self.picker = W.Dropdown(options=list(self._sources), value=self.session.name, layout=WIDE,
                                  disabled=not self._owned, tooltip="checkpoint")
         self.budget = budget_slider(self.session)
         self.layers = W.IntRangeSlider(value=(0, last), min=0, max=last, layout=WIDE,
@@ -256,7 +256,7 @@ class Explorer(Quiet, W.VBox):
         self._quiet = True                                  # what is set here is nobody's input
         try:
             try:
-                self.session = Session(self._folders[change["new"]], **self._loading)
+                self.session = Session(*self._sources[change["new"]], **self._loading)
             except Exception:
                 self.picker.value = before.name             # the model is still that one
                 raise

@@ -10,7 +10,7 @@ import torch
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlr.measure.flops import flops_per_token, router_flops
+from dlr.measure.flops import adapter_flops, flops_per_token, router_flops
 from dlr.measure.latency import Prefill
 from dlr.routing.device import device_of
 
@@ -138,7 +138,9 @@ def flops_and_memory(work: Prefill, skips: list[float],
                      systems=("dense", "masked", "compact")) -> pd.DataFrame:
     """FLOPs of a prefill, counted (eager attention) and in closed form; memory over dense; K/V."""
     subject, model = work.subject, work.subject.model
+    router = subject.routing.router
     weights = sum(p.nbytes for p in {p.data_ptr(): p for p in model.parameters()}.values())
+    added = sum(p.nbytes for p in router.parameters())           # which the dense model has not
     attention = model.config._attn_implementation
     peaks, rows = [], []
     for system, skip in [(name, ratio) for name in systems
@@ -155,10 +157,13 @@ def flops_and_memory(work: Prefill, skips: list[float],
         keys_values = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         head = 2 * model.config.hidden_size * model.config.vocab_size
         body = flops_per_token(model.config, subject.active(skip), work.length / 2) - head
-        body += 0 if system == "dense" else router_flops(subject.routing.router)
+        if system != "dense":
+            body += router_flops(router) + subject.routing.units * skip * adapter_flops(router)
         rows.append({"model": subject.name, "system": system, "skip": skip, "batch": work.batch,
                      "length": work.length, "counted_gflop": counter.get_total_flops() / 1e9,
                      "closed_form_gflop": float(body) * work.tokens / 1e9,
                      "kv_mb": keys_values / 1e6,
-                     "memory_over_dense": (weights + memory.peak) / (weights + peaks[0]) - 1})
+                     "added_mb": 0.0 if system == "dense" else added / 1e6,
+                     "memory_over_dense": (memory.peak - peaks[0] + added * (system != "dense"))
+                     / (weights - added + peaks[0])})
     return pd.DataFrame(rows)

@@ -8,6 +8,7 @@ the MLP.
 import torch
 
 from dlr.routing.families import names
+from dlr.routing.router import Router
 
 _UNGATED = frozenset(names("ungated"))
 
@@ -66,16 +67,16 @@ def flops_per_token(config, active: float | torch.Tensor | tuple,
 
 
 def plan_flops_per_token(config, context: float, keep_rate: list[float], always_keep: int = 0,
-                         keep_last: int = 0, router_hidden: int = 0,
-                         adapter_rank: int = 0) -> float:
+                         keep_last: int = 0, router: Router | None = None,
+                         asked: bool = True) -> float:
     """FLOPs of one token under a plan's keep rates; norms and activations are left out.
 
     Args:
         keep_rate: mean gate of each unit: one a routable layer, or two (its attention, then its
             MLP).
         always_keep, keep_last: layers outside the routable ones.
-        router_hidden: width of the router's hidden layers; 0: no router runs (static plans).
-        adapter_rank: of the low-rank path past a skipped unit; 0: none.
+        router: what is attached to the model; its skip adapters count under every plan.
+        asked: whether the router made the plan, so that its network counts; not of static plans.
 
     Raises:
         ValueError: the keep rates do not fit the layers.
@@ -86,19 +87,22 @@ def plan_flops_per_token(config, context: float, keep_rate: list[float], always_
         raise ValueError(f"{len(keep_rate)} keep rates do not fit {routable} routable layers.")
     rates = torch.tensor(keep_rate, dtype=torch.double)
     attention, mlp = active_halves(rates, always_keep + keep_last, len(keep_rate) // routable)
-    router = 2 * (text.hidden_size * router_hidden + router_hidden**2 + router_hidden
-                  * len(keep_rate))
-    skipped = (len(keep_rate) - sum(keep_rate)) * adapter_flops(text.hidden_size, adapter_rank)
-    return flops_per_token(text, (float(attention), float(mlp)), context) + router + skipped
+    body = flops_per_token(text, (float(attention), float(mlp)), context)
+    if router is None:
+        return body
+    skipped = len(keep_rate) - sum(keep_rate)
+    return body + skipped * adapter_flops(router) + asked * router_flops(router)
 
 
-def adapter_flops(width: int, rank: int) -> int:
-    """FLOPs of the low-rank path past one skipped unit, for one token."""
-    return 2 * 2 * width * rank
+def adapter_flops(router: Router) -> int:
+    """FLOPs of the low-rank path past one skipped unit, for one token; 0 without adapters."""
+    if router.skip is None:
+        return 0
+    return 2 * sum(p.numel() for p in router.skip.parameters() if p.ndim == 2) // router.units
 
 
-def router_flops(router) -> int:
-    """FLOPs the router costs a token."""
+def router_flops(router: Router) -> int:
+    """FLOPs the router's network costs a token."""
     return 2 * sum(p.numel() for name, p in router.named_parameters() if p.ndim == 2
                    and name.startswith("net"))
 
@@ -107,3 +111,18 @@ def text_flops(config, active: torch.Tensor | tuple, position: torch.Tensor,
                router: int = 0) -> float:
     """FLOPs of whole texts; `router` is its cost a token, `active` is as in `flops_per_token`."""
     return float((flops_per_token(config, active, position.double() + 1) + router).sum())
+
+
+def added_weights(router: Router, kind: str) -> dict[str, int]:
+    """What a row of `kind` carries beside base and LoRA: numbers of parameters, and their bytes.
+
+    Skip adapters go with every plan that skips, the router's network with its own plans alone.
+    """
+    adapters, network = [], []
+    for name, parameter in router.named_parameters():
+        (adapters if name.startswith("skip.") else network).append(parameter)
+    adapters = adapters if kind not in ("base", "dense") else []
+    network = network if kind in ("routed", "shuffled") else []
+    return {"adapter_parameters": sum(p.numel() for p in adapters),
+            "router_parameters": sum(p.numel() for p in network),
+            "added_bytes": sum(p.nbytes for p in [*adapters, *network])}

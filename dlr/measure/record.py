@@ -51,7 +51,8 @@ class Record:
         top_dense, top_routed: `[n, k]` likeliest next ids, and `..._probability` `[n, k]`.
         tokens: `[n]` decoded pieces.
         meta: always_keep, keep_last, keep_first_tokens, units_per_layer, layers, threshold, model,
-            policy, top_tokens (id to text).
+            policy, top_tokens (id to text), depths (`[M]` units that each plan of a book drops).
+        harm: `[n, M]` nats that a depth router predicts for each plan; None of other routers.
     """
     ids: torch.Tensor
     document: torch.Tensor
@@ -68,6 +69,7 @@ class Record:
     top_routed_probability: torch.Tensor
     tokens: list[str]
     meta: dict
+    harm: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -115,6 +117,8 @@ class Record:
         if meta.get("threshold") == -math.inf:
             meta["threshold"] = None
         tensors = {name: getattr(self, name) for name in TENSORS}
+        if self.harm is not None:
+            tensors["harm"] = self.harm
         save_tensors(tensors | {"gates": self.gates.to(torch.uint8)},
                      path.with_suffix(".safetensors"))
         return write_atomically(path.with_suffix(".json"),
@@ -217,6 +221,8 @@ def _record_text(model, routing: Routing, ids: torch.Tensor, policy: Policy, top
     logits = torch.full(plan.gates.shape[1:], NAN)
     if plan.logits is not None:
         logits = plan.logits[0].float().cpu()
+    if plan.harm is not None:
+        measured["harm"] = plan.harm[0].float().cpu()
     return measured | {"ids": ids.cpu(), "position": torch.arange(len(ids)),
                        "gates": (plan.gates[0] > 0.5).cpu(), "logits": logits}
 
@@ -276,7 +282,7 @@ def record_ids(model, routing: Routing, tokenizer, documents: list[list[int]], *
                                      disable=not bar or len(documents) < 8)):
         part = _record_text(model, routing, torch.tensor(ids, device=device), policy, top, dense)
         parts.append(part | {"document": torch.full((len(ids),), index)})
-    tensors = {key: torch.cat([part[key] for part in parts]) for key in TENSORS}
+    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     config = routing.config
     likely = torch.cat([tensors["top_dense"], tensors["top_routed"]]).unique().tolist()
     meta = {"model": name or describe_base(model)["name"], "policy": type(policy).__name__,
@@ -287,4 +293,6 @@ def record_ids(model, routing: Routing, tokenizer, documents: list[list[int]], *
             "top_tokens": dict(zip(map(str, likely), pieces(tokenizer, likely)))}
     if not routing.router.ahead:
         meta["replannable"] = False
+    if "harm" in tensors:
+        meta["depths"] = [int(depth) for depth in routing.router.depths.tolist()]
     return Record(**tensors, tokens=pieces(tokenizer, tensors["ids"].tolist()), meta=meta)

@@ -26,6 +26,7 @@ class Plan:
         steps: (gate, logit) `[b, s, 1]` of each unit so far, of a router that goes layer by layer.
         first_pass: whether this is the first of two passes.
         compact: whether only what the gates keep is computed.
+        harm: `[b, s, M]` nats that a depth router predicts; None in training, and of other routers.
 
     Of the pass in progress alone; `end` lets go of it:
         cache: the key/value cache, or None.
@@ -52,6 +53,7 @@ class Plan:
     steps: list | None = None
     runs: torch.Tensor | None = None
     rows: list | None = None
+    harm: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         if self.gates is None:

@@ -90,7 +90,7 @@ class RouterPolicy(Policy):
             gates, logits = routing.router.draw(states, position, threshold, self.temperature,
                                                 self.noise)
         else:
-            logits = routing.router(states, position)
+            plan.harm, logits = routing.router.judged(states, position)
             gates = hard_gates(logits, threshold)
         if self.training and pools:
             gates = gates[:, :1].expand_as(gates)             # one draw a sequence

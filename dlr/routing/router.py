@@ -78,6 +78,10 @@ class Router(nn.Module):
             x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
             return self.net(x)
 
+    def judged(self, hidden: torch.Tensor, position: torch.Tensor | None) -> tuple:
+        """(predicted harms `[..., M]` of a book's plans or None, logits `[..., U]`)."""
+        return None, self(hidden, position)
+
     def draw(self, hidden: torch.Tensor, position: torch.Tensor | None,
              threshold: float | torch.Tensor, temperature: float,
              noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,8 +113,12 @@ class DepthRouter(Router):
         """Predicted harms `[..., M]` in nats: KL from the dense model under each plan."""
         return F.pad(self.log_harm(hidden, position).exp(), (1, 0))
 
+    def judged(self, hidden, position):
+        harm = self.harm(hidden, position)
+        return harm, self.logits(harm)
+
     def forward(self, hidden, position=None):
-        return self.logits(self.harm(hidden, position))
+        return self.judged(hidden, position)[1]
 
     def logits(self, harm: torch.Tensor) -> torch.Tensor:
         """The price `[..., U]` of each unit, from harms `[..., M]`."""

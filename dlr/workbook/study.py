@@ -14,6 +14,7 @@ from dlr.base.checkpoint import save_control, save_pretrained
 from dlr.base.data import load_documents, packed, padded_batches
 from dlr.base.models import add_lora, load_base
 from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, summary
+from dlr.measure.flops import added_weights
 from dlr.measure.static import evaluate_static, order_of_mean_plan
 from dlr.routing.attach import attach
 from dlr.routing.elastic import ElasticStatic
@@ -187,7 +188,8 @@ def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind
     always = routing.first + routing.config.keep_last
     return {"variant": label, "kind": kind, "of": variant.name, "unit": routing.config.unit,
             "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip,
-            "steps": config.steps, **summary(table, always, routing.units_per_layer), **notes}
+            "steps": config.steps, **summary(table, always, routing.units_per_layer),
+            **added_weights(routing.router, kind), **notes}
 
 
 def base_row(bench: Bench) -> dict:

@@ -15,7 +15,7 @@ from dlr.base.opened import Opened
 from dlr.bench.harness import DLRLM, generated_length
 from dlr.bench.metering import Meter, RouterDidNotRun
 from dlr.bench.run import run_benchmark
-from dlr.bench.table import row_of
+from dlr.bench.table import row_of, scores_table
 from dlr.bench.tasks import load_tasks, manager_for
 from dlr.bench.wikitext import strided_perplexity, windows
 from dlr.measure.evaluate import router_logits
@@ -331,6 +331,10 @@ def test_rows_hold_score_skip_layers_and_flops(routed, data, tmp_path):
     assert row["active_layers"] == pytest.approx(4 + 12 * (1 - row["skip"]), abs=1e-9)
     assert row["flops"] < dense["flops"] == row["flops_dense"] and dense["active_layers"] == 16
     assert row["scores"][1]["notes"] and row["truncated"] == 0
+    assert row["router_parameters"] == sum(p.numel() for p in routed.routing.router.parameters())
+    assert row["adapter_parameters"] == dense["router_parameters"] == dense["added_bytes"] == 0
+    shown = scores_table([row, dense, {key: value for key, value in dense.items() if "parameters" not in key}])
+    assert shown["router + adapters, parameters"].tolist()[1:] == ["0 + 0", "–"], "older rows do not say"
 
 
 def test_a_static_plan_meets_the_router_s_skip_on_each_task(routed, data, tmp_path):

@@ -169,8 +169,8 @@ def test_an_export_waits_for_what_is_pending(explorer, tmp_path):
 def test_a_checkpoint_that_does_not_load_leaves_the_one_that_is_there(tmp_path):
     explorer = Explorer(text="Some text.")
     there = explorer.picker.value
-    explorer._folders["broken"] = tmp_path
-    explorer.picker.options = list(explorer._folders)
+    explorer._sources["broken"] = (tmp_path, None)
+    explorer.picker.options = list(explorer._sources)
     explorer.picker.value = "broken"
     assert explorer.error is not None and explorer.picker.value == there and explorer.session.name == there
     explorer.budget.value = 60
@@ -261,6 +261,23 @@ def test_a_checkpoint_is_read_by_its_own_tokenizer(tmp_path, monkeypatch):
         Session(checkpoint).read("w58")
 
 
+def test_a_base_opens_on_its_router_and_without_one_on_every_layer(tmp_path, monkeypatch):
+    from dlr.explore import opening
+    checkpoint, base = _other_checkpoint(tmp_path), str(tmp_path / "base")
+    bare = Session(base=base)
+    found = bare.read("w3 w4")
+    assert found.gates.all() and found.meta["model"] == f"{base}, no router" and "no router" in bare.note
+    assert bare.calibrated == 0 and bare.source == (None, base) and not Session(*bare.source).folder
+    given = Session(checkpoint, base)
+    assert given.folder == checkpoint and given.source == (checkpoint, base)
+    with pytest.raises(ValueError, match="was made for"):
+        Session("nano-router", base)
+    monkeypatch.setattr(opening, "router_for", lambda name: checkpoint if name == base else None)
+    assert Session(base=base).folder == checkpoint
+    monkeypatch.undo()
+    assert opening.router_for("nano") == find_checkpoint("nano-router") and opening.router_for(base) is None
+
+
 def test_paths_mean_what_they_mean_here_and_else_from_the_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("dlr/nano/router") == NANO / "router" and find_checkpoint("nano-router") == NANO / "router"
@@ -270,7 +287,7 @@ def test_paths_mean_what_they_mean_here_and_else_from_the_project(tmp_path, monk
 
 
 def test_dtype_and_device_reach_every_model_that_is_opened(monkeypatch):
-    from dlr.explore import session as module
+    from dlr.explore import opening as module
     seen = []
 
     def opened(name, variant, say, **loading):

@@ -186,7 +186,7 @@ def test_the_workbench_opens_its_tabs_when_chosen():
     bench.selected_index = 1
     bench.selected_index = 2
     assert bench.comparison.error is None and bench.generator is not None
-    made, bench.comparison.source = bench.comparison, "another checkpoint's folder"
+    made, bench.comparison.source = bench.comparison, ("another checkpoint's folder", None)
     bench.selected_index = 1
     assert bench.comparison is not made and bench.children[1] is bench.comparison, "made anew for the explorer's checkpoint"
     bench.close()

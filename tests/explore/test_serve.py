@@ -79,6 +79,10 @@ def test_the_page_s_notebook_names_the_checkpoint_by_its_folder(monkeypatch, tmp
     assert source.endswith(f"""Workbench({folder!r}, "a 'text'", dtype='bfloat16')""")
     with pytest.raises(FileNotFoundError, match="There are: embedded router"):
         serve.notebook("nowhere")
+    alone = nbformat.reads(serve.notebook(None, base="smollm2"), 4).cells[0].source
+    assert alone.endswith("Workbench(None, None, base='smollm2')")
+    placed = nbformat.reads(serve.notebook("nano-router", base="dlr/nano"), 4).cells[0].source
+    assert placed.endswith(f"base={str(project_root() / 'dlr' / 'nano')!r})"), "its kernel starts elsewhere"
 
 
 def test_the_browser_is_led_by_a_file_that_others_cannot_read(monkeypatch):

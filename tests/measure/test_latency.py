@@ -136,6 +136,8 @@ def test_compact_execution_counts_fewer_operations_and_the_same_keys(subject):
     assert saved("compact", "counted_gflop") == pytest.approx(saved("compact", "closed_form_gflop"), rel=0.25)
     assert (table["counted_gflop"] > table["closed_form_gflop"] * 0.99).all(), "the counter also sees masked attention"
     assert table["kv_mb"].nunique() == 1
+    added = sum(p.nbytes for p in subject.routing.router.parameters()) / 1e6
+    assert table["added_mb"].tolist() == pytest.approx([0.0] + [added] * 4), "dense weights are the base's alone"
 
 
 def test_closed_form_equals_the_counter(llama):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny
+from tiny_models import DEPTH, scattered, tiny
 
 import dlr
 from dlr.measure.evaluate import calibrate_router, evaluate, skip_ratio
@@ -12,19 +12,6 @@ from dlr.routing.config import RouterConfig
 from dlr.routing.elastic import ElasticRouter, ElasticStatic, drawn_skips
 from dlr.routing.policy import RouterPolicy
 from dlr.routing.router_depth import KEPT
-
-DEPTH = RouterConfig(router_class="DepthRouter", always_keep=2, keep_first_tokens=1, book_depth=0.75)
-
-
-def scattered(model, config=DEPTH, order=(2, 0, 3, 1)):
-    """A depth router whose random harms differ from token to token."""
-    torch.manual_seed(3)
-    routing = dlr.attach(model, config)
-    routing.router.set_order(list(order))
-    with torch.no_grad():
-        routing.router.net[-1].weight.normal_(std=1.0)
-    return routing
-
 
 def batches(count=4, length=14):
     ids = torch.randint(2, 97, (count, length), generator=torch.Generator().manual_seed(1))

@@ -49,6 +49,8 @@ def test_one_router_meets_every_budget_and_controls_its_skip(bench, rows):
         for control, tolerance in ((f"DLR at {asked:.0%}, shuffled", 1e-9), (f"DLR at {asked:.0%}, mean plan", 1e-6),
                                    (f"best static at {asked:.0%}", 1e-6), (f"DLR at {asked:.0%}, random plan", 0.03)):
             assert named[control]["skip"] == pytest.approx(routed["skip"], abs=tolerance), control
+            assert named[control]["adapter_parameters"] == routed["adapter_parameters"] == 4 * (2 * 2 * 32 + 2), control
+            assert bool(named[control]["router_parameters"]) == control.endswith("shuffled"), control
     found = frontier.differences(bench, "DLR", "best static", [0.2, 0.5, 0.7])
     assert [row["target_skip"] for row in found] == [0.2, 0.5] and all(row["low"] <= row["high"] for row in found)
 
