@@ -130,13 +130,14 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     order = preparation = None
     warm = policy is None and config.warm_start
     if config.is_prepared:
-        preparation = bench.preparation(config, labels=warm)
+        preparation = bench.preparation(config, labels=warm and config.reads_book)
+        order = preparation.order
     elif warm and config.warm_background == "static":
         order = best_static_order(bench, config)
     folder.mkdir(parents=True, exist_ok=True)
     variant = _variant(bench, name, config, preparation)
     try:
-        if warm and preparation is not None:
+        if warm and config.reads_book:
             context = context_batches(bench.tokenizer, config)
             variant.notes |= start(variant.model, variant.routing, preparation.labels,
                                    bench.calibration, config, context)

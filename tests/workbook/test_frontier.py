@@ -91,6 +91,14 @@ def test_what_is_prepared_once_is_read_again(bench, rows, _cache, monkeypatch):
         bench.preparation(bench.config.changed(skip_adapter_rank=3), labels=False)
 
 
+def test_independent_gates_get_the_same_adapters(bench, rows, tmp_path):
+    config = bench.config.changed(router_class="Router", elastic=False)
+    variant = study.train(bench, "v0", config, tmp_path / "router")
+    adapters = variant.routing.router.skip
+    variant.close()
+    assert variant.notes["token_dependent_share"] > 0 and any(up.abs().sum() > 0 for up in adapters.up)
+
+
 def test_the_study_before_healing_compares_all_plans(bench, rows, tmp_path):
     class Run:
         def finish(self, rows, **more):
