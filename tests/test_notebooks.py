@@ -250,7 +250,7 @@ def test_an_edited_script_runs_under_the_python_that_was_called(project, tmp_pat
     assert "06_latency.py, saved last, is what runs" in answer.stdout
 
 
-# Changes that alter what a notebook does; nbval runs all nine under the toy preset's.
+# Changes that alter what a notebook does; nbval runs all ten under the toy preset's.
 CHANGED = {"02_sequence_routing": {"penalties: list = [0.3, 1.0, 3.0]": "penalties: list = []"},
            "03_token_routing": {'["v1", "v2", "cold", "DLR", "DLR without KD", "best static", '
                                 '"dense LoRA"]':
@@ -279,9 +279,9 @@ def test_run_all_with_a_changed_parameter_in_a_clone_writes_to_scratch_alone(nam
 # -- what they rest on ---------------------------------------------------------------------------
 def test_recorded_skip_ratios_are_within_a_point_of_their_targets():
     rows = [row for name, run in finished_runs("pareto", RESULTS).items()
-            for row in run["metrics"]["rows"] if row["variant"] == "DLR"]
+            for row in run["metrics"]["rows"] if row["kind"] == "routed"]
     assert {row["target_skip"] for row in rows} >= {0.2, 0.4, 0.6}
-    assert len({row["seed"] for row in rows}) >= 3
+    assert len({row["seed"] for row in rows}) >= 2
     for row in rows:
         assert abs(row["skip"] - row["target_skip"]) <= 0.01, row
 

@@ -84,6 +84,12 @@ def shown(*words):
     return check
 
 
+def recorded_sweep(clone, answer):
+    shown("| best static at 40%", "0 failed")(clone, answer)
+    count, finished = re.search(r"(\d+) runs, (\d+) finished already", answer.stdout).groups()
+    assert count == finished != "0"
+
+
 def papermill(clone, answer):
     assert answer.returncode == 0, answer.stderr[-2000:]
     text = (clone / "out.ipynb").read_text(encoding="utf-8")
@@ -100,7 +106,7 @@ EXPECTED = {
     "python -m dlr run token_routing --params params/token_routing/tinyllama.yaml": (
         refused("Without a network use"), {}),
     "python -m dlr sweep params/pareto/nano.yaml --jobs 2": (
-        shown("4 runs, 4 finished already", "| best static", "0 failed"), RECORDED),
+        recorded_sweep, RECORDED),
     "papermill notebooks/03_token_routing.ipynb out.ipynb -f params/token_routing/quick.yaml": (
         papermill, {}),
     "python -m dlr explore 'Any text.'": (shown("layers a token", "always kept"), {}),
