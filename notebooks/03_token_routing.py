@@ -25,6 +25,13 @@
 # | DLR | a depth router over a nested book of plans | LoRA and adapters by gradients; the router is regressed on the harm of whole plans |
 # | DLR without KD | the same with cross-entropy alone | as DLR |
 #
+# Published rules can be asked for by name in `variants`, each on the same base, data and steps
+# (`dlr/routing/router_*.py` say what is simplified): **MoD** (a layer picks its best k tokens of
+# the sequence, so that it is *not causal*), **D-LLM** (a gate a layer that reads the current state,
+# L1 to the target for each token), **SkipGPT** (attention and MLP gated apart; no skip adapters),
+# **FlexiDepth** (soft weights on layer and adapter), **ShortGPT** (static, by the similarity of a
+# layer's input and output).
+#
 # A depth router predicts for a token the KL from the dense model under each plan of the book; the
 # token takes the plan with the least harm + price · layers run, and the price is calibrated
 # (`router_share` above 0 trains the router further, end to end).
@@ -63,14 +70,15 @@ import sys
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.settings import SettingsError
+from dlr.workbook.peers import PEERS, STATIC, shortgpt_row
 from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("token_routing", globals())
 COLD = {"router_class": "Router", "warm_start": False, "lora_prefix": True}
 CHANGES = {"v1": COLD | {"objective": "global_penalty", "router_lr": 1e-2},
            "v2": COLD | {"objective": "original", "router_lr": 1e-2},
-           "cold": COLD, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}}
-known = [*CHANGES, "best static", "dense LoRA"]
+           "cold": COLD, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}, **PEERS}
+known = [*CHANGES, STATIC, "best static", "dense LoRA"]
 unknown = [name for name in config.variants if name not in known]
 if unknown:
     raise SettingsError(f"variants={unknown} are none of {known}")
@@ -94,10 +102,12 @@ if not run.done:
         variant = study.train(bench, name, changed, run.folder / folders[name])
         rows += study.routed_rows(bench, variant)
         variant.close()
+    skips = [row["skip"] for row in rows if row["kind"] == "routed" and row["of"] == "DLR"]
+    skip = skips[0] if skips else config.target_skip
     if "best static" in config.variants:
-        skips = [row["skip"] for row in rows if row["kind"] == "routed" and row["of"] == "DLR"]
-        skip = skips[0] if skips else config.target_skip
         rows.append(study.static_row(bench, config, run.folder / "static", skip))
+    if STATIC in config.variants:
+        rows.append(shortgpt_row(bench, config, run.folder / STATIC, skip))
     if "dense LoRA" in config.variants:
         rows.append(study.dense_row(bench, config, run.folder / "dense"))
     run.finish(rows, against_static=points.against_static(bench, "DLR"))
@@ -116,7 +126,8 @@ run.figure(comparison(run.rows, title), "comparison")
 run.figure(training(run.logs(folders), "Skip during training"), "training")
 
 # %% tags=["nbval-ignore-output"]
-skipping = [row for row in run.rows if kind_of(row) not in ("base", "dense")]
+skipping = [row for row in run.rows if kind_of(row) not in ("base", "dense")
+            and row.get("unit", config.unit) == config.unit]      # columns are of one kind
 run.figure(keep_rates(skipping, config.always_keep), "keep_rates")
 
 # %% [markdown]

@@ -114,6 +114,21 @@ class GlobalPenalty(Objective, name="global_penalty"):
         return self.weights.penalty * plan.budget
 
 
+class TokenTarget(Objective, name="token_target"):
+    """D-LLM's budget (Jiang et al. 2024): L1 from each token's own share of units to the target.
+
+    Every token is held to the same depth, where a budget over a whole text leaves that free.
+    """
+    calibrates = True
+
+    class Weights(Settings):
+        token_weight: float = Field(5.0, ge=0.0)   # nats a unit of distance
+
+    def term(self, plan):
+        missed = plan.gates[plan.real].mean(-1) - (1 - self.config.target_skip)
+        return self.weights.token_weight * missed.abs().mean()
+
+
 class Original(Objective, name="original"):
     """The first studies' budget: L1 on each layer's keep rate, and a squared target term.
 
