@@ -114,19 +114,33 @@ class GlobalPenalty(Objective, name="global_penalty"):
         return self.weights.penalty * plan.budget
 
 
-class TokenTarget(Objective, name="token_target"):
-    """D-LLM's budget (Jiang et al. 2024): L1 from each token's own share of units to the target.
+class GlobalTarget(Objective, name="global_target"):
+    """L1 from the batch's share of units that run to the target, as in SkipGPT (Zhao et al. 2025).
 
-    Every token is held to the same depth, where a budget over a whole text leaves that free.
+    The threshold is chosen after the training alone.
     """
     calibrates = True
 
     class Weights(Settings):
-        token_weight: float = Field(5.0, ge=0.0)   # nats a unit of distance
+        distance: float = Field(5.0, ge=0.0)       # nats a unit of distance
 
     def term(self, plan):
-        missed = plan.gates[plan.real].mean(-1) - (1 - self.config.target_skip)
-        return self.weights.token_weight * missed.abs().mean()
+        missed = self._shares(plan) - (1 - self.config.target_skip)
+        return self.weights.distance * missed.abs().mean()
+
+    def _shares(self, plan: Plan) -> torch.Tensor:
+        """Shares of units that run, each of which is to meet the target."""
+        return plan.budget
+
+
+class TokenTarget(GlobalTarget, name="token_target"):
+    """The same for each token by itself: D-LLM's budget (Jiang et al. 2024).
+
+    Every token is held to the same depth, where a budget over a whole text leaves that free.
+    """
+
+    def _shares(self, plan):
+        return plan.gates[plan.real].mean(-1)
 
 
 class Original(Objective, name="original"):

@@ -163,10 +163,11 @@ def test_the_original_budget_falls_until_nothing_runs_and_its_target_term_alone_
 
 
 def test_a_target_for_each_token_is_missed_by_unequal_tokens_that_meet_it_on_average():
-    objective = OBJECTIVES["token_target"](RunConfig(objective="token_target", target_skip=0.5, weights={"token_weight": 2.0}))
+    options = {"target_skip": 0.5, "weights": {"distance": 2.0}}
+    objective, whole = (OBJECTIVES[name](RunConfig(objective=name, **options)) for name in ("token_target", "global_target"))
     real = torch.tensor([[True, True, False]])
 
-    def term(rows):
+    def term(rows, objective=objective):
         gates = torch.tensor([rows], requires_grad=True)
         value = objective.term(Plan(gates, None, real, 0))
         value.backward()
@@ -174,6 +175,8 @@ def test_a_target_for_each_token_is_missed_by_unequal_tokens_that_meet_it_on_ave
     assert term([[1.0, 0, 1, 0], [0.0, 1, 1, 0], [1.0, 1, 1, 1]])[0] == 0
     value, grad = term([[1.0, 1, 1, 1], [0.0, 0, 0, 0], [0.0, 0, 0, 0]])
     assert value == pytest.approx(2 * 0.5) and not grad[0, 2].any(), "padding is free"
+    assert term([[1.0, 1, 1, 1], [0.0, 0, 0, 0], [0.0, 0, 0, 0]], whole)[0] == 0, "a whole text may have unequal tokens"
+    assert term([[1.0, 1, 1, 1], [1.0, 1, 0, 0], [0.0, 0, 0, 0]], whole)[0] == pytest.approx(2 * 0.25)
     assert (grad[0, 0] > 0).all() and (grad[0, 1] < 0).all(), "each token is pulled to the target from its side"
 
 
