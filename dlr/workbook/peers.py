@@ -14,13 +14,14 @@ from dlr.routing.attach import attach
 from dlr.train.settings import RunConfig
 from dlr.workbook import study
 
-# They read states after layers that LoRA changes, so that nothing can be labelled on the base. Rates
-# and starts are such that a rule meets its target within 20 steps of the embedded model.
+# They read states after layers that LoRA changes, so that nothing can be labelled on the base. A
+# rule without a controller starts near the budget (keep_bias), whither few steps would not bring it.
 _LAYERS = {"warm_start": False, "lora_prefix": True, "elastic": False}
 
 PEERS = {
     "MoD": _LAYERS | {"router_class": "MoDRouter", "keep_bias": 1.0},
-    "D-LLM": _LAYERS | {"router_class": "DLLMRouter", "objective": "token_target"},
+    "D-LLM": _LAYERS | {"router_class": "DLLMRouter", "objective": "token_target",
+                        "keep_bias": 0.5, "router_lr": 3e-3},
     "SkipGPT": _LAYERS | {"router_class": "SkipGPTRouter", "objective": "global_target",
                           "keep_bias": 0.5, "router_lr": 3e-3, "unit": "sublayer",
                           "skip_adapter_rank": 0},
