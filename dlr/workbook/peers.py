@@ -15,7 +15,7 @@ from dlr.train.settings import RunConfig
 from dlr.workbook import study
 
 # They read states after layers that LoRA changes, so that nothing can be labelled on the base. A
-# rule without a controller starts near the budget (keep_bias), whither few steps would not bring it.
+# rule without a controller starts near the budget (keep_bias): few steps would not bring it there.
 _LAYERS = {"warm_start": False, "lora_prefix": True, "elastic": False}
 
 PEERS = {
