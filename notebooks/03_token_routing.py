@@ -27,6 +27,13 @@
 # In the default the router gets no gradient: it is regressed on labels of marginal harm, shrunk
 # towards the best static plan, and calibrated (`router_share` above 0 trains it further).
 #
+# Published rules can be asked for by name in `variants`, each on the same base, data and steps
+# (`dlr/routing/router_*.py` say what is simplified): **MoD** (a layer picks its best k tokens of
+# the sequence, so that it is *not causal*), **D-LLM** (a gate a layer that reads the current state,
+# L1 to the target for each token), **SkipGPT** (attention and MLP gated apart; no skip adapters),
+# **FlexiDepth** (soft weights on layer and adapter), **ShortGPT** (static, by the similarity of a
+# layer's input and output).
+#
 # Every controlled router is calibrated on held-out text and measured on the test split, beside its
 # own plan shuffled across tokens, its mean plan, a random plan at the same skip, and the best
 # static plan healed by the same LoRA budget.
@@ -61,13 +68,14 @@ import sys
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.settings import SettingsError
+from dlr.workbook.peers import PEERS, STATIC, shortgpt_row
 from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("token_routing", globals())
 CHANGES = {"v1": {"objective": "global_penalty", "warm_start": False, "router_lr": 1e-2},
            "v2": {"objective": "original", "warm_start": False, "router_lr": 1e-2},
-           "cold": {"warm_start": False}, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}}
-known = [*CHANGES, "best static", "dense LoRA"]
+           "cold": {"warm_start": False}, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}, **PEERS}
+known = [*CHANGES, STATIC, "best static", "dense LoRA"]
 unknown = [name for name in config.variants if name not in known]
 if unknown:
     raise SettingsError(f"variants={unknown} are none of {known}")
@@ -90,10 +98,12 @@ if not run.done:
         variant = study.train(bench, name, changed, run.folder / folders[name])
         rows += study.routed_rows(bench, variant)
         variant.close()
+    skips = [row["skip"] for row in rows if row["kind"] == "routed" and row["of"] == "DLR"]
+    skip = skips[0] if skips else config.target_skip
     if "best static" in config.variants:
-        skips = [row["skip"] for row in rows if row["kind"] == "routed" and row["of"] == "DLR"]
-        skip = skips[0] if skips else config.target_skip
         rows.append(study.static_row(bench, config, run.folder / "static", skip))
+    if STATIC in config.variants:
+        rows.append(shortgpt_row(bench, config, run.folder / STATIC, skip))
     if "dense LoRA" in config.variants:
         rows.append(study.dense_row(bench, config, run.folder / "dense"))
     run.finish(rows, against_static=frontier.against_static(bench, "DLR"))
@@ -112,7 +122,8 @@ run.figure(comparison(run.rows, title), "comparison")
 run.figure(training(run.logs(folders), "Skip during training"), "training")
 
 # %% tags=["nbval-ignore-output"]
-skipping = [row for row in run.rows if kind_of(row) not in ("base", "dense")]
+skipping = [row for row in run.rows if kind_of(row) not in ("base", "dense")
+            and row.get("unit", config.unit) == config.unit]      # columns are of one kind
 run.figure(keep_rates(skipping, config.always_keep), "keep_rates")
 
 # %% [markdown]

@@ -3,11 +3,16 @@
 from collections.abc import Callable, Iterable
 
 import pandas as pd
+import torch
+import torch.nn.functional as F
 
 from dlr.measure.evaluate import evaluate
 from dlr.measure.instrument import open_sample
+from dlr.measure.likelihood import frozen_base
+from dlr.measure.logits import last_only
 from dlr.measure.static_runs import StaticRuns
 from dlr.progress import tqdm
+from dlr.routing.device import device_of
 from dlr.routing.handle import Routing
 from dlr.routing.plan import static_gates, static_pair
 from dlr.routing.policy import StaticPlan
@@ -66,6 +71,47 @@ def greedy_order_by_kl(model, routing: Routing, batches: list[dict],
             yield sum(run.kl(gates).sum() for run in runs)
 
     return greedy_order(routing.units, harms, candidates)
+
+
+@torch.no_grad()
+def similarity_order(model, routing: Routing, batches: list[dict]) -> list[int]:
+    """Units from the least block influence to the greatest, by one dense pass over `batches`.
+
+    ShortGPT's order (Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant
+    Than You Expect"): a layer's influence is 1 - the cosine of its input and its output, here the
+    mean over the tokens that choose.
+
+    Raises:
+        ValueError: units are sublayers, which have no output state of their own.
+    """
+    if routing.units_per_layer != 1:
+        raise ValueError("Block influence is a whole layer's; this router has unit='sublayer'. Use "
+                         "unit='layer'.")
+    influence = torch.zeros(routing.units, dtype=torch.float64)
+    chooses = None
+
+    def watched(unit: int):
+        def hook(module, args, kwargs, output):
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, (tuple, list)) else output
+            near = F.cosine_similarity(before.float(), after.float(), dim=-1)
+            influence[unit] += float((1 - near)[chooses.to(near.device)].sum())
+        return hook
+
+    layers = routing.layers[routing.first:routing.last]
+    handles = [layer.register_forward_hook(watched(unit), with_kwargs=True)
+               for unit, layer in enumerate(layers)]
+    try:
+        for batch in batches:
+            ids, mask = (batch[name].to(device_of(model)) for name in ("input_ids",
+                                                                       "attention_mask"))
+            chooses = mask.bool() & (mask.cumsum(1) > routing.config.keep_first_tokens)
+            with routing.autocast(), frozen_base(model, routing):
+                model(input_ids=ids, attention_mask=mask, use_cache=False, **last_only(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return influence.argsort(stable=True).tolist()
 
 
 def order_of_mean_plan(keep_rate: list[float]) -> list[int]:

@@ -63,7 +63,7 @@ def attach(model: nn.Module, config: RouterConfig | None = None,
 
 def _refuse_unplannable(name: str, config: RouterConfig) -> None:
     """Refuses settings that need a plan before layer K, of a router that decides layer by layer."""
-    for setting, value in (("level", "token"), ("unit", "layer"), ("strategy", "single_pass")):
+    for setting, value in (("level", "token"), ("strategy", "single_pass")):
         if getattr(config, setting) != value:
             raise NotRoutable(f"{name} decides on each layer from the state before it, so that no "
                               f"plan is known ahead, which {setting}={getattr(config, setting)!r} "

@@ -223,7 +223,8 @@ class Routing:
                 keep(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
             else:
                 for offset, part in enumerate(sublayers(layer)):
-                    keep(part.register_forward_hook(GateSublayer(self, unit + offset)))
+                    hook = GateSublayer(self, unit + offset)
+                    keep(part.register_forward_hook(hook, with_kwargs=True))
         base.add_module(ROUTER_NAME, self.router)
         base.__dict__[HANDLE] = self
 

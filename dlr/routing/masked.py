@@ -42,8 +42,8 @@ class BlendLayer:
         gate = self.routing.gate(self.unit, hidden)
         if gate is None:
             return None
-        ran = _first(output)
-        skipped = self.routing.router.skipped(self.unit, hidden)
+        ran, skipped = self.routing.router.paths(self.unit, hidden, _first(output),
+                                                 self.routing.threshold)
         gate = gate.to(ran.device)
         if gate.requires_grad:
             gate = gate.to(ran.dtype)
@@ -53,12 +53,15 @@ class BlendLayer:
 
 @dataclass(eq=False)
 class GateSublayer:
-    """A forward hook that multiplies what attention or the MLP adds by the gate of `unit`."""
+    """A forward hook that multiplies what attention or the MLP adds by the gate of `unit`.
+
+    A router that goes layer by layer reads what that module is given.
+    """
     routing: object
     unit: int
 
-    def __call__(self, module, args, output):
-        gate = self.routing.gate(self.unit, output)    # its router plans ahead, and reads nothing
+    def __call__(self, module, args, kwargs, output):
+        gate = self.routing.gate(self.unit, next(iter((*args, *kwargs.values()))))
         if gate is None:
             return None
         ran = _first(output)

@@ -5,7 +5,7 @@ A policy maps states before layer K `[b, s, d]` to gates `[b, s, U]`, and logits
 
 import torch
 
-from dlr.routing.router import hard_gates, straight_through_gates
+from dlr.routing.router import hard_gates
 
 
 class Policy:
@@ -51,6 +51,10 @@ class RouterPolicy(Policy):
         self.training, self.temperature, self.noise = training, temperature, noise
 
     def check(self, routing, plan) -> None:
+        if plan.cache is not None and not routing.router.causal:
+            raise ValueError(f"{type(routing.router).__name__} compares all tokens of a sequence "
+                             "before it decides on any, so that no pass can go on from a key/value "
+                             "cache: pass use_cache=False.")
         pools = routing.config.level == "sequence"
         if plan.cache is None or not (pools or routing.decode_plan == "prompt"):
             return
@@ -70,11 +74,8 @@ class RouterPolicy(Policy):
 
     def step(self, routing, hidden: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate, logit) `[b, s, 1]` of one unit from the state before its layer."""
-        logit = routing.router(hidden, unit)
-        if self.training:
-            gate = straight_through_gates(logit, routing.threshold, self.temperature, self.noise)
-            return gate, logit
-        return hard_gates(logit, routing.threshold), logit
+        return routing.router.step(hidden, unit, routing.current, routing.threshold,
+                                   self.temperature if self.training else None, self.noise)
 
     def threshold(self, routing, hidden: torch.Tensor) -> float | torch.Tensor:
         """The threshold in force, one for all or `[b, 1, 1]`."""

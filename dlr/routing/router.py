@@ -42,8 +42,9 @@ class Router(nn.Module):
 
     Another router is a subclass, named by `RouterConfig.router_class`, in a file `router_*.py`
     beside this one or anywhere that is imported first. With `ahead = False` it is asked layer by
-    layer: `forward(hidden, unit)` gets the state `[b, s, d]` before the unit's layer and returns
-    that unit's logits `[b, s, 1]`. No plan is known ahead then, so such a router runs masked only.
+    layer: `forward(hidden, unit)` gets the state `[b, s, d]` before the unit's layer (what the
+    unit's module is given, where units are sublayers) and returns that unit's logits `[b, s, 1]`.
+    No plan is known ahead then, so such a router runs masked only. `router_layers` is a start.
 
     It lives inside the base model's module tree, so that optimizers, clipping and DDP see its
     parameters, but keeps out of the base model's `state_dict`: its weights belong to router files
@@ -51,6 +52,8 @@ class Router(nn.Module):
     """
 
     ahead: ClassVar[bool] = True
+    # whether a token's gates depend on what lies before it alone; if not, no cache is gone on from
+    causal: ClassVar[bool] = True
 
     def __init__(self, width: int, units: int, config: RouterConfig):
         super().__init__()
@@ -89,9 +92,35 @@ class Router(nn.Module):
         logits = self(hidden, position)
         return straight_through_gates(logits, threshold, temperature, noise), logits
 
+    def step(self, hidden: torch.Tensor, unit: int, plan, threshold: float | torch.Tensor,
+             temperature: float | None = None,
+             noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gate, logit) `[b, s, 1]` of one unit, of a router that is asked layer by layer.
+
+        Args:
+            plan: of the pass in progress: which tokens are real, and where they stand.
+            temperature: of drawn gates, in training; None: those of evaluation.
+        """
+        logit = self(hidden, unit)
+        if temperature is None:
+            return hard_gates(logit, threshold), logit
+        return straight_through_gates(logit, threshold, temperature, noise), logit
+
     def skipped(self, unit: int, x: torch.Tensor) -> torch.Tensor:
         """What a token carries past a unit that it skips: x, or what the unit's adapter gives."""
         return x if self.skip is None else self.skip(unit, x)
+
+    def paths(self, unit: int, x: torch.Tensor, ran: torch.Tensor,
+              threshold: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a token carries on after a layer, if it runs it and if not: `[b, s, d]` each.
+
+        A subclass with soft weights has its own; they hold whatever plan is followed.
+
+        Args:
+            x: the state before the layer.
+            ran: what the layer makes of it.
+        """
+        return ran, self.skipped(unit, x)
 
     # The base model's state_dict must not change when a router is attached.
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -114,6 +114,35 @@ class GlobalPenalty(Objective, name="global_penalty"):
         return self.weights.penalty * plan.budget
 
 
+class GlobalTarget(Objective, name="global_target"):
+    """L1 from the batch's share of units that run to the target, as in SkipGPT (Zhao et al. 2025).
+
+    The threshold is chosen after the training alone.
+    """
+    calibrates = True
+
+    class Weights(Settings):
+        distance: float = Field(5.0, ge=0.0)       # nats a unit of distance
+
+    def term(self, plan):
+        missed = self._shares(plan) - (1 - self.config.target_skip)
+        return self.weights.distance * missed.abs().mean()
+
+    def _shares(self, plan: Plan) -> torch.Tensor:
+        """Shares of units that run, each of which is to meet the target."""
+        return plan.budget
+
+
+class TokenTarget(GlobalTarget, name="token_target"):
+    """The same for each token by itself: D-LLM's budget (Jiang et al. 2024).
+
+    Every token is held to the same depth, where a budget over a whole text leaves that free.
+    """
+
+    def _shares(self, plan):
+        return plan.gates[plan.real].mean(-1)
+
+
 class Original(Objective, name="original"):
     """The first studies' budget: L1 on each layer's keep rate, and a squared target term.
 

@@ -75,7 +75,11 @@ class Preparer:
                                                  tokens), tokens, size)
 
     def _attached(self) -> Routing:
-        return attach(self.base, self.config.router(), bf16=self.config.autocast)
+        """A router of plain paths: what is found is the base's, whatever weighs them later."""
+        config = self.config.router()
+        if not self.config.reads_book:
+            config = config.changed(router_class="Router")
+        return attach(self.base, config, bf16=self.config.autocast)
 
     def adapters(self) -> dict[str, torch.Tensor]:
         """The closed-form skip adapters; {} where the rank is 0."""

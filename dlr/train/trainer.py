@@ -139,13 +139,23 @@ class DLRTrainer(Trainer):
             logits = plan.logits[plan.real].detach()
             open_share = torch.sigmoid(logits - self.routing.calibration.threshold)
             values["gate_entropy"] = tokens, gate_entropy(open_share)
-            values[SLOPE] = tokens, float((open_share * (1 - open_share)).mean())
+            values[SLOPE] = tokens, self._slope(logits)
         for unit, keep in enumerate(plan.keep_rate.tolist()):
             values[f"keep_{unit}"] = tokens, keep
         for name, (weight, value) in values.items():
             for key, amount in ((name, weight * value), (f"{name} weight", weight)):
                 self._sums[key] = self._sums.get(key, 0.0) + amount
         self._sums["tokens"] = self._sums.get("tokens", 0.0) + tokens
+
+    def _slope(self, logits: torch.Tensor) -> float:
+        """How fast the skip ratio rises with the threshold: the density of noisy logits there.
+
+        Where noise has faded, logits within a tenth of their spread stand for that density.
+        """
+        noise = getattr(self.policy, "noise", 1.0)
+        scale = max(noise, 0.1 * float(logits.std()), 1e-3)
+        share = torch.sigmoid((logits - self.routing.calibration.threshold) / scale)
+        return float((share * (1 - share)).mean()) / scale
 
     def _means(self) -> tuple[dict[str, float], float]:
         """Means over the step's tokens on all processes, and their number; the sums begin anew."""

@@ -119,6 +119,9 @@ def token_routing(rows: list[dict], target: float, verdict: dict | None,
         lines.append(f"Calibrated on held-out text, {names} came within "
                      f"{100 * max(missed.values()):.1f} points of the target.")
     lines += [_beside_controls(name, kinds) for name, kinds in routers.items()]
+    lines += [f"**{row['variant']}** is not causal: its plan has seen the tokens that it is scored "
+              "on, so that no text can be generated so, and its perplexity is no prediction's."
+              for row in rows if row.get("causal") is False]
     if verdict:
         lines.append(f"DLR is {against(verdict)} the best static plan: "
                      f"{verdict['nll_difference']:+.4f} nats a token ({verdict['low']:+.4f} to "

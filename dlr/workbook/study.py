@@ -187,6 +187,8 @@ def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}.")
     bench.tables[label] = table
     always = routing.first + routing.config.keep_last
+    if kind == "routed" and not routing.router.causal:
+        notes["causal"] = False          # its gates have seen the tokens that it is to predict
     return {"variant": label, "kind": kind, "of": variant.name, "unit": routing.config.unit,
             "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip,
             "steps": config.steps, **summary(table, always, routing.units_per_layer),

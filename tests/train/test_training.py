@@ -162,6 +162,24 @@ def test_the_original_budget_falls_until_nothing_runs_and_its_target_term_alone_
     assert skips[target.index(min(target))] == 0.4 and min(target) == pytest.approx(0)
 
 
+def test_a_target_for_each_token_is_missed_by_unequal_tokens_that_meet_it_on_average():
+    options = {"target_skip": 0.5, "weights": {"distance": 2.0}}
+    objective, whole = (OBJECTIVES[name](RunConfig(objective=name, **options)) for name in ("token_target", "global_target"))
+    real = torch.tensor([[True, True, False]])
+
+    def term(rows, objective=objective):
+        gates = torch.tensor([rows], requires_grad=True)
+        value = objective.term(Plan(gates, None, real, 0))
+        value.backward()
+        return value.item(), gates.grad
+    assert term([[1.0, 0, 1, 0], [0.0, 1, 1, 0], [1.0, 1, 1, 1]])[0] == 0
+    value, grad = term([[1.0, 1, 1, 1], [0.0, 0, 0, 0], [0.0, 0, 0, 0]])
+    assert value == pytest.approx(2 * 0.5) and not grad[0, 2].any(), "padding is free"
+    assert term([[1.0, 1, 1, 1], [0.0, 0, 0, 0], [0.0, 0, 0, 0]], whole)[0] == 0, "a whole text may have unequal tokens"
+    assert term([[1.0, 1, 1, 1], [1.0, 1, 0, 0], [0.0, 0, 0, 0]], whole)[0] == pytest.approx(2 * 0.25)
+    assert (grad[0, 0] > 0).all() and (grad[0, 1] < 0).all(), "each token is pulled to the target from its side"
+
+
 def test_one_global_penalty_is_the_same_price_for_every_gate_of_a_real_token():
     gates, real = torch.ones(2, 3, 4, requires_grad=True), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     GlobalPenalty(RunConfig(objective="global_penalty", penalty=0.8)).term(Plan(gates, None, real, 2)).backward()

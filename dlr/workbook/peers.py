@@ -1,0 +1,41 @@
+"""Rules of published systems, trained and measured as DLR is: what they change of its settings.
+
+Base, data, steps, LoRA budget and evaluation are the same. A rule's file in `dlr/routing/` says
+what of the published system it holds and what is simplified; `similarity_order` has ShortGPT's.
+
+    python -m dlr run token_routing --set 'variants=[DLR, MoD, D-LLM, SkipGPT, FlexiDepth, ShortGPT,
+        best static]'
+"""
+
+from pathlib import Path
+
+from dlr.measure.static import similarity_order
+from dlr.routing.attach import attach
+from dlr.train.settings import RunConfig
+from dlr.workbook import study
+
+# They read states after layers that LoRA changes, so that nothing can be labelled on the base. A
+# rule without a controller starts near the budget (keep_bias): few steps would not bring it there.
+_LAYERS = {"warm_start": False, "lora_prefix": True, "elastic": False}
+
+PEERS = {
+    "MoD": _LAYERS | {"router_class": "MoDRouter", "keep_bias": 1.0},
+    "D-LLM": _LAYERS | {"router_class": "DLLMRouter", "objective": "token_target",
+                        "keep_bias": 0.5, "router_lr": 3e-3},
+    "SkipGPT": _LAYERS | {"router_class": "SkipGPTRouter", "objective": "global_target",
+                          "keep_bias": 0.5, "router_lr": 3e-3, "unit": "sublayer",
+                          "skip_adapter_rank": 0},
+    "FlexiDepth": _LAYERS | {"router_class": "FlexiDepthRouter", "keep_bias": 4.0},
+}
+STATIC = "ShortGPT"        # a peer without a router: another order for the static plan
+
+
+def shortgpt_row(bench: study.Bench, config: RunConfig, folder: Path, skip: float) -> dict:
+    """The static plan by block influence, healed and measured as the best static one is."""
+    routing = attach(bench.base, config.router().changed(router_class="Router"),
+                     bf16=config.autocast)
+    try:
+        order = similarity_order(bench.base, routing, bench.calibration)
+    finally:
+        routing.detach()
+    return study.static_row(bench, config, folder, skip, order, STATIC)
