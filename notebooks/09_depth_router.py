@@ -87,7 +87,7 @@ run.figure(depth_kl(run.rows, f"{config.model}, not healed"), "depth_kl")
 # ## How many labels it takes
 
 # %% tags=["nbval-ignore-output"]
-run.figure(label_scaling(run.metrics["scaling"], run.rows, f"{config.model}"), "label_scaling")
+run.figure(label_scaling(run.metrics["scaling"], f"{config.model}, not healed"), "label_scaling")
 
 # %% [markdown]
 # ## What it means

@@ -81,6 +81,24 @@ def test_what_stands_beside_the_frontier():
          f"{found['v1']['perplexity']:.1f}")
 
 
+def test_what_is_measured_before_healing():
+    found = metrics("depth_router/default")
+    of = {(row["plan"], row["budget"]): row for row in found["rows"]}
+    budgets = sorted({budget for _, budget in of})
+    for plan in dict.fromkeys(plan for plan, _ in of):
+        cells = [f"{of[plan, budget]['kl']:.3f}" for budget in budgets]
+        says(f"| {plan} | {' | '.join(cells)} |")
+    *first, last = (f"{100 * of['depth router', budget]['captured']:.0f}" for budget in budgets)
+    says(f"captures {', '.join(first)} and {last} % of what the oracle gains")
+    below = [of[plan, budget]["difference_high"] < 0 for plan in ("depth router", "token alone")
+             for budget in budgets]
+    assert all(below), "what is said to be below the static plan"
+    forty = [row for row in found["scaling"] if row["budget"] == 0.4]
+    says(f"from {forty[0]['kl']:.3f} with {forty[0]['labels']:,} labelled tokens to "
+         f"{forty[-1]['kl']:.3f} with {forty[-1]['labels']:,}")
+    assert all(more["kl"] < less["kl"] for less, more in zip(forty, forty[1:])), "still falling"
+
+
 def test_the_reported_routers_were_not_trained_by_gradients():
     """Gradients trained LoRA and adapters alone: routers keep what the regression gave them."""
     logs = sorted((ROOT / "results" / "pareto").glob("router-*/router/log.csv"))
