@@ -80,8 +80,7 @@ if not run.done:
     precision = None if config.dtype == "auto" else config.dtype
     subject = latency.subject(
         name, plan, config.skips, layers=config.layers or None, device=device,
-        dtype=getattr(torch, precision) if precision else None,
-        skip_adapter_rank=config.skip_adapter_rank,
+        dtype=getattr(torch, precision or "", None), skip_adapter_rank=config.skip_adapter_rank,
         model=load_base(base, dtype=precision, device=device)[0] if base else None)
     works = [latency.Prefill(subject, batch, length)
              for batch in config.batches for length in config.lengths]

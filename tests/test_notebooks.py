@@ -135,11 +135,14 @@ def test_no_result_or_notebook_names_a_machine():
         assert "/work/" not in text and "/root/" not in text and "/home/" not in text, path
 
 
+UNTRAINED = ("06_latency", "08_explorer", "09_depth_router")    # they report no perplexity
+
+
 def test_one_sentence_tells_the_perplexities_apart():
     from dlr.bench import wikitext
     from dlr.workbook import base_model as basemodel
     said = set()
-    for name in (name for name in NAMES if name not in ("06_latency", "08_explorer")):
+    for name in (name for name in NAMES if name not in UNTRAINED):
         prose = " ".join(" ".join(cell.source.split()) for cell in committed(name).cells
                          if cell.cell_type == "markdown")
         said |= set(re.findall(r"Perplexities of one model differ.*? in 07\.", prose)) or {name}
@@ -174,7 +177,7 @@ def test_findings_follow_the_numbers():
     rows = Run(RESULTS / "baselines" / "default").rows
     assert "from 27.18 to 26.81" in findings.baselines(rows)
     assert "random" not in findings.baselines(rows[:3])
-    assert "worse than it in 3 of 3" in findings.frontier(verdicts(pareto_runs()))
+    assert "better than it in 3 of 3" in findings.frontier(verdicts(pareto_runs()))
     assert "No finished run" in findings.frontier(verdicts({}))
     assert "layers 1; a static plan" in findings.base_model([], [1.0, 0.0, 0.5])
     prices = [{"variant": f"lambda = {price}", "skip": skip, "perplexity": 1.0}

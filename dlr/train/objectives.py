@@ -78,8 +78,16 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 class Controlled(Objective, name="controlled"):
-    """No term in the loss: the controller moves the threshold until the skip meets its target."""
+    """No term in the loss: the controller moves the threshold until the skip meets its target.
+
+    An elastic budget has no target: every skip ratio has the price at which the router's latest
+    logits give it.
+    """
     calibrates = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._recent: list[torch.Tensor] = []      # logits `[n, U]` of the latest steps
 
     @property
     def router_steps(self) -> int:
@@ -100,7 +108,7 @@ class Controlled(Objective, name="controlled"):
         """The price of every skip ratio, by the router's own logits of the latest steps."""
         plan = routing.plan
         free = plan.real & (plan.position >= routing.config.forced_tokens)
-        self._recent = [*getattr(self, "_recent", []), plan.logits[free].detach()][-RECENT:]
+        self._recent = [*self._recent, plan.logits[free].detach()][-RECENT:]
         return calibration_curve(torch.cat(self._recent))
 
 

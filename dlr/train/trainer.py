@@ -150,10 +150,9 @@ class DLRTrainer(Trainer):
     def _slope(self, logits: torch.Tensor) -> float:
         """How fast the skip ratio rises with the threshold: the density of noisy logits there.
 
-        Where noise has faded, logits within a tenth of their spread stand for that density.
+        Where noise has faded, a tenth of it stands in. All processes take the same scale.
         """
-        noise = getattr(self.policy, "noise", 1.0)
-        scale = max(noise, 0.1 * float(logits.std()), 1e-3)
+        scale = max(getattr(self.policy, "noise", 1.0), 0.1)
         share = torch.sigmoid((logits - self.routing.calibration.threshold) / scale)
         return float((share * (1 - share)).mean()) / scale
 

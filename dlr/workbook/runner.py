@@ -131,7 +131,7 @@ def shown(rows: list[dict]) -> pd.DataFrame:
 
 
 # In what the runs of one table may differ: by intent, or (bf16) by the machine.
-_OF_A_POINT = ("seed", "point", "run_name", "bf16")
+_OF_A_POINT = ("seed", "target_skip", "point", "dropped", "run_name", "bf16")
 
 
 def results_table(phase: str, root=None, names=None) -> pd.DataFrame:

@@ -1,7 +1,9 @@
 """One depth router at every budget beside healed static plans; adapters, order and labels are made once."""
 
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_study import folder, settings  # noqa: F401  a fixture, and the settings that go with it
 
 import dlr
@@ -89,6 +91,18 @@ def test_what_is_prepared_once_is_read_again(bench, rows, _cache, monkeypatch):
     assert torch.equal(fewer.labels.harm, first.labels.harm[:len(fewer.labels)]), "labels can be added to"
     with pytest.raises(TypeError):                                          # another rank is other adapters
         bench.preparation(bench.config.changed(skip_adapter_rank=3), labels=False)
+
+
+def test_a_router_is_trained_end_to_end_at_every_price(bench, rows, place, tmp_path):
+    variant = study.train(bench, "DLR", bench.config.changed(router_share=1.0), tmp_path / "router")
+    routing = variant.routing
+    variant.close()
+    regressed = load_file(place / "router" / "checkpoint" / "router.safetensors")
+    trained = {name: tensor for name, tensor in routing.router.weights().items() if name.startswith("net.")}
+    assert all(not torch.equal(tensor, regressed[name]) for name, tensor in trained.items())
+    assert routing.calibration.curve == sorted(routing.calibration.curve)
+    log = pd.read_csv(tmp_path / "router" / "log.csv")
+    assert log["temperature"].notna().all() and log["skip"].between(0.01, 0.9).all()
 
 
 def test_independent_gates_get_the_same_adapters(bench, rows, tmp_path):
