@@ -14,10 +14,9 @@ import pandas as pd
 import torch
 
 from dlr.measure.evaluate import bootstrap
-from dlr.measure.instrument import costs, open_sample
-from dlr.measure.labels import HarmLabels, labels_of
+from dlr.measure.instrument import costs
+from dlr.measure.labels import HarmLabels, label_sample, open_for_labels
 from dlr.measure.oracle import captured
-from dlr.measure.static_runs import StaticRuns
 from dlr.progress import tqdm
 from dlr.routing.book import prices
 from dlr.routing.handle import Routing
@@ -63,7 +62,7 @@ def static_mixture(harm: torch.Tensor, depths: torch.Tensor, skip: float,
 
 @torch.no_grad()
 def realised(model, routing: Routing, batches: list[dict], predictors: dict[str, Predictor],
-             budgets: list[float]) -> pd.DataFrame:
+             budgets: list[float]) -> tuple[pd.DataFrame, list[HarmLabels]]:
     """Summed KL of each document under the static book and under each predictor's plans.
 
     Args:
@@ -71,17 +70,14 @@ def realised(model, routing: Routing, batches: list[dict], predictors: dict[str,
             of the first predictor anew.
 
     Returns:
-        One row a budget and document: tokens, static, oracle, shuffled, and each predictor.
+        One row a budget and document (tokens, static, oracle, shuffled, and each predictor), and
+        the true labels of each batch.
     """
     depths, units = routing.router.depths.cpu(), routing.units
     book = routing.router.gates.cpu()
-    samples = [open_sample(model, routing, batch, (routing.first, len(routing.layers)))
-               for batch in batches]
-    parts = []
-    for sample in tqdm(samples, desc="true harms", unit="batch"):
-        runs = StaticRuns(model, routing, sample)
-        harm = [torch.zeros(len(sample)), *(runs.kl(gates, keep=True) for gates in book[1:])]
-        parts.append(labels_of(routing, sample, torch.stack(harm, -1)))
+    samples = [open_for_labels(model, routing, batch) for batch in batches]
+    parts = [label_sample(model, routing, sample)
+             for sample in tqdm(samples, desc="true harms", unit="batch")]
     truth = HarmLabels.joined(parts)
     harms = {name: predict(truth) for name, predict in predictors.items()}
     harms["oracle"] = truth.harm
@@ -105,7 +101,7 @@ def realised(model, routing: Routing, batches: list[dict], predictors: dict[str,
             kl["static"] = static_mixture(truth.harm, depths, budget, units).double().numpy()
             frames.append(pd.DataFrame({"budget": budget, "document": truth.document.numpy(),
                                         "tokens": 1, **kl}))
-    return pd.concat(frames).groupby(["budget", "document"], as_index=False).sum()
+    return pd.concat(frames).groupby(["budget", "document"], as_index=False).sum(), parts
 
 
 def depth_rows(table: pd.DataFrame) -> list[dict]:

@@ -102,6 +102,20 @@ def giving(layer, output):
             layer.forward = before
 
 
+@contextlib.contextmanager
+def recording(layers):
+    """For the duration each layer's raw output is put into the list that is yielded."""
+    outputs = [None] * len(layers)
+    handles = [layer.register_forward_hook(
+        lambda module, args, output, _place=place: outputs.__setitem__(_place, output),
+        prepend=True) for place, layer in enumerate(layers)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Instrument:
     """Measures plans on one sample; a pass that differs in a late unit reuses the layers before.
 
@@ -139,16 +153,8 @@ class Instrument:
 
     def base(self, gates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """KL and loss `[n]` under a plan `[b, s, U]`, which later calls of `without` start from."""
-        self.kept = [None] * len(self.routing.layers)
-        handles = [layer.register_forward_hook(
-            lambda module, args, output, _i=i: self.kept.__setitem__(_i, output), prepend=True)
-            for i, layer in enumerate(self.routing.layers)]
-        try:
-            with self.setting():
-                return self._run(gates)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with recording(self.routing.layers) as self.kept, self.setting():
+            return self._run(gates)
 
     def without(self, gates: torch.Tensor, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
         """KL and loss `[n]` where the plan given to `base` skips `unit` at every choosing token."""

@@ -54,7 +54,7 @@ class HarmLabels:
 
 
 def labels_of(routing: Routing, sample: Sample, harm: torch.Tensor) -> HarmLabels:
-    """Labels of `harm` `[n, M]`; `sample` was opened with K and the last layer among its depths."""
+    """Labels of `harm` `[n, M]` on a sample of `open_for_labels`."""
     position = (sample.real.cumsum(1) - 1)[sample.free]
     last = sample.states[len(routing.layers)]
     return HarmLabels(sample.states[routing.first].bfloat16(), position.int().cpu(),
@@ -65,7 +65,16 @@ def labels_of(routing: Routing, sample: Sample, harm: torch.Tensor) -> HarmLabel
 @torch.no_grad()
 def label_batch(model, routing: Routing, batch: dict) -> HarmLabels:
     """Labels of one batch of `data.padded_batches` under every plan of the router's book."""
-    sample = open_sample(model, routing, batch, (routing.first, len(routing.layers)))
+    return label_sample(model, routing, open_for_labels(model, routing, batch))
+
+
+def open_for_labels(model, routing: Routing, batch: dict) -> Sample:
+    """The sample of a batch, with the states that labels hold."""
+    return open_sample(model, routing, batch, (routing.first, len(routing.layers)))
+
+
+def label_sample(model, routing: Routing, sample: Sample) -> HarmLabels:
+    """Labels of a sample of `open_for_labels` under every plan of the router's book."""
     runs = StaticRuns(model, routing, sample)
     book = routing.router.gates.cpu()
     harm = [torch.zeros(len(sample)), *(runs.kl(gates, keep=True) for gates in book[1:])]
@@ -80,7 +89,7 @@ def label_in_context(model, routing: Routing, batch: dict, moved: float,
     Args:
         moved: share of the tokens that take a random plan instead.
     """
-    sample = open_sample(model, routing, batch, (routing.first, len(routing.layers)))
+    sample = open_for_labels(model, routing, batch)
     router, book = routing.router, routing.router.gates.cpu()
     position = (sample.real.cumsum(1) - 1)[sample.free]
     harm = router.harm(sample.states[routing.first].to(position.device), position).cpu()

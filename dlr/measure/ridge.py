@@ -16,6 +16,7 @@ from dlr.measure.logits import last_only
 from dlr.progress import tqdm
 from dlr.routing.device import device_of
 from dlr.routing.handle import Routing
+from dlr.routing.skip import normed
 
 RIDGE = 1e-2         # times n; inputs have a mean square of 1
 
@@ -33,7 +34,7 @@ class _Moments:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, (tuple, list)) else output
         before, after = (state[self.rows.to(state.device)].float() for state in (before, after))
-        x = F.pad(F.rms_norm(before, before.shape[-1:], eps=1e-6), (0, 1), value=1.0)
+        x = F.pad(normed(before), (0, 1), value=1.0)
         self.inputs += (x.T @ x).to(self.inputs)
         self.updates += (x.T @ (after - before)).to(self.updates)
         self.total += float((after - before).square().sum())

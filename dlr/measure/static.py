@@ -120,8 +120,7 @@ def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
 
 
 def evaluate_static(model, routing: Routing, batches: list[dict], order: list[int], skip: float,
-                    forced: float, kl: bool = False) -> pd.DataFrame:
+                    forced: float) -> pd.DataFrame:
     """The document table of the static plan along `order` at exactly `skip`: mean of two plans."""
     pair = static_pair(order, routing.units, skip, forced)
-    return pair.mean(*(evaluate(model, routing, batches, StaticPlan(plan), kl=kl)
-                       for plan in pair[:2]))
+    return pair.mean(*(evaluate(model, routing, batches, StaticPlan(plan)) for plan in pair[:2]))

@@ -11,7 +11,7 @@ import contextlib
 
 import torch
 
-from dlr.measure.instrument import Sample, costs, giving
+from dlr.measure.instrument import Sample, costs, giving, recording
 from dlr.routing.handle import Routing
 from dlr.routing.policy import StaticPlan
 
@@ -41,7 +41,7 @@ class StaticRuns:
         Args:
             keep: hold this plan's outputs for the plans that follow, in the place of the last ones.
         """
-        routing, recorded = self.routing, [None] * len(self.routing.layers)
+        routing = self.routing
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(routing.autocast())
@@ -49,12 +49,7 @@ class StaticRuns:
                 stack.enter_context(routing.at(execution="masked"))
                 for place, known in self._known(gates).items():
                     stack.enter_context(giving(routing.layers[place], known))
-            if keep:
-                handles = [layer.register_forward_hook(
-                    lambda module, args, output, _place=place: recorded.__setitem__(_place, output),
-                    prepend=True) for place, layer in enumerate(routing.layers)]
-                for handle in handles:
-                    stack.callback(handle.remove)
+            recorded = stack.enter_context(recording(routing.layers)) if keep else None
             kl, _ = costs(self.model, routing, self.sample, StaticPlan(gates))
         if keep:
             self.plan, self.outputs = gates.clone(), recorded

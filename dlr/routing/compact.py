@@ -31,6 +31,7 @@ from dlr.routing.rows import Rows, attend, selective
 # cores (measured), about 0.3 ms of kernel launches at 150 TFLOP/s on an accelerator (estimated).
 OVERHEAD = {"cpu": 1.5e8, "cuda": 5e10}
 
+
 class _OneLayer:
     """A cache of one layer, for a layer that is run for its keys and values only."""
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlr.routing.config import RouterConfig
-from dlr.routing.skip import SkipAdapters
+from dlr.routing.skip import SkipAdapters, normed
 from dlr.settings import SettingsError
 
 ROUTER_NAME = "dlr_router"          # the attribute of the base model that holds it
@@ -77,9 +77,7 @@ class Router(nn.Module):
             position: `[...]` place among the real tokens of the sequence, from 0.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            x = hidden.float()
-            x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
-            return self.net(x)
+            return self.net(normed(hidden))
 
     def judged(self, hidden: torch.Tensor, position: torch.Tensor | None) -> tuple:
         """(predicted harms `[..., M]` of a book's plans or None, logits `[..., U]`)."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from dlr.routing.book import book_gates, depths_of, prices, steps_of
 from dlr.routing.config import RouterConfig
 from dlr.routing.router import Router, network
+from dlr.routing.skip import normed
 
 KEPT = 1e4           # nats: the price of a unit that every plan of the book runs
 LEAST = -12.0        # log of the least harm that is told apart from none
@@ -83,8 +84,7 @@ class DepthRouter(Router):
     # -- prediction -------------------------------------------------------------------------------
     def inputs(self, hidden: torch.Tensor, position: torch.Tensor | None) -> torch.Tensor:
         """The network's inputs `[..., d + 1]`: the normed state and the log of the position."""
-        x = hidden.float()
-        x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        x = normed(hidden)
         if position is None:
             position = torch.zeros(x.shape[:-1], device=x.device)
         place = position.to(x.device).float().clamp(min=0).log1p().unsqueeze(-1)

@@ -6,11 +6,11 @@ one hold one published rule each. All of them leave a skipped token's keys and v
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dlr.routing.config import RouterConfig
 from dlr.routing.router import Dense, Router
+from dlr.routing.skip import normed
 
 
 class LayerRouter(Router):
@@ -37,5 +37,4 @@ class LayerRouter(Router):
     def forward(self, hidden: torch.Tensor, unit: int) -> torch.Tensor:
         """Logits `[b, s, 1]` (float32) of `unit`, from states `[b, s, d]` before it."""
         with torch.autocast(hidden.device.type, enabled=False):
-            x = hidden.float()
-            return self.net[unit](F.rms_norm(x, x.shape[-1:], eps=1e-6))
+            return self.net[unit](normed(hidden))

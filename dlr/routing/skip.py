@@ -10,6 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def normed(x: torch.Tensor) -> torch.Tensor:
+    """States `[..., d]` with a mean square of 1, in float32: those of real models reach 20,000.
+
+    What routers and adapters read, and what `dlr.measure.ridge` fits adapters on.
+    """
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
+
+
 class SkipAdapters(nn.Module):
     """One adapter a unit: `x + up (down rmsnorm(x) + shift)`; x itself as long as `up` is zero.
 
@@ -27,7 +35,6 @@ class SkipAdapters(nn.Module):
 
     def forward(self, unit: int, x: torch.Tensor) -> torch.Tensor:
         """What `[..., d]` states become past the skipped `unit`."""
-        # in float32, since states of real models reach 20,000
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
-        inner = F.linear(normed, self.down[unit].to(x.dtype), self.shift[unit].to(x.dtype))
+        down, shift = self.down[unit].to(x.dtype), self.shift[unit].to(x.dtype)
+        inner = F.linear(normed(x).to(x.dtype), down, shift)
         return x + F.linear(inner, self.up[unit].to(x.dtype))

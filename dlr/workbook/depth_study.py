@@ -6,7 +6,7 @@ import torch
 
 from dlr.measure.depth import Predictor, depth_rows, plans_at, realised, token_table
 from dlr.measure.evaluate import calibrate_router
-from dlr.measure.labels import HarmLabels, label_batch, label_in_context
+from dlr.measure.labels import HarmLabels, label_in_context
 from dlr.progress import tqdm
 from dlr.routing.attach import attach
 from dlr.routing.router import router_class
@@ -77,9 +77,8 @@ def measure(bench: Bench, config, run) -> dict:
         predictors |= {"position alone": predictor(blind), "token alone": token_table(labels)}
         seeing, notes["explained"]["privileged"] = fitted(routing, labels, config, privileged=True)
         predictors["privileged"] = predictor(seeing, privileged=True)
-        table = realised(bench.base, routing, bench.test, predictors, config.budgets)
-        test = HarmLabels.joined([label_batch(bench.base, routing, batch)
-                                  for batch in bench.test[:config.scaling_batches]])
+        table, truth = realised(bench.base, routing, bench.test, predictors, config.budgets)
+        test = HarmLabels.joined(truth[:config.scaling_batches])
         counts = scaling(routing, labels, test, config)
     finally:
         routing.detach()

@@ -221,23 +221,25 @@ def forced_share(bench: Bench, keep_first_tokens: int) -> float:
     return float(lengths.clamp(max=keep_first_tokens).sum() / lengths.sum())
 
 
-def routed_rows(bench: Bench, variant: Variant) -> list[dict]:
+def routed_rows(bench: Bench, variant: Variant, name: str = "", **notes) -> list[dict]:
     """A routed model's row and, on its weights, the plans it must beat: shuffled, mean, random.
 
     `against_router` of a control is its loss less the router's: positive where the router wins.
+    The router's row is called `name`, by default as the variant is.
     """
-    routing, name, seed = variant.routing, variant.name, variant.config.seed
-    routed = measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)
+    routing, name, seed = variant.routing, name or variant.name, variant.config.seed
+    routed = measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes | notes)
     skip = routed["skip"]
     order = order_of_mean_plan(routed["keep_rate"])
     forced = forced_share(bench, routing.config.keep_first_tokens)
     controls = []
     if routing.router.ahead:         # a plan that is not known ahead cannot be shuffled
-        controls += [measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled")]
+        controls += [measure(bench, variant, f"{name}, shuffled", ShuffledPlan(seed), "shuffled",
+                             **notes)]
     table = evaluate_static(variant.model, routing, bench.test, order, skip, forced)
-    controls += [row_of(bench, variant, f"{name}, mean plan", table, "mean"),
+    controls += [row_of(bench, variant, f"{name}, mean plan", table, "mean", **notes),
                  measure(bench, variant, f"{name}, random plan",
-                         RandomPlan(skip / (1 - forced), seed), "random")]
+                         RandomPlan(skip / (1 - forced), seed), "random", **notes)]
     for row in controls:
         row["against_router"] = paired_difference(bench.tables[row["variant"]], bench.tables[name])
     return [routed, *controls]

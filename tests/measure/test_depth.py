@@ -31,7 +31,7 @@ def test_the_oracle_is_best_and_a_constant_is_static(llama):
     text = batches()
     labels = label_batch(llama, routing, text[0])
     same = labels.harm.mean(0)
-    table = realised(llama, routing, text, {"table": token_table(labels), "same": lambda given: same.expand(
+    table, _ = realised(llama, routing, text, {"table": token_table(labels), "same": lambda given: same.expand(
         len(given), -1)}, [0.5])
     rows = {row["plan"]: row for row in depth_rows(table)}
     assert rows["oracle"]["kl"] < rows["table"]["kl"] and rows["oracle"]["captured"] == 1

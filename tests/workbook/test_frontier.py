@@ -4,21 +4,12 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_study import folder, settings  # noqa: F401  a fixture, and the settings that go with it
+from test_study import _cache, folder, settings  # noqa: F401  fixtures, and the settings that go with them
 
 import dlr
 from dlr.train import prepare as prepared
 from dlr.workbook import depth_study, frontier, study
 from dlr.workbook.phases.depth_router import DepthRouterConfig
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("cache")
-        patch.setattr(prepared, "cache_folder", lambda: place)
-        yield place
-
 
 DEPTH = {"router_class": "DepthRouter", "router_hidden": 16, "skip_adapter_rank": 2, "adapter_tokens": 1024,
          "order_tokens": 1024, "label_tokens": 2048, "visits": 2000, "elastic": True, "lora_prefix": False, "steps": 3}
@@ -81,7 +72,7 @@ def adapters(bench):
     return prepared.Preparer(bench.base, bench.tokenizer, bench.config).adapters()
 
 
-def test_what_is_prepared_once_is_read_again(bench, rows, _cache, monkeypatch):
+def test_what_is_prepared_once_is_read_again(bench, rows, monkeypatch):
     monkeypatch.setattr(prepared, "fit_skip_adapters", None)
     monkeypatch.setattr(prepared, "greedy_order_by_kl", None)
     monkeypatch.setattr(prepared, "label_batch", None)

@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from test_study import folder, settings  # noqa: F401  a fixture, and the settings that go with it
+from test_study import _cache, folder, settings  # noqa: F401  fixtures, and the settings that go with them
 
 from dlr.train import prepare as prepared
 from dlr.workbook import peers, study
 
 ADAPTED = {"router_class": "DepthRouter", "router_hidden": 16, "skip_adapter_rank": 2, "adapter_tokens": 512,
            "order_tokens": 64, "candidates": 2, "label_tokens": 64, "steps": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("cache")
-        patch.setattr(prepared, "cache_folder", lambda: place)
-        yield place
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from dlr.base.models import NANO
 from dlr.figures.training import comparison, keep_rates, training
 from dlr.routing.policy import RouterPolicy, StaticPlan
 from dlr.runs import KINDS, kind_of
+from dlr.train import prepare
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
 from dlr.workbook import frontier, static_order, study
@@ -42,7 +43,8 @@ def folder(tmp_path_factory):
 def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("cache")
-        patch.setattr(static_order, "cache_folder", lambda: place)
+        for room in (static_order, prepare):
+            patch.setattr(room, "cache_folder", lambda: place)
         yield
 
 
