@@ -65,19 +65,8 @@ run = None if config.point == "summary" else open_run("pareto", config)
 
 # %% tags=["nbval-ignore-output"]
 if run is not None and not run.done:
-    bench = study.open_bench(config)
-    if config.point == "router":
-        variant = study.train(bench, "DLR", config, run.folder / "router")
-        rows = points.routed_frontier(bench, variant, config.budgets)
-        variant.close()
-        skips = {row["target_skip"]: row["skip"] for row in rows if row["kind"] == "routed"}
-        rows += points.static_frontier(bench, config, run.folder / "static", skips)
-    else:
-        rows = [study.base_row(bench), study.dense_row(bench, config, run.folder / "dense")]
-        half = config.changed(layer_drop=0.5)
-        rows += study.stochastic_rows(bench, half, run.folder / "stochastic", config.budgets)
-    run.finish(rows, against_static=points.differences(bench, "DLR", "best static",
-                                                       config.budgets))
+    measure = points.measure_router if config.point == "router" else points.measure_baselines
+    measure(study.open_bench(config), config, run)
 
 # %% tags=["nbval-ignore-output"]
 run.table(shown(run.rows)) if run is not None else None

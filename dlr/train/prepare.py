@@ -25,8 +25,6 @@ from dlr.routing.weights import identity
 from dlr.runs import save_tensors, write_atomically
 from dlr.train.settings import RunConfig
 
-TOKENS = 1024        # of a batch that is labelled or searched on
-
 
 @dataclass
 class Preparation:
@@ -70,9 +68,8 @@ class Preparer:
 
         More tokens begin with the same ones, so that labels can be added to.
         """
-        size = max(1, TOKENS // self.config.seq_len)
-        return blocks_as_batches(shuffled_blocks(self.documents, self.tokenizer, self.config, part,
-                                                 tokens), tokens, size)
+        blocks = shuffled_blocks(self.documents, self.tokenizer, self.config, part, tokens)
+        return blocks_as_batches(blocks, tokens, rows_at_once(self.config, tokens))
 
     def _attached(self) -> Routing:
         """A router of plain paths: what is found is the base's, whatever weighs them later."""
@@ -123,7 +120,8 @@ class Preparer:
         try:
             start.install(routing)
             folder = self._path("labels", config.skip_adapter_rank, config.adapter_tokens,
-                                start.order, routing.router.depths.tolist())
+                                start.order, routing.router.depths.tolist(),
+                                config.label_batch)
             return stream(self._batches(config.label_tokens, 2),
                           lambda batch: label_batch(self.base, routing, batch), folder,
                           "labelling harm")
@@ -144,9 +142,16 @@ def context_batches(tokenizer, config: RunConfig) -> list[dict]:
         return []
     blocks = shuffled_blocks(load_documents(config.dataset, "train"), tokenizer, config,
                              1000 + config.seed, config.context_tokens)
-    return blocks_as_batches(blocks, config.context_tokens, max(1, TOKENS // config.seq_len))
+    return blocks_as_batches(blocks, config.context_tokens,
+                             rows_at_once(config, config.context_tokens))
+
+
+def rows_at_once(config: RunConfig, tokens: int) -> int:
+    """Blocks in a batch of `label_batch` tokens, or of all `tokens` where these are fewer."""
+    return max(1, min(config.label_batch, tokens) // config.seq_len)
 
 
 def shuffled_blocks(documents, tokenizer, config: RunConfig, seed: int, tokens: int) -> np.ndarray:
     """Blocks `[n, s]` of documents in an order drawn by `seed`, `tokens` tokens or a few more."""
-    return packed(documents, tokenizer, config.seq_len, seed, tokens + TOKENS).blocks
+    return packed(documents, tokenizer, config.seq_len, seed,
+                  tokens + max(config.label_batch, config.seq_len)).blocks

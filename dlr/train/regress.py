@@ -16,6 +16,7 @@ BATCH = 512
 DROPOUT = 0.2
 TOP = 0.99           # quantile that harms are cut at: a few tokens are hurt a hundred times more
 HELD_OUT = 20        # one token in so many is left out, to report on
+EPOCHS = 13          # visits of one label at most: of few labels, more are learnt by heart
 MOVED = 0.3          # share of the tokens that leave the router's plan in context
 
 
@@ -31,7 +32,7 @@ def regress(router, labels: HarmLabels, visits: int, seed: int) -> float:
     """Fits `router`, a `DepthRouter`, in place.
 
     Args:
-        visits: labels looked at in all; several times each where there are fewer labels.
+        visits: labels looked at in all, each of them EPOCHS times at most.
 
     Returns:
         The share of the Poisson deviance explained on tokens left out.
@@ -55,7 +56,7 @@ def regress(router, labels: HarmLabels, visits: int, seed: int) -> float:
         nll = F.poisson_nll_loss(log_harm, goal[rows], reduction="none")
         return nll[known[rows]].mean()
 
-    _minimise(router, loss, fitted, visits, generator)
+    _minimise(router, loss, fitted, min(visits, EPOCHS * len(labels)), generator)
     with torch.no_grad():
         deviance = torch.stack([loss(rows) for rows in held_out.split(4096)]).mean()
         flat = F.poisson_nll_loss(torch.zeros_like(goal), goal, reduction="none")[held_out]

@@ -64,7 +64,9 @@ class RunConfig(RouterConfig, Original.Weights):
     candidates: int = Field(10, ge=1)           # units that a round of the search tries
     label_tokens: int = Field(49152, ge=64)     # labelled under every plan of the book
     context_tokens: int = Field(0, ge=0)        # labelled in context, under one plan each
-    visits: int = Field(600_000, ge=1)          # labels that the regression looks at in all
+    label_batch: int = Field(1024, ge=64)       # tokens labelled at once: more need more memory
+    # labels that the regression looks at in all; fewer where that were many times each
+    visits: int = Field(600_000, ge=1)
     # heal for every budget at once: each sequence draws a skip ratio, or runs dense
     elastic: bool = False
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from dlr.base.data import load_documents
 from dlr.measure.depth import Predictor, depth_rows, plans_at, realised, token_table
 from dlr.measure.evaluate import calibrate_router
 from dlr.measure.labels import HarmLabels, label_in_context
@@ -12,6 +13,7 @@ from dlr.routing.attach import attach
 from dlr.routing.router import router_class
 from dlr.train.prepare import context_batches
 from dlr.train.regress import MOVED, regress
+from dlr.workbook.domain_study import static_by_domain
 from dlr.workbook.study import Bench
 
 
@@ -19,8 +21,8 @@ def predictor(router, privileged: bool = False) -> Predictor:
     """The harms that `router` predicts; a privileged one is fed the dense model's last state."""
     @torch.no_grad()
     def predict(labels: HarmLabels) -> torch.Tensor:
-        states = labels.last if privileged else labels.states
-        return torch.cat([router.harm(part, place) for part, place in
+        states, device = labels.last if privileged else labels.states, router.center.device
+        return torch.cat([router.harm(part.to(device), place.to(device)).cpu() for part, place in
                           zip(states.split(4096), labels.position.split(4096))])
     return predict
 
@@ -30,6 +32,7 @@ def fitted(routing, labels: HarmLabels, config, name: str = "", privileged: bool
     kind = router_class(name or config.router_class)
     torch.manual_seed(config.seed)
     router = kind(routing.router.width, routing.units, routing.config)
+    router.to(routing.router.center.device)
     router.set_order(routing.router.order.tolist())
     if privileged:
         labels = copy.copy(labels)
@@ -78,6 +81,8 @@ def measure(bench: Bench, config, run) -> dict:
         seeing, notes["explained"]["privileged"] = fitted(routing, labels, config, privileged=True)
         predictors["privileged"] = predictor(seeing, privileged=True)
         table, truth = realised(bench.base, routing, bench.test, predictors, config.budgets)
+        if load_documents(config.dataset, "test").domains:
+            table = table.merge(static_by_domain(bench, routing, config))
         test = HarmLabels.joined(truth[:config.scaling_batches])
         counts = scaling(routing, labels, test, config)
     finally:

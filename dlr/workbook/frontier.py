@@ -7,12 +7,17 @@ budget, its `skip` what was measured on the test split.
 from contextlib import closing
 from pathlib import Path
 
-from dlr.measure.evaluate import paired_difference, skip_ratio
+from dlr.base.data import load_documents
+from dlr.measure.domains import domain_differences
+from dlr.measure.evaluate import paired_difference, router_logits, skip_ratio
 from dlr.measure.static import evaluate_static
 from dlr.routing.budget import threshold_at
 from dlr.train.settings import RunConfig
-from dlr.workbook.study import (Bench, Variant, best_static_order, forced_share, routed_rows,
-                                row_of, train_static)
+from dlr.workbook.study import (Bench, Variant, base_row, best_static_order, dense_row,
+                                forced_share, routed_rows, row_of, stochastic_rows, train,
+                                train_static)
+
+DIAL = tuple(percent / 100 for percent in range(5, 61, 5))       # skips that `dial` asks for
 
 
 def named(name: str, skip: float) -> str:
@@ -26,6 +31,16 @@ def routed_frontier(bench: Bench, variant: Variant, skips: list[float]) -> list[
     for asked in skips:
         with routing.at(threshold=threshold_at(routing.calibration.curve, asked)):
             rows += routed_rows(bench, variant, named(variant.name, asked), target_skip=asked)
+    return rows
+
+
+def dial(bench: Bench, variant: Variant) -> list[dict]:
+    """The skip measured on the test split for each that is asked for, from 5 to 60 %; one pass."""
+    logits, forced = router_logits(variant.model, variant.routing, bench.test)
+    rows = []
+    for asked in DIAL:
+        skipped = logits <= threshold_at(variant.routing.calibration.curve, asked)
+        rows.append({"asked": asked, "skip": float(skipped.sum()) / (logits.numel() + forced)})
     return rows
 
 
@@ -68,3 +83,31 @@ def differences(bench: Bench, routed: str, static: str, skips: list[float]) -> l
             rows.append({"target_skip": asked, "skip": skip_ratio(bench.tables[name]),
                          **difference})
     return rows
+
+
+def by_domain(bench: Bench, routed: str, static: str, skips: list[float]) -> list[dict]:
+    """The same for each domain of the test split, one row a budget and domain; [] without any."""
+    domains = load_documents(bench.config.dataset, "test").domains
+    return [{"target_skip": asked, **row} for asked in skips if domains
+            for row in domain_differences(bench.tables[named(routed, asked)],
+                                          bench.tables[named(static, asked)], domains)]
+
+
+def measure_router(bench: Bench, config, run) -> dict:
+    """A point of the frontier: one router and one static plan, at every budget, into `run`."""
+    with closing(train(bench, "DLR", config, run.folder / "router")) as variant:
+        rows = routed_frontier(bench, variant, config.budgets)
+        dialled = dial(bench, variant)
+    skips = {row["target_skip"]: row["skip"] for row in rows if row["kind"] == "routed"}
+    rows += static_frontier(bench, config, run.folder / "static", skips)
+    names = "DLR", "best static", config.budgets
+    return run.finish(rows, against_static=differences(bench, *names), dial=dialled,
+                      domains=by_domain(bench, *names))
+
+
+def measure_baselines(bench: Bench, config, run) -> dict:
+    """A point of the frontier without a router: base, dense LoRA and stochastic depth."""
+    rows = [base_row(bench), dense_row(bench, config, run.folder / "dense")]
+    half = config.changed(layer_drop=0.5)
+    return run.finish(rows + stochastic_rows(bench, half, run.folder / "stochastic",
+                                             config.budgets))

@@ -98,7 +98,7 @@ def _clear(bench: Bench) -> None:
         bench.open.close()
 
 
-def _variant(bench: Bench, name: str, config: RunConfig,
+def fresh_variant(bench: Bench, name: str, config: RunConfig,
              preparation: Preparation | None = None) -> Variant:
     """Fresh LoRA and router on the bench's base, the latter with a preparation's adapters and book.
     """
@@ -135,7 +135,7 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     elif warm and config.warm_background == "static":
         order = best_static_order(bench, config)
     folder.mkdir(parents=True, exist_ok=True)
-    variant = _variant(bench, name, config, preparation)
+    variant = fresh_variant(bench, name, config, preparation)
     try:
         if warm and config.reads_book:
             context = context_batches(bench.tokenizer, config)

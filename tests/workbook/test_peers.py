@@ -21,7 +21,7 @@ def bench(folder):  # noqa: F811
 def test_a_peer_trains_and_meets_its_budget_on_unseen_text(bench, name, tmp_path):
     before = {key: tensor.clone() for key, tensor in bench.base.named_parameters()}
     config = bench.config.changed(**peers.PEERS[name])
-    fresh = study._variant(bench, name, config)
+    fresh = study.fresh_variant(bench, name, config)
     start = {key: tensor.clone() for key, tensor in fresh.routing.router.named_parameters()}
     fresh.close()
     variant = study.train(bench, name, config, tmp_path)
