@@ -5,7 +5,7 @@ import torch
 from dlr.measure.labels import HarmLabels
 from dlr.routing.config import RouterConfig
 from dlr.routing.router_depth import DepthRouter
-from dlr.train.regress import regress
+from dlr.train.regress import EPOCHS, regress
 
 CONFIG = RouterConfig(router_class="DepthRouter", router_hidden=32)
 
@@ -25,6 +25,14 @@ def test_a_readable_harm_is_learnt_and_noise_is_not():
         torch.manual_seed(0)
         return regress(DepthRouter(16, 3, CONFIG.changed(book_depth=1.0)), given, 60_000, 0)
     assert explained(labels()) > 0.6 > 0.1 > explained(labels(readable=False))
+
+
+def test_few_labels_are_not_learnt_by_heart(monkeypatch):
+    steps = []
+    monkeypatch.setattr("dlr.train.regress._minimise", lambda *given: steps.append(given[3]))
+    for count, visits in ((100, 10**6), (100, 500)):
+        regress(DepthRouter(16, 3, CONFIG), labels(count)[torch.arange(count)], visits, 0)
+    assert steps == [100 * EPOCHS, 500]
 
 
 def test_unknown_harms_are_left_out():

@@ -7,8 +7,10 @@ from safetensors.torch import load_file
 from test_study import _cache, folder, settings  # noqa: F401  fixtures, and the settings that go with them
 
 import dlr
+from dlr.base.data import Documents
+from dlr.routing.attach import attach
 from dlr.train import prepare as prepared
-from dlr.workbook import depth_study, frontier, study
+from dlr.workbook import depth_study, domain_study, frontier, stages, study
 from dlr.workbook.phases.depth_router import DepthRouterConfig
 
 DEPTH = {"router_class": "DepthRouter", "router_hidden": 16, "skip_adapter_rank": 2, "adapter_tokens": 1024,
@@ -104,14 +106,65 @@ def test_independent_gates_get_the_same_adapters(bench, rows, tmp_path):
     assert variant.notes["token_dependent_share"] > 0 and any(up.abs().sum() > 0 for up in adapters.up)
 
 
-def test_the_study_before_healing_compares_all_plans(bench, rows, tmp_path):
-    class Run:
-        def finish(self, rows, **more):
-            return {"rows": rows} | more
+class Kept:
+    """A run that keeps its metrics to itself."""
 
+    def __init__(self, folder=None):
+        self.folder = folder
+
+    def finish(self, rows, **more):
+        return {"rows": rows} | more
+
+
+def test_the_dial_is_what_the_router_measures(bench, rows, place):
+    variant = study.train(bench, "DLR", bench.config, place / "dialled")
+    told = {row["asked"]: row["skip"] for row in frontier.dial(bench, variant)}
+    variant.close()
+    assert list(told) == list(frontier.DIAL) and sorted(told.values()) == list(told.values())
+    measured = {row["target_skip"]: row["skip"] for row in rows if row["kind"] == "routed"}
+    assert all(told[asked] == pytest.approx(skip, abs=1e-6) for asked, skip in measured.items())
+
+
+def test_stages_follow_one_another_at_every_budget(bench, rows, tmp_path):
+    config = bench.config.changed(context_tokens=256)
+    object.__setattr__(config, "budgets", [0.3])
+    object.__setattr__(config, "learning_share", 1.0)
+    metrics = stages.measure_stages(bench, config, Kept(tmp_path))
+    found = {row["stage"]: row for row in metrics["rows"]}
+    assert set(found) == set(stages.STAGES)
+    assert found["closed form"]["skip"] == pytest.approx(found["regressed"]["skip"], abs=1e-6)
+    assert [(row["before"], row["stage"]) for row in metrics["gains"]] == list(
+        zip(stages.STAGES, stages.STAGES[1:]))
+    assert all(row["low"] <= row["nll_difference"] <= row["high"] for row in metrics["gains"])
+    ends = [load_file(tmp_path / name / "checkpoint" / "router.safetensors")["net.0.weight"]
+            for name in ("healed", "end-to-end")]
+    assert not torch.equal(*ends), "the last stage trains the router"
+
+
+def test_a_domain_has_a_static_plan_of_its_own(bench, rows, monkeypatch):
+    documents = {split: study.load_documents(bench.config.dataset, split) for split in ("train", "test")}
+    marked = {split: Documents(its.source, split, its.texts, its.hash, ["odd" if place % 2 else "even"
+                               for place in range(len(its))]) for split, its in documents.items()}
+    monkeypatch.setattr(domain_study, "load_documents", lambda dataset, split: marked[split])
+    config = DepthRouterConfig(**bench.config.model_dump()).changed(budgets=[0.3, 0.5], order_tokens=128)
+    routing = attach(bench.base, config.router())
+    try:
+        bench.preparation(bench.config, labels=False)
+        prepared.Preparation({}, [3, 1, 0, 2]).install(routing)
+        table = domain_study.static_by_domain(bench, routing, config)
+        assert routing.router.order.tolist() == [3, 1, 0, 2], "the router's own book is put back"
+    finally:
+        routing.detach()
+    seen = sorted(row for batch in bench.test for row in batch["row"].tolist())
+    assert sorted(table[table["budget"] == 0.3]["document"]) == seen
+    sums = table.groupby("budget")["static by domain"].sum()
+    assert 0 < sums[0.3] < sums[0.5]
+
+
+def test_the_study_before_healing_compares_all_plans(bench, rows):
     config = DepthRouterConfig(**bench.config.model_dump()).changed(
         budgets=[0.3], label_counts=[256, 10**6], scaling_batches=1, context_tokens=1024)
-    metrics = depth_study.measure(bench, config, Run())
+    metrics = depth_study.measure(bench, config, Kept())
     plans = {row["plan"]: row["kl"] for row in metrics["rows"]}
     assert set(plans) == {"static", "shuffled", "oracle", "depth router", "in context", "position alone",
                           "token alone", "privileged"}
