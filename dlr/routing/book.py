@@ -53,7 +53,9 @@ def prices(harm: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
     rise = harm.unsqueeze(-2) - harm.unsqueeze(-1)                  # [..., i, k]: from plan i to k
     run = depths.unsqueeze(-2) - depths.unsqueeze(-1)
     upwards = run > 0
-    slope = (rise / run.where(upwards, run.new_ones(()))).where(upwards, rise.new_tensor(torch.inf))
+    # `new_full` fills on the device; a tensor made from a number would wait for the host's copy
+    never = rise.new_full((), torch.inf)
+    slope = (rise / run.where(upwards, run.new_ones(()))).where(upwards, never)
     least = slope.flip(-1).cummin(-1).values.flip(-1)[..., 1:]      # over all plans k > step
     begun = torch.ones(plans, plans - 1, dtype=torch.bool, device=harm.device).triu()
-    return least.where(begun, rise.new_tensor(-torch.inf)).amax(-2)  # over all plans i <= step
+    return least.where(begun, -never).amax(-2)  # over all plans i <= step

@@ -48,7 +48,8 @@ def scaling(routing, labels: HarmLabels, test: HarmLabels, config) -> list[dict]
         router, explained = fitted(routing, labels[spread], config)
         harm = predictor(router)(test)
         for budget in config.budgets:
-            plan = plans_at(harm, routing.router.depths, budget, routing.units)
+            plan = plans_at(harm, routing.router.depths.cpu(), budget,
+                            routing.units)
             kl = test.harm.gather(1, plan.unsqueeze(1)).mean()
             rows.append({"labels": count, "budget": budget, "kl": float(kl),
                          "explained": explained})
