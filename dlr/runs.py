@@ -24,11 +24,13 @@ from safetensors.torch import save_file
 
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 METRICS, RECORD = "metrics.json", "run.json"
-# What a run writes, as patterns below its folder: all that a forced run removes before it starts.
+# What an unfinished run goes on from, as patterns below its folder.
+TO_RESUME = ("*/trainer", "*/harm-*.safetensors")
+# What a run writes: all that a forced run removes before it starts.
 LEFT_BEHIND = (METRICS, RECORD, "log.csv", "table.md", "notebook.ipynb", "output.txt",
                "record.json", "record.safetensors", "frequencies.safetensors",
                "oracle.safetensors", "tasks", "checkpoint", "trainer", "*/log.csv", "*/checkpoint",
-               "*/trainer", "*/harm-*.safetensors")
+               *TO_RESUME)
 
 
 def project_root() -> Path:
@@ -213,6 +215,8 @@ class Run:
         """Writes metrics.json: `rows`, one a variant, and whatever else the run found."""
         metrics = plain({"rows": rows, "seconds": round(time.time() - self._started, 1)} | extra)
         write_atomically(self.folder / METRICS, json.dumps(metrics, indent=1) + "\n")
+        for path in [path for pattern in TO_RESUME for path in self.folder.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return metrics
 
     def clear(self) -> None:

@@ -233,9 +233,17 @@ class DLRTrainer(Trainer):
             while last and not whole(Path(last), processes):         # killed while it was written
                 os.rename(last, output / f"broken-{Path(last).name}")
                 last = get_last_checkpoint(str(output))
-        self.train(resume_from_checkpoint=last)
+        if last and steps_of(Path(last)) >= self.args.max_steps:
+            self._load_from_checkpoint(last)            # Trainer itself would take one step more
+        else:
+            self.train(resume_from_checkpoint=last)
         self.routing.policy = RouterPolicy()
         self.model.eval()
+
+
+def steps_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint has behind it."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
 
 
 def whole(checkpoint: Path, processes: int) -> bool:
@@ -274,6 +282,7 @@ class _StepEnd(TrainerCallback):
         row = self.trainer.step_done(state.global_step)
         self.bar.set_postfix(ce=f"{row['ce']:.3f}", skip=f"{row['skip']:.0%}", refresh=False)
         self.bar.update()
+        control.should_save |= state.global_step == state.max_steps    # for a run's next variants
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

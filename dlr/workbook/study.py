@@ -1,6 +1,5 @@
 """What notebooks share: one loaded base, variants trained on it, each measured with controls."""
 
-import shutil
 import warnings
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -99,7 +98,7 @@ def _clear(bench: Bench) -> None:
 
 
 def fresh_variant(bench: Bench, name: str, config: RunConfig,
-             preparation: Preparation | None = None) -> Variant:
+                  preparation: Preparation | None = None) -> Variant:
     """Fresh LoRA and router on the bench's base, the latter with a preparation's adapters and book.
     """
     _clear(bench)
@@ -122,10 +121,11 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
           policy: Policy | None = None) -> Variant:
     """Trains fresh LoRA and router on the bench's base under `config`, a control under `policy`.
 
-    Training resumes from a checkpoint in `folder`, if any. A trained router is calibrated and
-    saved. With a warm start and `router_share=0` (the defaults) gradients train LoRA alone: the
-    router is regressed on harm labels (see `warmstart`) and stays as it is. After an error or an
-    interrupt the base model is as it was before.
+    Training resumes from a checkpoint in `folder`, which stays until the run is finished, so that
+    an interrupt costs none of its variants. A trained router is calibrated and saved. With a warm
+    start and `router_share=0` (the defaults) gradients train LoRA alone: the router is regressed on
+    harm labels (see `regress`, `warmstart`) and stays as it is. After an error or an interrupt the
+    base model is as it was before.
     """
     order = preparation = None
     warm = policy is None and config.warm_start
@@ -148,9 +148,6 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     except BaseException:
         variant.close()
         raise
-    shutil.rmtree(folder / "trainer", ignore_errors=True)
-    for labels in folder.glob("harm-*.safetensors"):
-        labels.unlink()
     return variant
 
 

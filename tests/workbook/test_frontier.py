@@ -9,7 +9,9 @@ from test_study import _cache, folder, settings  # noqa: F401  fixtures, and the
 import dlr
 from dlr.base.data import Documents
 from dlr.routing.attach import attach
+from dlr.runs import Run
 from dlr.train import prepare as prepared
+from dlr.train.trainer import DLRTrainer
 from dlr.workbook import depth_study, domain_study, frontier, stages, study
 from dlr.workbook.phases.depth_router import DepthRouterConfig
 
@@ -84,6 +86,20 @@ def test_what_is_prepared_once_is_read_again(bench, rows, monkeypatch):
     assert torch.equal(fewer.labels.harm, first.labels.harm[:len(fewer.labels)]), "labels can be added to"
     with pytest.raises(TypeError):                                          # another rank is other adapters
         bench.preparation(bench.config.changed(skip_adapter_rank=3), labels=False)
+
+
+def test_an_unfinished_run_does_not_train_a_variant_again(bench, rows, tmp_path, monkeypatch):
+    run, weights = Run(tmp_path), []
+    run._started = 0
+    for _ in range(2):
+        variant = study.train(bench, "DLR", bench.config, run.folder / "router")
+        weights.append({name: each.detach().clone() for name, each in variant.model.named_parameters()
+                        if each.requires_grad})
+        variant.close()
+        monkeypatch.setattr(DLRTrainer, "compute_loss", None)
+    assert weights[0] and all(torch.equal(each, weights[1][name]) for name, each in weights[0].items())
+    run.finish([])
+    assert not (tmp_path / "router" / "trainer").exists() and (tmp_path / "router" / "checkpoint").is_dir()
 
 
 def test_a_router_is_trained_end_to_end_at_every_price(bench, rows, place, tmp_path):
