@@ -266,6 +266,16 @@ def kind_of(row: dict) -> str:
     return "routed"
 
 
+def alike(runs: dict[str, Run]) -> dict[tuple[str, str, int], dict[str, Run]]:
+    """Runs by model, dataset and steps, in whose figure or table they stand together."""
+    groups: dict[tuple[str, str, int], dict[str, Run]] = {}
+    for name, run in runs.items():
+        settings = run.record.get("settings", {})
+        key = settings.get("model", ""), settings.get("dataset", ""), settings.get("steps", 0)
+        groups.setdefault(key, {})[name] = run
+    return groups
+
+
 def finished_runs(phase: str, root: Path | None = None) -> dict[str, dict]:
     """Run name to {'metrics', 'run'} for every finished run of a phase, by name."""
     folder = (root or results_folder()) / phase

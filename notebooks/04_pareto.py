@@ -58,7 +58,7 @@ config = notebook_settings("pareto", globals())
 from dlr.workbook import frontier as points
 from dlr.workbook import study
 from dlr.figures.training import frontier, verdicts
-from dlr.runs import Run, finished_runs, project_root, results_folder
+from dlr.runs import Run, alike, finished_runs, project_root, results_folder
 from dlr.workbook.runner import comparable, open_run, results_table, seeds_table, shown
 
 run = None if config.point == "summary" else open_run("pareto", config)
@@ -74,14 +74,16 @@ run.table(shown(run.rows)) if run is not None else None
 # %% [markdown]
 # ## Result
 #
-# Mean and standard deviation over seeds, of the finished runs of the sweep.
+# Mean and standard deviation over seeds, of the finished runs of this model, dataset and number of
+# steps.
 
 # %% tags=["nbval-ignore-output"]
 root = results_folder()
 if not finished_runs("pareto", root):   # nothing swept here: show what came with the repository
     root = project_root() / "results"
-table = comparable(results_table("pareto", root))
-runs = {name: Run(root / "pareto" / name) for name in table.get("run", [])}
+found = {name: Run(root / "pareto" / name) for name in finished_runs("pareto", root)}
+runs = alike(found).get((config.model, config.dataset, config.steps), {})
+table = comparable(results_table("pareto", root, runs))
 seeds_table(table)
 
 # %% tags=["nbval-ignore-output"]

@@ -75,13 +75,14 @@ name = Path(config.model).name or config.shape
 # %% tags=["nbval-ignore-output"]
 if not run.done:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = shapes.recorded_logits(config.checkpoint, config.plan_docs)
+    plan, trained = shapes.recorded_logits(config.checkpoint, config.plan_docs)
     base = config.model or (config.shape if config.shape == "nano" else "")
     precision = None if config.dtype == "auto" else config.dtype
     subject = latency.subject(
         name, plan, config.skips, layers=config.layers or None, device=device,
         dtype=getattr(torch, precision or "", None), skip_adapter_rank=config.skip_adapter_rank,
-        model=load_base(base, dtype=precision, device=device)[0] if base else None)
+        model=load_base(base, dtype=precision, device=device)[0] if base else None,
+        trained=trained if config.checkpoint and trained.base["name"] == config.model else None)
     works = [latency.Prefill(subject, batch, length)
              for batch in config.batches for length in config.lengths]
     rows = [latency.measure(work, [0.0, *config.skips], repeats=config.repeats) for work in works]

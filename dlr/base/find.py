@@ -10,11 +10,12 @@ import warnings
 from pathlib import Path
 
 from dlr.base.folder import CONFIG, looks_like, missing_part
-from dlr.base.models import NANO_ROUTER
+from dlr.base.models import NANO_ROUTER, SMOLLM2_ROUTER
 from dlr.routing.weights import NANO_NAME
 from dlr.runs import METRICS, from_project, results_folder
 
 EMBEDDED = "embedded router"            # its label; on a command line it is 'nano-router'
+SMOLLM2 = "SmolLM2 router"              # the same; 'smollm2-router'
 _BEST = ("best", "checkpoint-best", "checkpoint")
 _LAST = ("last", "checkpoint-last")
 
@@ -24,8 +25,9 @@ class HalfWritten(UserWarning):
 
 
 def checkpoints(root: Path | None = None) -> dict[str, Path]:
-    """Label to folder: the embedded router, then those of finished runs, `scratch/` last."""
-    folders = {EMBEDDED: NANO_ROUTER} if (NANO_ROUTER / CONFIG).is_file() else {}
+    """Label to folder: the routers that come along, those of finished runs, `scratch/` last."""
+    shipped = {EMBEDDED: NANO_ROUTER, SMOLLM2: SMOLLM2_ROUTER}
+    folders = {label: folder for label, folder in shipped.items() if (folder / CONFIG).is_file()}
     root = root or results_folder()
     for pattern in (f"*/*/{METRICS}", f"scratch/*/*/{METRICS}"):
         for metrics in sorted(root.glob(pattern)):
@@ -85,11 +87,21 @@ def _best_in(folder: Path) -> tuple[str, Path] | None:
     return None
 
 
+def _shipped(folder: Path, kind: str, place: str) -> Path:
+    if not looks_like(folder):
+        raise FileNotFoundError(
+            f"There is no {kind} router ({place}) in this copy of the "
+            "project. Name a checkpoint, for example --set "
+            "checkpoint=results/token_routing/quick/DLR, or train one: python -m dlr run. There "
+            f"are: {', '.join(checkpoints()) or 'none'}.")
+    return folder
+
+
 def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
     """The checkpoint folder meant by `where`.
 
     Args:
-        where: 'nano-router', a checkpoint's folder, a run's or a variant's, a phase, or a label of
+        where: 'nano-router', 'smollm2-router', a checkpoint's folder, a run's or a variant's, a phase, or a label of
             `checkpoints`. A relative path is looked for from here, then from the project's root.
             None: the embedded router, or the first checkpoint there is.
 
@@ -99,18 +111,15 @@ def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
     if where is None:
         where = next(iter(checkpoints()), EMBEDDED)
     if str(where) in ("nano-router", EMBEDDED):
-        if not looks_like(NANO_ROUTER):
-            raise FileNotFoundError(
-                "There is no embedded router (dlr/nano/router) in this copy of the project. Name a "
-                "checkpoint, for example --set checkpoint=results/token_routing/quick/DLR, or "
-                "train one: python -m dlr run. There are: "
-                f"{', '.join(checkpoints()) or 'none'}.")
-        return NANO_ROUTER
+        return _shipped(NANO_ROUTER, "embedded", "dlr/nano/router")
+    if str(where) in ("smollm2-router", SMOLLM2):
+        return _shipped(SMOLLM2_ROUTER, "SmolLM2", "dlr/smollm2")
     folder = from_project(where)
     if not folder.is_dir():
         folder = results_folder() / where
     if not folder.is_dir():
-        phases = sorted({label.split("/")[0] for label in checkpoints()} - {EMBEDDED})
+        phases = sorted({label.split("/")[0] for label in checkpoints()}
+                        - {EMBEDDED, SMOLLM2})
         raise FileNotFoundError(
             f"There is no checkpoint {str(where)!r}: it is neither a folder nor a phase "
             f"({', '.join(phases) or 'none has a run'}). There are: "

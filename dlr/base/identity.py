@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dlr.base import smollm2
 from dlr.base.data import load_documents
-from dlr.base.models import NANO, NANO_ROUTER
+from dlr.base.models import NANO, NANO_ROUTER, SMOLLM2_ROUTER
 from dlr.runs import (RECORD, Run, from_project, plain, project_root, results_folder, shell_folder,
                       shown_path)
 from dlr.settings import LocalPath, MachineDecides, Settings, SettingsError, default_of, items_of
@@ -103,7 +103,8 @@ def digest(path: Path) -> str:
 
 def inputs_of(config: Settings) -> dict[str, str]:
     """Setting to `digest` of every file or folder that `config` reads."""
-    embedded = {"nano": NANO / "model.safetensors", "nano-router": NANO_ROUTER}
+    embedded = {"nano": NANO / "model.safetensors", "nano-router": NANO_ROUTER,
+                "smollm2-router": SMOLLM2_ROUTER}
     digests = {}
 
     def note(text: str, mark: LocalPath, name: str) -> str:

@@ -16,6 +16,7 @@ from dlr.runs import from_project
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 NANO_ROUTER = NANO / "router"            # a trained, calibrated router for it
+SMOLLM2_ROUTER = NANO.parent / "smollm2"            # the same for SmolLM2
 DTYPES = ("float32", "bfloat16", "float16")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
        "bnb_4bit_compute_dtype": "bfloat16"}

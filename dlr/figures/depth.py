@@ -6,9 +6,11 @@ import seaborn as sns
 
 from dlr.figures.register import figure
 from dlr.figures.style import COLOURS, drawn
+from dlr.runs import Run
 
 _MORE = sns.color_palette("colorblind", 10)
 PLANS = {"shuffled": COLOURS["shuffled"], "position alone": _MORE[5], "static": COLOURS["static"],
+         "static by domain": _MORE[2],
          "token alone": _MORE[1], "depth router": COLOURS["routed"], "in context": _MORE[9],
          "privileged": _MORE[4], "oracle": "black"}
 
@@ -18,8 +20,13 @@ def _title(run) -> str:
     return f"{settings['model']} on {settings['dataset']}, not healed"
 
 
+def _alone(runs: dict[str, Run]) -> dict[str, Run]:
+    """The runs that are no point of the sweep over ranks."""
+    return {name: run for name, run in runs.items() if "skip_adapter_rank=" not in name}
+
+
 @figure("depth_router", lambda runs: {f"depth_kl_{name}": (run.rows, _title(run))
-                                      for name, run in runs.items()})
+                                      for name, run in _alone(runs).items()})
 @drawn
 def depth_kl(rows: list[dict], title: str = ""):
     """Above, KL from the dense model by skip; below, the difference from the best static plan."""
@@ -42,7 +49,7 @@ def depth_kl(rows: list[dict], title: str = ""):
 
 
 @figure("depth_router", lambda runs: {f"label_scaling_{name}": (run.metrics["scaling"], _title(run))
-                                      for name, run in runs.items()})
+                                      for name, run in _alone(runs).items()})
 @drawn
 def label_scaling(scaling: list[dict], title: str = ""):
     """KL of the chosen plans by number of labelled tokens, one line a budget."""
@@ -61,4 +68,33 @@ def label_scaling(scaling: list[dict], title: str = ""):
     axes.set_xticks(apart, [f"{count / 1000:.3g}k" for count in apart])
     axes.set(xlabel="labelled tokens", ylabel="KL of the chosen plans\n(nats a token)", title=title)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return picture
+
+
+def rank_rows(runs: dict[str, Run]) -> list[dict]:
+    """Rows of the sweep over ranks of skip adapters, each with its rank."""
+    return [row | {"rank": run.record["settings"]["skip_adapter_rank"]}
+            for name, run in runs.items() if "skip_adapter_rank=" in name for row in run.rows]
+
+
+@figure("depth_router", lambda runs: {"adapter_ranks": (rows,)
+                                      for rows in [rank_rows(runs)] if rows})
+@drawn
+def adapter_ranks(rows: list[dict], title: str = "SmolLM2 on the embedded corpus, not healed"):
+    """KL of the static plan (dashed) and the depth router (solid) by rank, one colour a budget."""
+    table = pd.DataFrame(rows)
+    ranks = sorted(table["rank"].unique())
+    budgets = sorted(table["budget"].unique())
+    picture, axes = plt.subplots(figsize=(6.4, 3.6))
+    for budget, colour in zip(budgets, sns.color_palette("viridis_r", len(budgets))):
+        for plan, line in (("static", "--"), ("depth router", "-")):
+            part = table[(table["plan"] == plan) & (table["budget"] == budget)].sort_values("rank")
+            axes.plot([ranks.index(rank) for rank in part["rank"]], part["kl"], line, marker="o",
+                      ms=3, color=colour, label=f"{budget:.0%}" if line == "-" else None)
+    axes.set_xticks(range(len(ranks)), [str(rank) if rank else "none" for rank in ranks])
+    axes.set_yscale("log")
+    axes.set(xlabel="rank of the skip adapters", title=title,
+             ylabel="KL from the dense model\n(nats a token; dashed: static)")
+    axes.legend(frameon=False, fontsize=8, title="skipped", loc="center left",
+                bbox_to_anchor=(1, 0.5))
     return picture

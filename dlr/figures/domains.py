@@ -10,7 +10,7 @@ import seaborn as sns
 
 from dlr.figures.register import figure
 from dlr.figures.style import COLOURS, drawn
-from dlr.runs import Run
+from dlr.runs import Run, alike, slug
 
 
 def domain_records(runs: dict[str, Run]) -> list[dict]:
@@ -22,8 +22,10 @@ def domain_records(runs: dict[str, Run]) -> list[dict]:
 @figure("token_routing", lambda runs: {
     f"token_routing_{name}_domains": (records,) for name, run in runs.items()
     if (records := domain_records({name: run}))})
-@figure("pareto", lambda runs: {"pareto_domains": (records,)
-                                for records in [domain_records(runs)] if records})
+@figure("pareto", lambda runs: {
+    slug(f"pareto_domains_{model}_{dataset}_{steps}"): (records,)
+    for (model, dataset, steps), group in alike(runs).items()
+    if (records := domain_records(group))})
 @drawn
 def domains_against_static(rows: list[dict], title: str = ""):
     """Nats a token against the best static plan, with 95 % intervals: a line a domain.

@@ -8,7 +8,7 @@ import seaborn as sns
 
 from dlr.figures.register import figure
 from dlr.figures.style import COLOURS, drawn, heat, intervals
-from dlr.runs import KINDS, Run, kind_of
+from dlr.runs import KINDS, Run, alike, kind_of, slug
 
 
 def _default(phase: str, ending: str, *arguments):
@@ -80,9 +80,20 @@ def _lines(axes, table: pd.DataFrame) -> None:
     axes.set_ylabel("test perplexity")
 
 
-@figure("pareto", lambda runs: {"pareto": (
-    pd.DataFrame([row for run in runs.values() for row in run.rows]), verdicts(runs),
-    "Embedded model")})
+def frontier_files(runs: dict[str, Run]) -> dict[str, tuple]:
+    """The arguments of `frontier` by file, for each group of runs that holds a router."""
+    files = {}
+    for (model, dataset, steps), group in alike(runs).items():
+        rows = [row for run in group.values() for row in run.rows]
+        embedded = (model, dataset) == ("nano", "embedded")
+        if any(kind_of(row) == "routed" for row in rows):
+            name = "pareto" if embedded else slug(f"pareto_{model}_{dataset}_{steps}")
+            title = "Embedded model" if embedded else f"{model} on {dataset}, {steps} steps"
+            files[name] = pd.DataFrame(rows), verdicts(group), title
+    return files
+
+
+@figure("pareto", frontier_files)
 @drawn
 def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
     """Perplexity against measured skip, and below it the router against the best static plan.

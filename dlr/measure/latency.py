@@ -76,12 +76,20 @@ class Subject:
 
 def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int | None = None,
             dtype: torch.dtype | None = None, device: str = "cpu", always_keep: int = 4,
-            skip_adapter_rank: int = 0, model=None) -> Subject:
-    """A model of shape `name` (or `model`) with a router, and the recorded plan on its layers."""
+            skip_adapter_rank: int = 0, model=None, trained: Routing | None = None) -> Subject:
+    """A model of shape `name` (or `model`) with a router, and the recorded plan on its layers.
+
+    Args:
+        trained: of a router trained for `model`, whose copy is timed, skip adapters and all; by
+            default a fresh one of independent gates is.
+    """
     dtype = dtype or (torch.bfloat16 if fast_bf16() else torch.float32)
     model = random_model(name, layers, dtype, device) if model is None else capped(model, layers)
-    routing = attach(model, RouterConfig(always_keep=always_keep, keep_first_tokens=0,
-                                         skip_adapter_rank=skip_adapter_rank))
+    config = RouterConfig(always_keep=always_keep, skip_adapter_rank=skip_adapter_rank) \
+        if trained is None else trained.config
+    routing = attach(model, config.changed(keep_first_tokens=0))
+    if trained is not None:
+        routing.router.load_weights(trained.router.weights())
     return Subject(name, model, routing, {s: recorded_gates(logits, routing.units, s)
                                           for s in {0.0, *skips}})
 

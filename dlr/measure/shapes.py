@@ -12,6 +12,7 @@ from dlr.base.opened import load
 from dlr.measure.evaluate import router_logits
 from dlr.routing.budget import threshold_for
 from dlr.routing.decoder import decoder_and_layers
+from dlr.routing.handle import Routing
 
 SHAPES = {
     "tinyllama-1.1b": LlamaConfig(
@@ -52,8 +53,8 @@ def capped(model, layers: int | None):
     return model
 
 
-def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
-    """Router logits `[n, U]` of test documents, in reading order, by the router of `checkpoint`.
+def recorded_logits(checkpoint: str, documents: int) -> tuple[torch.Tensor, Routing]:
+    """Router logits `[n, U]` of test documents, in reading order, and the handle of `checkpoint`.
 
     Args:
         checkpoint: as in `dlr.base.find.find_checkpoint`, a relative path from here or from the
@@ -65,7 +66,7 @@ def recorded_logits(checkpoint: str, documents: int) -> torch.Tensor:
     """
     model, tokenizer, routing = load(checkpoint or "nano-router", variant="routed")
     batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 8, limit=documents)
-    return router_logits(model, routing, batches)[0]
+    return router_logits(model, routing, batches)[0], routing
 
 
 def recorded_gates(logits: torch.Tensor, units: int, skip: float) -> torch.Tensor:

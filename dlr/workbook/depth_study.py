@@ -79,8 +79,10 @@ def measure(bench: Bench, config, run) -> dict:
         blind, notes["explained"]["position alone"] = fitted(routing, labels, config,
                                                              "PositionRouter")
         predictors |= {"position alone": predictor(blind), "token alone": token_table(labels)}
-        seeing, notes["explained"]["privileged"] = fitted(routing, labels, config, privileged=True)
-        predictors["privileged"] = predictor(seeing, privileged=True)
+        if config.privileged:
+            seeing, explained = fitted(routing, labels, config, privileged=True)
+            notes["explained"]["privileged"] = explained
+            predictors["privileged"] = predictor(seeing, privileged=True)
         table, truth = realised(bench.base, routing, bench.test, predictors, config.budgets)
         if load_documents(config.dataset, "test").domains:
             table = table.merge(static_by_domain(bench, routing, config))

@@ -138,7 +138,7 @@ def _run_point(phase: str, name: str, parameters: dict, jobs: int, force: bool) 
     folder = results_folder() / phase / name
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DLR_TERMINAL": "1"}
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"DLR_TERMINAL": "1"}
     with (tempfile.TemporaryDirectory() as scratch,
           (folder / "output.txt").open("w", encoding="utf-8") as output):
         file = Path(scratch) / f"{name}.yaml"
@@ -149,13 +149,13 @@ def _run_point(phase: str, name: str, parameters: dict, jobs: int, force: bool) 
 
 
 def write_table(path: str | Path, table: pd.DataFrame, prefix: str = "") -> tuple[str, Path]:
-    """A sweep's means over seeds as markdown, and the file that keeps them.
+    """A sweep's means over seeds (of rows that name no variant: all) and the file that keeps them.
 
     That is table.md of the phase while this sweep's runs are all there are; beside others it gets a
     name of its own.
     """
     phase = str(read_params(path)["phase"])
-    text = seeds_table(table).to_markdown(index=False)
+    text = (seeds_table(table) if "variant" in table else table).to_markdown(index=False)
     alone = finished_runs(phase).keys() <= set(table["run"])
     name = "table" if alone else f"table-{prefix or slug(Path(path).stem)}"
     file = results_folder() / phase / f"{name}.md"

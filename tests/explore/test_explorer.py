@@ -253,7 +253,7 @@ def test_a_checkpoint_is_read_by_its_own_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     session = Session("checkpoint")
     assert session.read("w3 w4 unheard").ids.tolist() == [0, 5, 6, 1]
-    assert recorded_logits("checkpoint", 2).shape[1] == 4
+    assert recorded_logits("checkpoint", 2)[0].shape[1] == 4
     own = AutoTokenizer.from_pretrained(tmp_path / "base")
     own.add_tokens(["w58"])
     own.save_pretrained(checkpoint)

@@ -163,6 +163,17 @@ def test_a_model_with_its_own_weights_is_capped_and_gets_adapters(subject):
     assert subject.layers == 6 and subject.routing.config.skip_adapter_rank == 0
 
 
+def test_a_trained_router_is_timed_as_it_is():
+    trained = dlr.attach(tiny(), RouterConfig(always_keep=2, router_class="DepthRouter", router_hidden=8, skip_adapter_rank=3))
+    with torch.no_grad():
+        trained.router.skip.up[0].normal_()
+        trained.router.set_order([2, 0, 3, 1])
+    timed = latency.subject("own", torch.randn(60, 4), [0.5], model=tiny(), trained=trained).routing
+    assert timed is not trained and timed.config.keep_first_tokens == 0 and timed.router.order.tolist() == [2, 0, 3, 1]
+    for name, tensor in trained.router.weights().items():
+        assert torch.equal(tensor, timed.router.weights()[name]), name
+
+
 def test_published_shapes_are_the_published_ones():
     config = SHAPES["tinyllama-1.1b"]
     model = random_model("qwen2.5-3b", 1, torch.bfloat16)

@@ -17,6 +17,7 @@ class DepthRouterConfig(DepthConfig):
 
     eval_docs: int = Field(48, ge=1)            # test documents that run under every plan
     context_tokens: int = Field(0, ge=0)
+    privileged: bool = True     # the ceiling of a router that is fed the dense model's last state
     budgets: Dropped = [0.15, 0.25, 0.4, 0.5, 0.6]
     # numbers of labelled tokens whose routers are compared; more than there are count as all
     label_counts: Annotated[list[Annotated[int, Field(ge=32)]], distinct()] = [
