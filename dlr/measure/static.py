@@ -1,6 +1,8 @@
 """The controls every routed result stands beside: static plans and how the best one is found."""
 
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -16,10 +18,11 @@ from dlr.routing.device import device_of
 from dlr.routing.handle import Routing
 from dlr.routing.plan import static_gates, static_pair
 from dlr.routing.policy import StaticPlan
+from dlr.runs import write_atomically
 
 
 def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[float]],
-                 candidates: int = 0) -> list[int]:
+                 candidates: int = 0, kept: Path | None = None) -> list[int]:
     """The units a static plan drops, first to last: each time the one whose loss does least harm.
 
     Args:
@@ -27,20 +30,27 @@ def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[fl
             latter too. It is asked for U (U + 1) / 2 harms in all.
         candidates: how many units a round tries, those that added least harm when they were last
             tried; 0: all. Ten make the search linear in U.
+        kept: a file that is written after each round, and that an interrupted search goes on from.
     """
     dropped: list[int] = []
     added = dict.fromkeys(range(units), 0.0)
     level = 0.0
+    if kept is not None and kept.is_file():
+        dropped, left, level = json.loads(kept.read_text(encoding="utf-8"))
+        added = {int(unit): harm for unit, harm in left.items()}
     tried = [units if not place else min(units - place, candidates or units)
              for place in range(units)]
-    with tqdm(total=sum(tried), desc="best static plan", unit="plan") as bar:
-        for count in tried:
+    with tqdm(total=sum(tried), initial=sum(tried[:len(dropped)]), desc="best static plan",
+              unit="plan") as bar:
+        for count in tried[len(dropped):]:
             units_to_try = sorted(sorted(added, key=added.get)[:count])
             for unit, harm in zip(units_to_try, harms(dropped, units_to_try)):
                 added[unit] = float(harm) - level
                 bar.update()
             dropped.append(min(units_to_try, key=added.get))
             level += added.pop(dropped[-1])
+            if kept is not None:
+                write_atomically(kept, json.dumps([dropped, added, level]))
     return dropped
 
 
@@ -56,10 +66,11 @@ def greedy_static_order(model, routing: Routing, batches: list[dict],
 
 
 def greedy_order_by_kl(model, routing: Routing, batches: list[dict],
-                       candidates: int = 10) -> list[int]:
+                       candidates: int = 10, kept: Path | None = None) -> list[int]:
     """The greedy order by KL from the dense model on `batches`; a thousand tokens suffice.
 
     KL is far less noisy than the loss: it compares whole distributions on the same tokens.
+    `candidates` and `kept` are those of `greedy_order`.
     """
     runs = [StaticRuns(model, routing, open_sample(model, routing, batch)) for batch in batches]
 
@@ -70,7 +81,7 @@ def greedy_order_by_kl(model, routing: Routing, batches: list[dict],
             gates = static_gates(routing.units, [*dropped, unit])
             yield sum(run.kl(gates).sum() for run in runs)
 
-    return greedy_order(routing.units, harms, candidates)
+    return greedy_order(routing.units, harms, candidates, kept)
 
 
 @torch.no_grad()

@@ -106,10 +106,12 @@ class Preparer:
             try:
                 Preparation(adapters).install(routing)
                 batches = self._batches(config.order_tokens, 1)
-                order = greedy_order_by_kl(self.base, routing, batches, config.candidates)
+                kept = path.with_suffix(".part.json")
+                order = greedy_order_by_kl(self.base, routing, batches, config.candidates, kept)
             finally:
                 routing.detach()
             write_atomically(path, json.dumps(order))
+            kept.unlink()
         return json.loads(path.read_text(encoding="utf-8"))
 
     def labels(self) -> HarmLabels:

@@ -67,3 +67,20 @@ def test_the_order_by_kl_starts_with_the_least_harmful_layer(llama):
     sample = open_sample(llama, routing, batches()[0])
     single = [costs(llama, routing, sample, StaticPlan(1 - torch.eye(4)[unit]))[0].sum() for unit in range(4)]
     assert order[0] == int(torch.stack(single).argmin()) and sorted(order) == [0, 1, 2, 3]
+
+
+def test_an_interrupted_search_goes_on_from_its_last_round(tmp_path):
+    worth = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def harms(dropped, left, until=99):
+        if len(dropped) == until:
+            raise KeyboardInterrupt
+        asked.append(len(dropped))
+        return [float(worth[dropped].sum() + worth[unit]) for unit in left]
+
+    whole = greedy_order(12, harms, 4)
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        greedy_order(12, lambda *given: harms(*given, until=7), 4, tmp_path / "part.json")
+    assert greedy_order(12, harms, 4, tmp_path / "part.json") == whole and asked == list(range(12))
