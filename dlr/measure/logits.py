@@ -36,16 +36,20 @@ def chunks(model, tokens: int, texts: int = 1) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def logits_of(model, routing: Routing, ids: torch.Tensor,
-              mask: torch.Tensor | None = None) -> Callable[[slice], torch.Tensor]:
+def logits_of(model, routing: Routing, ids: torch.Tensor, mask: torch.Tensor | None = None,
+              run: Callable | None = None) -> Callable[[slice], torch.Tensor]:
     """Runs `model` on ids `[b, s]`; returns a function from a slice of n places to their logits.
 
     Call the function, which returns `[b, n, V]`, under the adapters and autocast of the pass
-    itself: the head may have adapters too.
+    itself: the head may have adapters too (`head_is_adapted`).
+
+    Args:
+        run: called in place of `model`: what wraps it where several processes train it.
     """
+    run = run or model
     asked = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if len(chunks(model, ids.shape[1], len(ids))) <= 1:
-        logits = model(**asked).logits
+        logits = run(**asked).logits
         return lambda places: logits[:, places]
     outputs = []
     thread = threading.get_ident()
@@ -56,7 +60,7 @@ def logits_of(model, routing: Routing, ids: torch.Tensor,
 
     handle = routing.decoder.register_forward_hook(keep)
     try:
-        model(**asked, **last_only(model))
+        run(**asked, **last_only(model))
     finally:
         handle.remove()
     replay = _Replay(outputs[-1])
@@ -67,6 +71,13 @@ def logits_of(model, routing: Routing, ids: torch.Tensor,
         return type(head).forward(head, input_ids=ids[:, places], use_cache=False).logits
 
     return logits_at
+
+
+def head_is_adapted(model, routing: Routing) -> bool:
+    """Whether adapters lie outside the decoder, where they change logits after it has run."""
+    inside = set(routing.decoder.modules())
+    return any(hasattr(module, "adapter_layer_names") and module not in inside
+               for module in causal_lm(model).modules())
 
 
 class _Replay(nn.Module):

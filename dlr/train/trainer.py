@@ -12,7 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.base.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
-from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
+from dlr.measure.likelihood import predicted
 from dlr.progress import tqdm
 from dlr.routing.config import Calibration
 from dlr.routing.decoder import routing_of
@@ -21,6 +21,7 @@ from dlr.routing.plan import gate_entropy
 from dlr.routing.policy import Policy, RouterPolicy
 from dlr.routing.router import ROUTER_NAME
 from dlr.runs import write_atomically
+from dlr.train.losses import losses
 from dlr.train.objectives import OBJECTIVES, SLOPE, Objective
 from dlr.train.settings import RunConfig
 
@@ -96,27 +97,21 @@ class DLRTrainer(Trainer):
     # -- one step ----------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config, routing = self.config, self.routing
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        real = mask.bool()
+        real = inputs["attention_mask"].bool()
         count = predicted(real).sum()
         share = 1.0                            # of the labels in the whole accumulated batch
         if num_items_in_batch is not None:
             share = count * self.accelerator.num_processes / num_items_in_batch
         with self.compute_loss_context_manager():
-            teacher = None
-            if config.kd_weight:
-                with frozen_base(self.accelerator.unwrap_model(model), routing):
-                    teacher = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            with routing.using(self._policy_now()):
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        ce = cross_entropy(logits, ids, real).mean()
-        kd = ce * 0
-        if teacher is not None:
-            kd = kl_to_teacher(logits, teacher, real, config.kd_temperature).mean()
+            ce, kd = losses(self.accelerator.unwrap_model(model), routing, inputs,
+                            self._policy_now(), config.kd_temperature if config.kd_weight else None,
+                            run=model)
+        ce = ce.mean()
+        kd = ce * 0 if kd is None else kd.mean()
         budget = self.objective.term(routing.plan)
         loss = (1 - config.kd_weight) * ce + config.kd_weight * kd + budget
         self._record(ce=ce, kd=kd, budget=budget, tokens=real.sum(), count=count)
-        return (loss * share, logits) if return_outputs else loss * share
+        return (loss * share, None) if return_outputs else loss * share
 
     def _policy_now(self) -> Policy | None:
         step = self.state.global_step
