@@ -18,8 +18,9 @@
 # token takes the plan with the least harm + price · layers run: one router serves every budget by
 # its price. `point="router"` trains one router and one static plan of a seed, both with skip
 # adapters and both elastically (each sequence at a depth of its own), and measures them at every
-# budget; `point="baselines"` trains dense LoRA and stochastic depth for a seed; `point="summary"`
-# (the default) reads every finished run and draws the frontier. The sweep runs them all:
+# budget; `point="baselines"` trains dense LoRA and stochastic depth for a seed;
+# `point="checkpoint"` measures a router that is there already; `point="summary"` (the default) reads
+# every finished run and draws the frontier. The sweep runs them all:
 #
 #     python -m dlr sweep params/pareto/nano.yaml
 #
@@ -65,8 +66,7 @@ run = None if config.point == "summary" else open_run("pareto", config)
 
 # %% tags=["nbval-ignore-output"]
 if run is not None and not run.done:
-    measure = points.measure_router if config.point == "router" else points.measure_baselines
-    measure(study.open_bench(config), config, run)
+    points.MEASURES[config.point](study.open_bench(config), config, run)
 
 # %% tags=["nbval-ignore-output"]
 run.table(shown(run.rows)) if run is not None else None

@@ -101,7 +101,8 @@ def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
     """The checkpoint folder meant by `where`.
 
     Args:
-        where: 'nano-router', 'smollm2-router', a checkpoint's folder, a run's or a variant's, a phase, or a label of
+        where: 'nano-router', 'smollm2-router', a checkpoint's folder, a run's or a variant's, a
+            phase, or a label of
             `checkpoints`. A relative path is looked for from here, then from the project's root.
             None: the embedded router, or the first checkpoint there is.
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from dlr.base.data import load_documents
+from dlr.base.opened import load
 from dlr.measure.domains import domain_differences
 from dlr.measure.evaluate import paired_difference, router_logits, skip_ratio
 from dlr.measure.static import evaluate_static
@@ -105,9 +106,23 @@ def measure_router(bench: Bench, config, run) -> dict:
                       domains=by_domain(bench, *names))
 
 
+def measure_checkpoint(bench: Bench, config, run) -> dict:
+    """A router that is trained already, at every budget, beside the base and its own controls."""
+    rows = [base_row(bench)]
+    model, _, routing = load(config.checkpoint, variant="routed", model=bench.base)
+    with closing(Variant("DLR", config, model, routing)) as variant:
+        rows += routed_frontier(bench, variant, config.budgets)
+        dialled = dial(bench, variant)
+    return run.finish(rows, dial=dialled)
+
+
 def measure_baselines(bench: Bench, config, run) -> dict:
     """A point of the frontier without a router: base, dense LoRA and stochastic depth."""
     rows = [base_row(bench), dense_row(bench, config, run.folder / "dense")]
     half = config.changed(layer_drop=0.5)
     return run.finish(rows + stochastic_rows(bench, half, run.folder / "stochastic",
                                              config.budgets))
+
+
+MEASURES = {"router": measure_router, "baselines": measure_baselines,
+            "checkpoint": measure_checkpoint}         # by a point's kind

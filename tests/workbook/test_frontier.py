@@ -14,6 +14,7 @@ from dlr.train import prepare as prepared
 from dlr.train.trainer import DLRTrainer
 from dlr.workbook import depth_study, domain_study, frontier, stages, study
 from dlr.workbook.phases.depth_router import DepthRouterConfig
+from dlr.workbook.phases.training import ParetoConfig
 
 DEPTH = {"router_class": "DepthRouter", "router_hidden": 16, "skip_adapter_rank": 2, "adapter_tokens": 1024,
          "order_tokens": 1024, "label_tokens": 2048, "visits": 2000, "elastic": True, "lora_prefix": False, "steps": 3}
@@ -186,3 +187,18 @@ def test_the_study_before_healing_compares_all_plans(bench, rows):
                           "token alone", "privileged"}
     assert plans["oracle"] == min(plans.values())
     assert [row["labels"] for row in metrics["scaling"]] == [256, metrics["labels"]]
+
+
+def test_a_router_that_is_there_is_measured_and_not_trained(bench, rows, place, monkeypatch):
+    monkeypatch.setattr(study, "DLRTrainer", None)
+    config = bench.config.changed(steps=1)
+    for name, value in (("budgets", [0.2, 0.5]), ("checkpoint", str(place / "router" / "checkpoint"))):
+        object.__setattr__(config, name, value)
+    metrics = frontier.measure_checkpoint(bench, config, Kept())
+    found = {row["variant"]: row for row in metrics["rows"]}
+    assert found["base"]["skip"] == 0 and [row["asked"] for row in metrics["dial"]] == list(frontier.DIAL)
+    for row in rows:
+        if row["kind"] in ("routed", "shuffled", "random", "mean"):
+            assert found[row["variant"]]["perplexity"] == pytest.approx(row["perplexity"], rel=1e-4), row["variant"]
+    with pytest.raises(ValueError, match="give both"):
+        ParetoConfig(point="checkpoint")

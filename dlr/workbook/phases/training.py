@@ -2,9 +2,9 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dlr.settings import Ratio, distinct
+from dlr.settings import Local, Ratio, distinct
 from dlr.train.settings import RunConfig
 from dlr.workbook.phases import PhaseSettings, phase
 
@@ -61,6 +61,14 @@ class ParetoConfig(DepthConfig):
     """04: the frontier of one seed: its router at every budget, or its baselines."""
     toy: ClassVar = DepthConfig.toy | {"budgets": [0.4]}
 
-    point: Literal["router", "baselines", "summary"] = "summary"
+    point: Literal["router", "baselines", "checkpoint", "summary"] = "summary"
+    checkpoint: Local = ""                 # of point="checkpoint": what is measured, not trained
     elastic: bool = True
     budgets: Dropped = [0.2, 0.4, 0.6]     # skip ratios that are dialled and measured
+
+    @model_validator(mode="after")
+    def _measures_what_it_names(self):
+        if (self.point == "checkpoint") != bool(self.checkpoint):
+            raise ValueError("point='checkpoint' measures the checkpoint that is named: give both, "
+                             "or neither.")
+        return self
