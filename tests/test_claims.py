@@ -99,6 +99,39 @@ def test_what_is_measured_before_healing():
     assert all(more["kl"] < less["kl"] for less, more in zip(forty, forty[1:])), "still falling"
 
 
+def test_smollm2_and_its_adapters():
+    found = {rank: metrics(f"depth_router/smollm2-skip_adapter_rank={rank}")
+             for rank in (0, 8, 16, 32, 64, 128)}
+    at = {rank: {(row["plan"], row["budget"]): row for row in run["rows"]}
+          for rank, run in found.items()}
+
+    def kl(plan: str) -> list[str]:
+        return [f"{rows[plan, 0.25]['kl']:.3f}" for rows in at.values()]
+    none, *ranks = kl("static")
+    says(f"is {none} without adapters and {', '.join(ranks[:-1])} and {ranks[-1]} with rank 8, 16, "
+         "32, 64 and 128")
+    none, *ranks = kl("depth router")
+    says(f"router's is {none}, and {', '.join(ranks[:-1])} and {ranks[-1]}",
+         f"{found[64]['labels']:,} labelled tokens a point",
+         f"{at[64]['static', 0.25]['tokens']:,} tokens of {at[64]['static', 0.25]['documents']} test")
+    captured = {plan: f"{100 * at[64][plan, 0.25]['captured']:.0f} %"
+                for plan in ("depth router", "privileged", "token alone")}
+    says(f"captures {captured['depth router']} of what the oracle gains at 25 %, a privileged one "
+         f"{captured['privileged']}, and a table by token id {captured['token alone']}")
+    below = {rank: all(rows["depth router", budget]["difference_high"] < 0
+                       for _, budget in rows) for rank, rows in at.items()}
+    assert [rank for rank, wins in below.items() if not wins] == [8, 16]
+    layer = 576 * (2 * 576 + 2 * 192 + 3 * 1536)
+    says(f"an adapter has {100 * (2 * 64 * 576 + 64) / layer:.1f} % of the weights of the layer")
+    beside = rows("pareto/smollm2-baselines-seed=0")
+    dropped = [beside[f"stochastic depth, {name}"]["perplexity"] for name in
+               ("full", "15% dropped", "25% dropped", "40% dropped", "50% dropped")]
+    says(f"base {beside['base']['perplexity']:.2f}, dense LoRA "
+         f"{beside['dense LoRA']['perplexity']:.2f}; stochastic depth {dropped[0]:.2f} at full "
+         f"depth, {', '.join(f'{value:.2f}' for value in dropped[1:-1])} and {dropped[-1]:.2f} "
+         "with 15, 25, 40 and 50 % dropped")
+
+
 def test_the_reported_routers_were_not_trained_by_gradients():
     """Gradients trained LoRA and adapters alone: routers keep what the regression gave them."""
     logs = sorted((ROOT / "results" / "pareto").glob("router-*/router/log.csv"))

@@ -134,10 +134,10 @@ def test_copies_are_validated():
 
 
 def test_a_phase_is_a_schema_that_registers_itself():
-    stems = sorted(path.stem for path in project_root().glob("notebooks/0*.py"))
+    stems = sorted(path.stem for path in project_root().glob("notebooks/[0-9]*.py"))
     assert [phase.notebook for phase in PHASES.values()] == stems
 
-    @phase("10_idea")
+    @phase("99_idea")
     class IdeaConfig(PhaseSettings):
         steps: int = 3
     try:
