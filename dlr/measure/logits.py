@@ -15,12 +15,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from dlr.routing.device import device_of
 from dlr.routing.handle import Routing
 from dlr.routing.weights import causal_lm
 
 # Logits held at a time: 50 MB in float32. Blocks above 32 MB go back to the system at once; smaller
 # ones would stay in the C library's heap, which then grows all the same.
 ELEMENTS = 3 * 2**22
+# On an accelerator, where a few rows at a time leave most of it idle: a part of the free memory, in
+# float32 with as many copies again, and at most 1 GB.
+SHARE, MOST = 64, 2**28
+
+
+def elements_at_once(device: torch.device) -> int:
+    """How many logits are held at a time on a device."""
+    if device.type != "cuda":
+        return ELEMENTS
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(max(ELEMENTS, free // SHARE), MOST)
 
 
 def last_only(model) -> dict:
@@ -30,9 +42,10 @@ def last_only(model) -> dict:
 
 
 def chunks(model, tokens: int, texts: int = 1) -> list[slice]:
-    """Slices of `tokens` places, whose logits in `texts` texts have about `ELEMENTS` elements."""
+    """Slices of `tokens` places, whose logits in `texts` texts are what `elements_at_once` allows.
+    """
     vocabulary = causal_lm(model).config.get_text_config().vocab_size
-    step = max(1, ELEMENTS // (vocabulary * texts))
+    step = max(1, elements_at_once(device_of(model)) // (vocabulary * texts))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 

@@ -38,6 +38,7 @@ def regress(router, labels: HarmLabels, visits: int, seed: int) -> float:
         The share of the Poisson deviance explained on tokens left out.
     """
     device = router.center.device
+    states, position = labels.states.to(device), labels.position.to(device)
     goal, mean = targets(labels.harm)
     goal, known = (goal / mean).nan_to_num().to(device), ~labels.harm[:, 1:].isnan().to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -45,14 +46,12 @@ def regress(router, labels: HarmLabels, visits: int, seed: int) -> float:
     held_out, fitted = order[:len(order) // HELD_OUT], order[len(order) // HELD_OUT:]
     with torch.no_grad():
         sample = fitted[:20_000]
-        router.set_inputs(router.inputs(labels.states[sample].to(device),
-                                        labels.position[sample].to(device)))
+        router.set_inputs(router.inputs(states[sample], position[sample]))
         router.net[-1].bias.copy_(mean.log())
     offset = mean.log().to(device)
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
-        log_harm = router.log_harm(labels.states[rows].to(device),
-                                   labels.position[rows].to(device)) - offset
+        log_harm = router.log_harm(states[rows], position[rows]) - offset
         nll = F.poisson_nll_loss(log_harm, goal[rows], reduction="none")
         return nll[known[rows]].mean()
 

@@ -96,3 +96,11 @@ def test_the_logits_of_the_whole_batch_are_never_there(student, monkeypatch):
         (ce.mean() + kd.mean()).backward()
     # of six places and the next one's token, in three texts; weights of the head are 97 x 32 twice at most
     assert 0 < seen.elements <= 97 * 3 * 7 * 2
+
+
+def test_an_accelerator_holds_what_its_free_memory_allows(monkeypatch):
+    from dlr.measure import logits
+    assert logits.elements_at_once(torch.device("cpu")) == logits.ELEMENTS
+    for free, expected in ((2**20, logits.ELEMENTS), (4 * 2**30, 2**26), (100 * 2**30, logits.MOST)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+        assert logits.elements_at_once(torch.device("cuda")) == expected
