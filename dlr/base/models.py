@@ -1,6 +1,7 @@
 """Base models: embedded, a local folder or .gguf file, or from the Hub; LoRA through PEFT."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -103,16 +104,25 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
 
 
 def add_lora(model, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0,
-             first: int = 0):
+             first: int = 0, targets: Sequence[str] = ()):
     """`model` with LoRA (Hu et al. 2021) on attention and MLP projections, drawn from `seed`.
 
     Args:
         first: layers before this one get none, so that their states stay those of the base.
+        targets: names of the projections that get some; none named: all of them.
+
+    Raises:
+        ValueError: the model has no projection of such a name.
     """
     from peft import LoraConfig, get_peft_model  # takes seconds to import
+    known = projections_of(model)
+    unknown = sorted(set(targets) - set(known))
+    if unknown:
+        raise ValueError(f"lora_targets names {', '.join(unknown)}, and the projections of this "
+                         f"model are {', '.join(known)}.")
     torch.manual_seed(seed)
     layers = range(first, model.config.get_text_config().num_hidden_layers) if first else None
     return get_peft_model(model, LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM",
-        target_modules=projections_of(model),
+        target_modules=list(targets) or known,
         layers_to_transform=None if layers is None else list(layers)))

@@ -187,14 +187,29 @@ class RandomPlan(Policy):
 
 
 class LayerDrop(Policy):
-    """Stochastic depth (Huang et al. 2016; Fan et al. 2020): a sequence drops a unit at random."""
+    """Stochastic depth (Huang et al. 2016; Fan et al. 2020): a sequence drops a unit at random.
 
-    def __init__(self, probability: float):
-        self.probability = probability
+    Args:
+        probability: that a unit is dropped, in the mean over units.
+        schedule: 'uniform', or 'linear': it rises with depth as in Huang et al., from near 0 on, so
+            far as no unit is dropped always.
+    """
+
+    def __init__(self, probability: float, schedule: str = "uniform"):
+        self.probability, self.schedule = probability, schedule
+
+    def probabilities(self, units: int) -> torch.Tensor:
+        """`[U]`, whose mean is `probability`."""
+        if self.schedule == "uniform":
+            return torch.full((units,), self.probability)
+        place = torch.arange(1, units + 1) / (units + 1)                     # 0.5 in the mean
+        if self.probability <= 0.5:
+            return 2 * self.probability * place
+        return 1 - 2 * (1 - self.probability) * (1 - place)
 
     def __call__(self, routing, hidden, plan):
         draw = torch.rand(hidden.shape[0], 1, routing.units, device=hidden.device)
-        gates = (draw >= self.probability).float()
+        gates = (draw >= self.probabilities(routing.units).to(draw)).float()
         return gates.expand(-1, hidden.shape[1], -1), None
 
 

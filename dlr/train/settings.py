@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from dlr.routing.config import RouterConfig
 from dlr.routing.device import fast_bf16
 from dlr.routing.router import router_class
-from dlr.settings import Dtype, MachineDecides, Named, Seed
+from dlr.settings import Dtype, MachineDecides, Named, Seed, distinct
 from dlr.train.objectives import OBJECTIVES, Original
 
 
@@ -46,8 +46,11 @@ class RunConfig(RouterConfig, Original.Weights):
     dual_rate: float = Field(1.0, gt=0.0)       # share of the missed skip that one step makes good
     kd_weight: float = Field(0.5, ge=0.0, le=1.0)       # loss = (1 - kd_weight) CE + kd_weight KD
     kd_temperature: float = Field(1.0, gt=0.0)
+    kd_warmup: float = Field(0.0, ge=0.0, le=1.0)    # share of the steps in which KD grows
     gumbel_start: float = Field(1.0, gt=0.0)    # temperature of straight-through gates, first step
     gumbel_end: float = Field(0.5, gt=0.0)      # the same, last step
+    # scale of the noise that drawn gates begin with; 0: straight-through gates without noise
+    gumbel_noise: float = Field(1.0, ge=0.0)
 
     # warm start
     warm_start: bool = True                     # regress the router on marginal harm first
@@ -77,12 +80,19 @@ class RunConfig(RouterConfig, Original.Weights):
     lr: float = Field(1e-3, gt=0.0)             # LoRA
     router_lr: float = Field(1e-3, gt=0.0)
     warmup: float = Field(0.05, ge=0.0, le=1.0)         # share of the steps
+    schedule: Literal["linear", "cosine", "constant"] = "linear"    # of rates, after the warm-up
+    weight_decay: float = Field(0.0, ge=0.0)
+    adam_beta2: float = Field(0.95, ge=0.0, lt=1.0)
     lora_rank: int = Field(16, ge=1)
     lora_prefix: bool = True    # adapt also the always_keep layers, whose state the router reads
     lora_alpha: int = Field(32, ge=1)
+    # projections that are adapted, as q_proj; none named: all of attention and MLP
+    lora_targets: Annotated[list[str], distinct()] = []
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     # stochastic depth: the probability that a routable layer is dropped
     layer_drop: float = Field(0.0, ge=0.0, lt=1.0)
+    # the same for every layer, or rising with depth, with layer_drop as the mean
+    drop_schedule: Literal["uniform", "linear"] = "uniform"
     # autocast wherever a model runs; None: where it is fast
     bf16: Annotated[bool | None, MachineDecides()] = None
     gradient_checkpointing: bool = False

@@ -28,6 +28,8 @@ from dlr.train.settings import RunConfig
 # Share of the router's steps in which noise fades. A plan is noise-free where it is used, and a
 # model that met random plans alone is worse under that one than under random ones.
 NOISELESS_FROM = 0.75
+# As transformers names them: its 'constant' has no warm-up.
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 STATE = "trainer_state.json"          # the last file that Trainer's first process writes
 # Of log.csv; the keep rate of each unit follows.
 LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy",
@@ -56,14 +58,13 @@ class DLRTrainer(Trainer):
     Args:
         policy: None trains the router's own plan. Under a fixed one (static, stochastic depth,
             dense) LoRA alone is trained.
-        noise: scale of the Gumbel noise that gates are drawn with as the router begins to learn.
     """
     # compute_loss divides by the number of labels in the whole accumulated batch, so Trainer must
     # not divide again: batch 1 x 4 accumulated then equals batch 4 x 1.
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, config: RunConfig, dataset, folder: Path,
-                 policy: Policy | None = None, noise: float = 1.0):
+                 policy: Policy | None = None):
         self.config = config
         self.routing = routing_of(model)
         self.folder = Path(folder)
@@ -71,8 +72,7 @@ class DLRTrainer(Trainer):
         refuse_unsaveable(model, self.routing)         # before a training that could not be kept
         self.learns_routing = policy is None
         own = ElasticRouter if config.elastic else RouterPolicy
-        self.policy = policy or own(training=True, noise=noise)
-        self.noise = noise
+        self.policy = policy or own(training=True, noise=config.gumbel_noise)
         objective = OBJECTIVES[config.objective] if self.learns_routing else Objective
         self.objective = objective(config)
         self._sums: dict[str, float] = {}
@@ -81,9 +81,10 @@ class DLRTrainer(Trainer):
             output_dir=str(self.folder / "trainer"), max_steps=config.steps, seed=config.seed,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.accumulation, learning_rate=config.lr,
-            warmup_steps=round(config.warmup * config.steps), lr_scheduler_type="linear",
-            weight_decay=0.0, bf16=config.autocast, save_steps=config.save_steps,
-            save_total_limit=1, logging_strategy="no", disable_tqdm=True, report_to=[],
+            warmup_steps=round(config.warmup * config.steps),
+            lr_scheduler_type=SCHEDULES[config.schedule], bf16=config.autocast,
+            save_steps=config.save_steps, save_total_limit=1, logging_strategy="no",
+            disable_tqdm=True, report_to=[],
             use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
             activation_checkpointing=config.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False})
@@ -109,7 +110,10 @@ class DLRTrainer(Trainer):
         ce = ce.mean()
         kd = ce * 0 if kd is None else kd.mean()
         budget = self.objective.term(routing.plan)
-        loss = (1 - config.kd_weight) * ce + config.kd_weight * kd + budget
+        weight = config.kd_weight
+        if config.kd_warmup:
+            weight *= min(1.0, (self.state.global_step + 1) / (config.kd_warmup * config.steps))
+        loss = (1 - weight) * ce + weight * kd + budget
         self._record(ce=ce, kd=kd, budget=budget, tokens=real.sum(), count=count)
         return (loss * share, None) if return_outputs else loss * share
 
@@ -121,7 +125,7 @@ class DLRTrainer(Trainer):
             self.policy.temperature = start + (end - start) * progress
             self.policy.training = step < self.objective.router_steps
             learnt = step / max(1, self.objective.router_steps)
-            self.policy.noise = self.noise * max(0.0, 1 - learnt / NOISELESS_FROM)
+            self.policy.noise = self.config.gumbel_noise * max(0.0, 1 - learnt / NOISELESS_FROM)
         return self.policy
 
     def _record(self, tokens, count, **terms) -> None:
@@ -197,7 +201,8 @@ class DLRTrainer(Trainer):
                 (router if decides else lora).append(parameter)
         groups = [{"params": parameters, "lr": rate} for parameters, rate in
                   ((lora, self.config.lr), (router, self.config.router_lr)) if parameters]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, self.config.adam_beta2),
+                                           weight_decay=self.config.weight_decay)
         return self.optimizer
 
     def _save(self, output_dir=None, state_dict=None):

@@ -105,7 +105,8 @@ def fresh_variant(bench: Bench, name: str, config: RunConfig,
     set_seed(config.seed)
     model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha,
                      dropout=config.lora_dropout, seed=config.seed,
-                     first=0 if config.lora_prefix else config.always_keep)
+                     first=0 if config.lora_prefix else config.always_keep,
+                     targets=config.lora_targets)
     try:
         routing = attach(model, config.router(), bf16=config.autocast)
     except BaseException:
@@ -284,7 +285,7 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
     if config.layer_drop == 0:
         raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 "
                          "(0.5, say).")
-    policy = LayerDrop(config.layer_drop)
+    policy = LayerDrop(config.layer_drop, config.drop_schedule)
     with closing(train(bench, "stochastic depth", config, folder, policy)) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
                      skip=config.layer_drop)

@@ -20,7 +20,7 @@ from dlr.measure.evaluate import calibrate_router, evaluate, perplexity, skip_ra
 from dlr.measure.likelihood import cross_entropy, frozen_base, kl_to_teacher, predicted
 from dlr.routing.config import RouterConfig
 from dlr.routing.plan import Plan, gate_entropy
-from dlr.routing.policy import RouterPolicy
+from dlr.routing.policy import LayerDrop, RouterPolicy
 from dlr.settings import Settings, SettingsError, validated
 from dlr.train.objectives import OBJECTIVES, GlobalPenalty, Objective, Original
 from dlr.train.settings import RunConfig
@@ -78,7 +78,7 @@ def trained(tmp_path, data, ready=None, **changes):
     routing = dlr.attach(model, config.router())
     if ready:
         ready(model, routing)
-    trainer = DLRTrainer(model, config, data, tmp_path, noise=False)
+    trainer = DLRTrainer(model, config.changed(gumbel_noise=0.0), data, tmp_path)
     trainer.fit()
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -329,3 +329,55 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, uninterrupted, kill_a
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
     assert list(pd.read_csv(tmp_path / "killed" / "log.csv")["step"]) == list(range(1, 13))
+
+
+def test_rates_follow_the_schedule_after_the_warm_up(tmp_path):
+    seen = {}
+    for schedule in ("linear", "cosine", "constant"):
+        model = add_lora(tiny(), rank=2)
+        dlr.attach(model, RouterConfig(always_keep=2))
+        config = RunConfig(**SETTINGS | {"steps": 10, "warmup": 0.2, "schedule": schedule, "weight_decay": 0.01,
+                                         "adam_beta2": 0.999, "save_steps": 50})
+        trainer = DLRTrainer(model, config, Rows(equal=True), tmp_path / schedule)
+        trainer.fit()
+        seen[schedule] = pd.read_csv(tmp_path / schedule / "log.csv")["lr"]
+        assert all(group["weight_decay"] == 0.01 and group["betas"] == (0.9, 0.999) for group in trainer.optimizer.param_groups)
+    ends = {name: rates.iloc[-1] for name, rates in seen.items()}
+    assert ends["constant"] == pytest.approx(1e-2) and ends["linear"] == pytest.approx(0) == pytest.approx(ends["cosine"])
+    assert seen["cosine"].iloc[3] > seen["linear"].iloc[3] and all(rates.iloc[0] == pytest.approx(5e-3) for rates in seen.values())
+
+
+def test_distillation_can_grow(tmp_path):
+    """With a warm-up of all four steps, a quarter, a half, ... of its weight counts."""
+    model = add_lora(tiny(), rank=2)
+    dlr.attach(model, RouterConfig(always_keep=2))
+    config = RunConfig(**SETTINGS | {"steps": 4, "kd_weight": 0.8, "kd_warmup": 1.0, "objective": "global_penalty", "penalty": 0.0})
+    trainer = DLRTrainer(model, config, Rows(equal=True), tmp_path)
+    monkey, losses_seen = trainer.compute_loss, []
+
+    def seen(*given, **more):
+        loss = monkey(*given, **more)
+        sums = trainer._sums
+        ce, kd = (sums[name] / sums[f"{name} weight"] for name in ("ce", "kd"))
+        weight = 0.8 * min(1, (trainer.state.global_step + 1) / 4)
+        losses_seen.append((float(loss.detach()), (1 - weight) * ce + weight * kd))
+        return loss
+    trainer.compute_loss = seen
+    trainer.fit()
+    assert len(losses_seen) == 4 and all(loss == pytest.approx(expected, rel=1e-4) for loss, expected in losses_seen)
+
+
+def test_lora_goes_where_it_is_asked_to():
+    model = add_lora(tiny(), rank=2, targets=["q_proj", "v_proj"])
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="names z_proj, and the projections of this model are"):
+        add_lora(tiny(), targets=["z_proj"])
+
+
+def test_stochastic_depth_can_rise_with_depth():
+    for probability in (0.0, 0.3, 0.5, 0.8):
+        rising = LayerDrop(probability, "linear").probabilities(9)
+        assert rising.mean() == pytest.approx(probability, abs=1e-6) and rising.diff().ge(0).all()
+        assert rising.ge(0).all() and rising.lt(1).all()
+        assert torch.equal(LayerDrop(probability).probabilities(9), torch.full((9,), probability))
