@@ -22,7 +22,8 @@ class Plan:
         logits: `[b, s, U]` router logits, or None for plans that no router made.
         real: `[b, s]` bool, False at padding; padding never counts.
         always_keep: layers every token ran before or after the routable ones.
-        position: `[b, s]` place among the real tokens of the row, from 0.
+        position: `[b, s]` place among the real tokens of the row, from 0, or what `position_ids`
+            say: each of several documents in a row then has first tokens of its own.
         steps: (gate, logit) `[b, s, 1]` of each unit so far, of a router that goes layer by layer.
         first_pass: whether this is the first of two passes.
         compact: whether only what the gates keep is computed.
@@ -84,6 +85,9 @@ class Plan:
         else:
             real = torch.ones(batch, length, dtype=torch.bool, device=device)
             position = place.expand(batch, length)
+        given = kwargs.get("position_ids")
+        if isinstance(given, torch.Tensor) and given.shape in ((batch, length), (1, length)):
+            position = torch.where(real, given.to(device).long(), position)   # of packed documents
         wanted = asked.get("wanted", 0)
         new = length - (wanted - 1) if 0 < wanted <= length else length
         return cls(None, None, real, always_keep, units_per_layer, position, cache,

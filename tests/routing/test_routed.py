@@ -262,3 +262,20 @@ def test_a_plan_of_the_wrong_shape_is_refused(llama, ids):
             llama(ids)
     with routing.using(RouterPolicy()):
         llama(ids)                                   # an error leaves nothing behind
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_packed_documents_are_routed_as_each_alone(llama, execution):
+    """By position_ids that begin again; transformers then lets no document see another."""
+    ids = torch.randint(2, 97, (1, 23), generator=torch.Generator().manual_seed(5))
+    places = torch.cat([torch.arange(9), torch.arange(14)]).unsqueeze(0)
+    routing = half_skipping(llama, RouterConfig(always_keep=2, keep_first_tokens=2))
+    with torch.no_grad(), routing.at(execution=execution):
+        packed = llama(ids, position_ids=places, use_cache=False).logits
+        plan = routing.plan.gates
+        alone, plans = [], []
+        for part in ids.split([9, 14], 1):
+            alone.append(llama(part, use_cache=False).logits)
+            plans.append(routing.plan.gates)
+    assert torch.equal(plan, torch.cat(plans, 1)) and plan[0, 9:11].min() == 1 and plan.min() == 0
+    assert torch.allclose(packed, torch.cat(alone, 1), atol=1e-5)
