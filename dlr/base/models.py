@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_flash_attn_2_available
 
 from dlr.base import gguf_file, smollm2
 from dlr.routing.decoder import projections_of
@@ -53,6 +54,19 @@ def source_of(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
+def attention_of(name: str | None, dtype: str) -> str:
+    """The attention of transformers that `name` means; explicit names are taken as they are.
+
+    'auto' is FlashAttention-2 where it is installed and can run (CUDA, weights in half precision),
+    and otherwise 'sdpa', as None is.
+    """
+    if name != "auto":
+        return name or "sdpa"
+    half = dtype in ("bfloat16", "float16")
+    flash = torch.cuda.is_available() and half and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
+
+
 def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,
                quantisation: dict | None = None, device: str | None = None, upcast: bool = True):
     """The base model `name`, in evaluation mode and without gradients.
@@ -64,6 +78,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
         dtype: of the weights; None is the base's own (of 'nano' and 'smollm2' float32, in which
             they are measured).
         quantisation: bitsandbytes' settings, as `NF4`; None leaves the base as it is stored.
+        attn_implementation: see `attention_of`.
         device: where the weights go; None is the CPU.
         upcast: float32 for what a 4-bit base does not pack.
 
@@ -76,7 +91,8 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
     source = source_of(name)
     dtype = dtype or ("float32" if name in ("nano", NANO_NAME, smollm2.NAME) else "auto")
     options = {"dtype": getattr(torch, dtype, dtype),
-               "attn_implementation": attn_implementation or "sdpa", "use_safetensors": True,
+               "attn_implementation": attention_of(attn_implementation, dtype),
+               "use_safetensors": True,
                "adapter_kwargs": {"subfolder": "none"}}       # no adapter that lies beside the base
     if device:
         options["device_map"] = {"": device}

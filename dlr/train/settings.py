@@ -31,7 +31,7 @@ class RunConfig(RouterConfig, Original.Weights):
     dataset: Named = "embedded"                 # 'embedded', a local file or folder, or a Hub id
     load_in_4bit: bool = False                  # NF4 base through bitsandbytes
     dtype: Dtype = "float32"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "sdpa"   # or 'auto': FlashAttention-2 where it can run
     seq_len: int = Field(256, ge=8)             # tokens a training block
     eval_len: int = Field(256, ge=8)            # tokens a document is cut to where it is evaluated
     calibration_docs: int = Field(160, ge=1)    # documents that choose the threshold

@@ -189,7 +189,8 @@ def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind
         notes["causal"] = False          # its gates have seen the tokens that it is to predict
     return {"variant": label, "kind": kind, "of": variant.name, "unit": routing.config.unit,
             "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip,
-            "steps": config.steps, **summary(table, always, routing.units_per_layer),
+            "steps": config.steps, "attention": bench.base.config._attn_implementation,
+            **summary(table, always, routing.units_per_layer),
             **added_weights(routing.router, kind), **notes}
 
 

@@ -18,7 +18,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfi
 import dlr
 from dlr.base.adapters import NotSaveable
 from dlr.base.folder import atomic_folder
-from dlr.base.models import NANO, NANO_ROUTER, add_lora, load_base, projections_of
+from dlr.base.models import NANO, NANO_ROUTER, add_lora, attention_of, load_base, projections_of
 from dlr.base.restore import WrongBase
 from dlr.measure.likelihood import cross_entropy, frozen_base
 from dlr.routing.config import RouterConfig
@@ -602,3 +602,14 @@ def test_an_adapter_that_would_hold_nothing_is_refused(tmp_path):
     dlr.attach(model, RouterConfig())
     with pytest.raises(NotSaveable, match="before the base is offloaded"):
         dlr.save_pretrained(model, tmp_path / "again")
+
+
+def test_automatic_attention_is_flash_where_it_can_run(monkeypatch):
+    assert attention_of("auto", "bfloat16") == attention_of(None, "bfloat16") == "sdpa", "no GPU here"
+    assert attention_of("flash_attention_2", "float32") == "flash_attention_2", "explicit names are strict"
+    for there, dtype, expected in ((True, "bfloat16", "flash_attention_2"), (True, "float32", "sdpa"), (False, "float16", "sdpa")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("dlr.base.models.is_flash_attn_2_available", lambda: there)
+        assert attention_of("auto", dtype) == expected
+    monkeypatch.undo()
+    assert load_base(attn_implementation="auto")[0].config._attn_implementation == "sdpa"

@@ -42,7 +42,7 @@ class EvaluationConfig(PhaseSettings):
     data_dir: Local = ""                    # folder of local files instead of the hub
     batch_size: int = Field(16, ge=1)       # requests a forward pass
     dtype: Dtype | None = None              # of the base's weights; None: as the checkpoint's
-    attn_implementation: str = "sdpa"       # sdpa, eager or flash_attention_2
+    attn_implementation: str = "sdpa"       # sdpa, eager, flash_attention_2 or auto
     load_in_4bit: bool | None = None    # NF4 base through bitsandbytes; None: as the checkpoint's
     # free-running agreement with the base's greedy text (`dlr.measure.agreement`); 0: not measured
     agreement_docs: int = Field(0, ge=0)        # test documents whose openings are continued
