@@ -158,8 +158,13 @@ def active_layers(gates: torch.Tensor, always: int, units_per_layer: int) -> tor
 
 def gate_entropy(probabilities: torch.Tensor) -> float:
     """Mean binary entropy of keep probabilities (any shape), in nats; 0: all are certain."""
-    p = probabilities.detach().float().clamp(1e-6, 1 - 1e-6)
-    return float(-(p * p.log() + (1 - p) * (1 - p).log()).mean())
+    return float(binary_entropy(probabilities.detach()).mean())
+
+
+def binary_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """Of each probability, in nats, with gradients where it is not certain."""
+    p = probabilities.float().clamp(1e-6, 1 - 1e-6)
+    return -(p * p.log() + (1 - p) * (1 - p).log())
 
 
 def static_gates(units: int, dropped: list[int]) -> torch.Tensor:

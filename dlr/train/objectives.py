@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from dlr.routing.budget import Controller, calibration_curve
-from dlr.routing.plan import Plan
+from dlr.routing.plan import Plan, binary_entropy
 from dlr.settings import Settings, SettingsError, validated
 
 RECENT = 16           # steps whose logits price an elastic budget
@@ -113,13 +113,22 @@ class Controlled(Objective, name="controlled"):
 
 
 class GlobalPenalty(Objective, name="global_penalty"):
-    """`penalty` times the mean gate: one price for every layer and token, no target."""
+    """`penalty` times the mean gate: one price for every layer and token, no target.
+
+    Less `entropy_weight` times the entropy of the layers' keep rates, in nats, in their mean: the
+    sequence-level studies' remedy against layers that are always run, or never.
+    """
 
     class Weights(Settings):
         penalty: float = Field(1.0, ge=0.0)        # lambda of 'global_penalty' and of 'original'
+        entropy_weight: float = Field(0.0, ge=0.0)
 
     def term(self, plan):
-        return self.weights.penalty * plan.budget
+        cost = self.weights.penalty * plan.budget
+        if self.weights.entropy_weight:
+            entropy = binary_entropy(plan.gates[plan.real].mean(0)).mean()
+            cost = cost - self.weights.entropy_weight * entropy
+        return cost
 
 
 class GlobalTarget(Objective, name="global_target"):
@@ -160,10 +169,16 @@ class Original(Objective, name="original"):
     class Weights(GlobalPenalty.Weights):
         l1_weight: float = Field(5.0, ge=0.0)      # per-layer L1, summed over layers
         target_weight: float = Field(8.0, ge=0.0)  # squared distance to the target
+        # factors of the first and the last routable layer's L1, linear between them
+        l1_first: float = Field(1.0, ge=0.0)
+        l1_last: float = Field(1.0, ge=0.0)
 
     def term(self, plan):
         weights = self.weights
         keep = plan.gates[plan.real].mean(0)
         missed = 1 - keep.mean() - self.config.target_skip
-        cost = weights.l1_weight * keep.sum() + weights.target_weight * missed ** 2
+        factors = torch.linspace(weights.l1_first, weights.l1_last, len(keep), device=keep.device)
+        cost = weights.l1_weight * (factors * keep).sum() + weights.target_weight * missed ** 2
+        if weights.entropy_weight:
+            cost = cost - weights.entropy_weight * binary_entropy(keep).mean()
         return weights.penalty * cost

@@ -46,7 +46,7 @@ class RunConfig(RouterConfig, Original.Weights):
     dual_rate: float = Field(1.0, gt=0.0)       # share of the missed skip that one step makes good
     kd_weight: float = Field(0.5, ge=0.0, le=1.0)       # loss = (1 - kd_weight) CE + kd_weight KD
     kd_temperature: float = Field(1.0, gt=0.0)
-    kd_warmup: float = Field(0.0, ge=0.0, le=1.0)    # share of the steps in which KD grows
+    kd_warmup: float = Field(0.0, ge=0.0, le=1.0)    # share of the steps before KD counts
     gumbel_start: float = Field(1.0, gt=0.0)    # temperature of straight-through gates, first step
     gumbel_end: float = Field(0.5, gt=0.0)      # the same, last step
     # scale of the noise that drawn gates begin with; 0: straight-through gates without noise

@@ -103,16 +103,15 @@ class DLRTrainer(Trainer):
         share = 1.0                            # of the labels in the whole accumulated batch
         if num_items_in_batch is not None:
             share = count * self.accelerator.num_processes / num_items_in_batch
+        begun = self.state.global_step >= round(config.kd_warmup * config.steps)
+        weight = config.kd_weight if begun else 0.0
         with self.compute_loss_context_manager():
             ce, kd = losses(self.accelerator.unwrap_model(model), routing, inputs,
-                            self._policy_now(), config.kd_temperature if config.kd_weight else None,
+                            self._policy_now(), config.kd_temperature if weight else None,
                             run=model)
         ce = ce.mean()
         kd = ce * 0 if kd is None else kd.mean()
         budget = self.objective.term(routing.plan)
-        weight = config.kd_weight
-        if config.kd_warmup:
-            weight *= min(1.0, (self.state.global_step + 1) / (config.kd_warmup * config.steps))
         loss = (1 - weight) * ce + weight * kd + budget
         self._record(ce=ce, kd=kd, budget=budget, tokens=real.sum(), count=count)
         return (loss * share, None) if return_outputs else loss * share

@@ -186,6 +186,18 @@ def test_one_global_penalty_is_the_same_price_for_every_gate_of_a_real_token():
     assert torch.allclose(gates.grad[real], torch.tensor(0.8 / 16)) and (gates.grad[~real] == 0).all()
 
 
+def test_entropy_pulls_keep_rates_from_both_ends_and_depth_weighs_the_penalty():
+    gates, real = torch.tensor([[[0.9, 0.1, 0.5]]], requires_grad=True), torch.ones(1, 1).bool()
+    plan = Plan(gates, None, real, 2)
+    term = GlobalPenalty(RunConfig(objective="global_penalty", penalty=0.0, entropy_weight=0.3)).term(plan)
+    assert term.item() == pytest.approx(-0.3 * gate_entropy(gates))
+    term.backward()
+    assert gates.grad[0, 0, 0] > 0 > gates.grad[0, 0, 1] and gates.grad[0, 0, 2] == pytest.approx(0, abs=1e-6)
+    gates.grad = None
+    Original(RunConfig(objective="original", l1_weight=2.0, target_weight=0.0, l1_first=0.1, l1_last=2.1)).term(plan).backward()
+    assert torch.allclose(gates.grad[0, 0], 2.0 * torch.tensor([0.1, 1.1, 2.1]))
+
+
 @pytest.fixture
 def squared():
     """An objective of one's own, as a notebook or a user's file defines it."""
@@ -347,11 +359,11 @@ def test_rates_follow_the_schedule_after_the_warm_up(tmp_path):
     assert seen["cosine"].iloc[3] > seen["linear"].iloc[3] and all(rates.iloc[0] == pytest.approx(5e-3) for rates in seen.values())
 
 
-def test_distillation_can_grow(tmp_path):
-    """With a warm-up of all four steps, a quarter, a half, ... of its weight counts."""
+def test_distillation_can_begin_later(tmp_path):
+    """With a warm-up of half of four steps, cross-entropy alone counts in two; no teacher runs."""
     model = add_lora(tiny(), rank=2)
     dlr.attach(model, RouterConfig(always_keep=2))
-    config = RunConfig(**SETTINGS | {"steps": 4, "kd_weight": 0.8, "kd_warmup": 1.0, "objective": "global_penalty", "penalty": 0.0})
+    config = RunConfig(**SETTINGS | {"steps": 4, "kd_weight": 0.8, "kd_warmup": 0.5, "objective": "global_penalty", "penalty": 0.0})
     trainer = DLRTrainer(model, config, Rows(equal=True), tmp_path)
     monkey, losses_seen = trainer.compute_loss, []
 
@@ -359,7 +371,8 @@ def test_distillation_can_grow(tmp_path):
         loss = monkey(*given, **more)
         sums = trainer._sums
         ce, kd = (sums[name] / sums[f"{name} weight"] for name in ("ce", "kd"))
-        weight = 0.8 * min(1, (trainer.state.global_step + 1) / 4)
+        weight = 0.8 if trainer.state.global_step >= 2 else 0.0
+        assert bool(kd) == bool(weight)
         losses_seen.append((float(loss.detach()), (1 - weight) * ce + weight * kd))
         return loss
     trainer.compute_loss = seen
