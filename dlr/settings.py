@@ -227,11 +227,15 @@ def _toy(value, default, small):
     return min(value, 4 * small) if is_number else value
 
 
-def read_params(path: str | Path) -> dict[str, Any]:
+def read_params(path: str | Path, _read_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML params file (differences from the defaults only).
 
+    `like: FILE` begins with what another file holds, beside this one or by a path from here; in a
+    sweep file that goes into `common`. What this file says itself comes after it.
+
     Raises:
-        FileNotFoundError, SettingsError: no such file (the neighbours are named), or not a mapping.
+        FileNotFoundError, SettingsError: no such file (the neighbours are named), not a mapping, or
+            files that are like one another.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -245,4 +249,22 @@ def read_params(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded or {}, dict):
         raise SettingsError(f"{str(path)!r} must hold 'name: value' lines, not a "
                             f"{type(loaded).__name__}.")
-    return {str(name): value for name, value in (loaded or {}).items()}
+    params = {str(name): value for name, value in (loaded or {}).items()}
+    return _with_shared(params, path, _read_by) if "like" in params else params
+
+
+def _with_shared(params: dict[str, Any], path: Path, read_by: tuple[Path, ...]) -> dict[str, Any]:
+    """`params` of the file `path`, behind what the file holds that they are `like`."""
+    like = params.pop("like")
+    if not isinstance(like, str):
+        raise SettingsError(f"{str(path)!r} says like={like!r}; give one file, as in "
+                            "like: ../models/tinyllama.yaml")
+    read_by = (*read_by, path.resolve())
+    other = path.parent / like
+    if other.resolve() in read_by:
+        raise SettingsError(f"{str(path)!r} is like {like!r}, which is like it in turn. Take one "
+                            "of the two lines out.")
+    shared = read_params(other, read_by)
+    if "grid" not in params:
+        return shared | params
+    return params | {"common": shared | (params.get("common") or {})}

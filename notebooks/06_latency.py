@@ -83,6 +83,9 @@ if not run.done:
         dtype=getattr(torch, precision or "", None), skip_adapter_rank=config.skip_adapter_rank,
         model=load_base(base, dtype=precision, device=device)[0] if base else None,
         trained=trained if config.checkpoint and trained.base["name"] == config.model else None)
+
+# %% tags=["nbval-ignore-output"]
+if not run.done:
     works = [latency.Prefill(subject, batch, length)
              for batch in config.batches for length in config.lengths]
     rows = [latency.measure(work, [0.0, *config.skips], repeats=config.repeats) for work in works]

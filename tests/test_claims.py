@@ -99,6 +99,37 @@ def test_what_is_measured_before_healing():
     assert all(more["kl"] < less["kl"] for less, more in zip(forty, forty[1:])), "still falling"
 
 
+def test_what_each_stage_adds():
+    found = {(row["stage"], row["target_skip"]): row for row in metrics("stages/default")["gains"]}
+    for stage, words in (("regressed", "regressed, after the closed form"),
+                         ("in context", "in context"), ("healed", "healed"),
+                         ("end to end", "end to end, in the place of healed")):
+        rows_of = [found[stage, budget] for budget in (0.2, 0.4, 0.6)]
+        cells = [f"{row['nll_difference']:+.4f} ({row['low']:.4f}, {row['high']:.4f})"
+                 for row in rows_of]
+        says(f"| {words} | {' | '.join(cells)} |")
+        helps = [row["high"] < 0 for row in rows_of]
+        assert all(helps) == any(helps) == (stage in ("regressed", "healed")), stage
+        assert stage != "end to end" or all(row["low"] > 0 for row in rows_of)
+
+
+def test_the_router_for_smollm2():
+    found, table = metrics("pareto/smollm2-router"), rows("pareto/smollm2-router")
+    base = table["base"]["perplexity"]
+    says(f"over the untouched base ({base:.2f})", f"{table['base']['documents']} test documents of "
+         f"them ({table['base']['predicted_tokens']:,} tokens;")
+    for asked in (0.15, 0.25, 0.4, 0.5):
+        row = table[f"DLR at {asked:.0%}"]
+        against = [table[f"DLR at {asked:.0%}, {control}"]["against_router"]
+                   for control in ("shuffled", "mean plan")]
+        cells = [f"{a['nll_difference']:.3f} ({a['low']:.3f}, {a['high']:.3f})" for a in against]
+        says(f"| {100 * asked:.0f} % | {100 * row['skip']:.1f} % | {row['perplexity']:.2f} | "
+             f"{row['perplexity'] / base:.3f} | {cells[0]} | {cells[1]} |")
+        assert against[0]["low"] > 0.05 and against[1]["low"] > 0
+    missed = max(abs(row["asked"] - row["skip"]) for row in found["dial"])
+    says(f"skips up to {100 * missed:.1f} points less than it is asked to")
+
+
 def test_smollm2_and_its_adapters():
     found = {rank: metrics(f"depth_router/smollm2-skip_adapter_rank={rank}")
              for rank in (0, 8, 16, 32, 64, 128)}

@@ -285,7 +285,7 @@ def test_run_all_with_a_changed_parameter_in_a_clone_writes_to_scratch_alone(nam
 # -- what they rest on ---------------------------------------------------------------------------
 def test_recorded_skip_ratios_are_within_a_point_of_their_targets():
     rows = [row for name, run in finished_runs("pareto", RESULTS).items()
-            for row in run["metrics"]["rows"] if row["kind"] == "routed"]
+            for row in run["metrics"]["rows"] if row["kind"] == "routed" and row["documents"] >= 100]
     assert {row["target_skip"] for row in rows} >= {0.2, 0.4, 0.6}
     assert len({row["seed"] for row in rows}) >= 2
     for row in rows:

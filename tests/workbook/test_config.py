@@ -15,7 +15,7 @@ from dlr.workbook.phases.training import TokenConfig
 from dlr.workbook.runner import checked_parameters, notebook_settings
 from dlr.workbook.sweeps import expand
 
-PARAMS = sorted(project_root().glob("params/*/*.yaml"))
+PARAMS = sorted(path for path in project_root().glob("params/*/*.yaml") if path.parent.name != "models")
 
 
 @pytest.fixture(autouse=True)
@@ -287,3 +287,25 @@ def test_the_toy_preset_replaces_defaults_and_bounds_what_was_chosen(monkeypatch
     monkeypatch.setenv("DLR_PRESET", "tiny")
     with pytest.raises(SettingsError, match="there is 'toy'"):
         effective({}, TokenConfig)
+
+
+def test_a_file_begins_with_what_it_is_like(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base.yaml").write_text("model: gpt\nlr: 0.1\n")
+    (tmp_path / "models" / "training.yaml").write_text("like: base.yaml\nsteps: 7\n")
+    run, sweep = tmp_path / "run.yaml", tmp_path / "sweep.yaml"
+    run.write_text("like: models/training.yaml\nlr: 0.2\n")
+    assert read_params(run) == {"model": "gpt", "lr": 0.2, "steps": 7}
+    sweep.write_text("phase: pareto\nlike: models/training.yaml\ncommon: {lr: 0.3}\ngrid: [{seed: [0, 1]}]\n")
+    assert read_params(sweep)["common"] == {"model": "gpt", "lr": 0.3, "steps": 7}
+    (tmp_path / "models" / "base.yaml").write_text("like: training.yaml\n")
+    with pytest.raises(SettingsError, match="like it in turn"):
+        read_params(run)
+    run.write_text("like: [a, b]\n")
+    with pytest.raises(SettingsError, match="give one file"):
+        read_params(run)
+    run.write_text("like: nothing.yaml\n")
+    with pytest.raises(FileNotFoundError, match="nothing.yaml"):
+        read_params(run)
+    with pytest.raises(SettingsError, match="unknown setting 'like'"):
+        notebook_settings("pareto", {"model": "nano", "like": "x", "In": ["model: str = 'nano'", "# Parameters\nlike = 'x'"]})
