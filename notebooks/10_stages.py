@@ -24,7 +24,8 @@
 # | healed | LoRA and adapters are trained under the router's plans, at a random budget a sequence |
 # | end to end | the router is trained too: one Gumbel straight-through choice of a plan a token |
 #
-# The last two stages start from the stage before them and take the same steps.
+# The last two both start from the labels in context and take the same steps: the last stands in the
+# place of the one before. The documents are those of notebook 04.
 
 # %% tags=["parameters"]
 run_name: str = ""

@@ -76,7 +76,9 @@ def _lines(axes, table: pd.DataFrame) -> None:
                       ls="-" if len(points) > 1 else "none")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    few = table["perplexity"].max() < 10 * table["perplexity"].min()     # else they would overlap
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter() if few
+                                   else matplotlib.ticker.NullFormatter())
     axes.set_ylabel("test perplexity")
 
 
@@ -96,21 +98,24 @@ def frontier_files(runs: dict[str, Run]) -> dict[str, tuple]:
 @figure("pareto", frontier_files)
 @drawn
 def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
-    """Perplexity against measured skip, and below it the router against the best static plan.
+    """Perplexity by measured skip, and below it the router against the best static plan, if any.
 
     Args:
         table: rows of all runs; lines are means over seeds, with one standard deviation.
         differences: of `verdicts`; a point is a run, with its paired 95 % interval over documents.
     """
-    picture, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 6.2), sharex=True,
-                                             height_ratios=[5, 2])
     if len(differences):
+        picture, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 6.2), sharex=True,
+                                                 height_ratios=[5, 2])
         shift = differences.groupby(differences["skip"].round(1)).cumcount() * 0.8
         intervals(lower, 100 * differences["skip"] + shift, differences, "nll_difference", ms=4,
                   capsize=2)
-    lower.axhline(0, color=COLOURS["static"], lw=1)
+        lower.axhline(0, color=COLOURS["static"], lw=1)
+        lower.set_ylabel("DLR - best static\n(nats a token)")
+    else:
+        picture, upper = plt.subplots(figsize=(6.4, 4.2))
+        lower = upper
     lower.set_xlabel("measured skip on the test split (%)")
-    lower.set_ylabel("DLR - best static\n(nats a token)")
     _lines(upper, table)
     upper.set_title(title)
     upper.legend(frameon=False, fontsize=8)
