@@ -110,6 +110,7 @@ EXPECTED = {
     "papermill notebooks/03_token_routing.ipynb out.ipynb -f params/token_routing/quick.yaml": (
         papermill, {}),
     "python -m dlr explore 'Any text.'": (shown("layers a token", "always kept"), {}),
+    "python -m dlr explore --base smollm2 'Any text.'": (None, {}),     # brings 93 MB: test_explorer_embedded.py
     "python -m dlr explore --serve": (None, {}),       # does not end by itself: tests/explore/test_serve.py
     "python -m dlr eval CHECKPOINT --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5": (
         refused("--data-dir"), {}),

@@ -9,7 +9,7 @@ import torch
 
 import dlr
 from dlr.__main__ import main
-from dlr.base.find import EMBEDDED, checkpoints, find_checkpoint
+from dlr.base.find import EMBEDDED, SMOLLM2, checkpoints, find_checkpoint, router_for
 from dlr.base.models import NANO_ROUTER
 from dlr.explore import html as views
 from dlr.explore.session import Session
@@ -199,8 +199,8 @@ def test_checkpoints_are_the_embedded_router_and_those_of_finished_runs(tmp_path
         if finished:
             (tmp_path / run / "metrics.json").write_text('{"rows": []}')
     found = checkpoints(tmp_path)
-    assert list(found) == [EMBEDDED, "token_routing/done/DLR", "scratch/pareto/trial/DLR"]
-    assert find_checkpoint(None) == NANO_ROUTER
+    assert list(found) == [EMBEDDED, SMOLLM2, "token_routing/done/DLR", "scratch/pareto/trial/DLR"]
+    assert find_checkpoint(None) == NANO_ROUTER and router_for("smollm2") == find_checkpoint("smollm2-router")
     with pytest.raises(FileNotFoundError, match="There are: embedded router"):
         Session("no/folder")
 

@@ -103,9 +103,10 @@ def test_runs_that_have_domains_are_drawn_and_others_are_not(tmp_path):
     runs = {name: Run(tmp_path / name) for name in ("plain", "mixed")}
     runs["plain"].finish([{"variant": "base"}])
     runs["mixed"].finish([{"variant": "base"}], domains=rows_of(0.0))
-    (tmp_path / "mixed" / "run.json").write_text('{"settings": {"target_skip": 0.25}}')
+    (tmp_path / "mixed" / "run.json").write_text(
+        '{"settings": {"target_skip": 0.25, "model": "nano", "dataset": "mixture", "steps": 7}}')
     entries = {entry.phase: entry for entry in registered() if entry.draw is domains_against_static}
     expected = [{"target_skip": 0.25, **row} for row in rows_of(0.0)]
-    assert entries["pareto"].files(runs) == {"pareto_domains": (expected,)}
+    assert entries["pareto"].files(runs) == {"pareto_domains_nano_mixture_7": (expected,)}
     assert entries["token_routing"].files(runs) == {"token_routing_mixed_domains": (expected,)}
     assert not any(entry.files({"plain": runs["plain"]}) for entry in entries.values())
