@@ -102,9 +102,8 @@ def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
 
     Args:
         where: 'nano-router', 'smollm2-router', a checkpoint's folder, a run's or a variant's, a
-            phase, or a label of
-            `checkpoints`. A relative path is looked for from here, then from the project's root.
-            None: the embedded router, or the first checkpoint there is.
+            phase, or a label of `checkpoints`. A relative path is looked for from here, then from
+            the project's root. None: the embedded router, or the first checkpoint there is.
 
     Raises:
         FileNotFoundError: there is none; the message says where was looked, and what there is.

@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -68,8 +67,7 @@ class Preparer:
 
         More tokens begin with the same ones, so that labels can be added to.
         """
-        blocks = shuffled_blocks(self.documents, self.tokenizer, self.config, part, tokens)
-        return blocks_as_batches(blocks, tokens, rows_at_once(self.config, tokens))
+        return batches_of(self.documents, self.tokenizer, self.config, part, tokens)
 
     def _attached(self) -> Routing:
         """A router of plain paths: what is found is the base's, whatever weighs them later."""
@@ -142,18 +140,16 @@ def context_batches(tokenizer, config: RunConfig) -> list[dict]:
     """Training text to label in context, other for each seed; [] where none is asked for."""
     if not config.context_tokens:
         return []
-    blocks = shuffled_blocks(load_documents(config.dataset, "train"), tokenizer, config,
-                             1000 + config.seed, config.context_tokens)
-    return blocks_as_batches(blocks, config.context_tokens,
-                             rows_at_once(config, config.context_tokens))
+    return batches_of(load_documents(config.dataset, "train"), tokenizer, config,
+                      1000 + config.seed, config.context_tokens)
 
 
-def rows_at_once(config: RunConfig, tokens: int) -> int:
-    """Blocks in a batch of `label_batch` tokens, or of all `tokens` where these are fewer."""
-    return max(1, min(config.label_batch, tokens) // config.seq_len)
+def batches_of(documents, tokenizer, config: RunConfig, seed: int, tokens: int) -> list[dict]:
+    """`tokens` tokens or a few more of documents in an order drawn by `seed`.
 
-
-def shuffled_blocks(documents, tokenizer, config: RunConfig, seed: int, tokens: int) -> np.ndarray:
-    """Blocks `[n, s]` of documents in an order drawn by `seed`, `tokens` tokens or a few more."""
-    return packed(documents, tokenizer, config.seq_len, seed,
-                  tokens + max(config.label_batch, config.seq_len)).blocks
+    A batch holds `label_batch` tokens, or all of them where these are fewer.
+    """
+    rows = max(1, min(config.label_batch, tokens) // config.seq_len)
+    longest = tokens + max(config.label_batch, config.seq_len)
+    blocks = packed(documents, tokenizer, config.seq_len, seed, longest).blocks
+    return blocks_as_batches(blocks, tokens, rows)

@@ -4,10 +4,10 @@ import pandas as pd
 
 from dlr.base.data import Documents, load_documents
 from dlr.measure.depth import static_mixture
-from dlr.measure.labels import HarmLabels, blocks_as_batches, label_batch
+from dlr.measure.labels import HarmLabels, label_batch
 from dlr.measure.static import greedy_order_by_kl
 from dlr.progress import tqdm
-from dlr.train.prepare import rows_at_once, shuffled_blocks
+from dlr.train.prepare import batches_of
 from dlr.workbook.study import Bench
 
 
@@ -17,10 +17,8 @@ def orders_by_domain(bench: Bench, routing, config) -> dict[str, list[int]]:
     orders = {}
     for domain in sorted(set(train.domains)):
         texts = [text for text, its in zip(train.texts, train.domains) if its == domain]
-        blocks = shuffled_blocks(Documents(train.source, "train", texts, train.hash),
-                                 bench.tokenizer, config, 1, config.order_tokens)
-        batches = blocks_as_batches(blocks, config.order_tokens,
-                                    rows_at_once(config, config.order_tokens))
+        batches = batches_of(Documents(train.source, "train", texts, train.hash),
+                             bench.tokenizer, config, 1, config.order_tokens)
         orders[domain] = greedy_order_by_kl(bench.base, routing, batches, config.candidates)
     return orders
 

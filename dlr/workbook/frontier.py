@@ -12,7 +12,7 @@ from dlr.base.opened import load
 from dlr.measure.domains import domain_differences
 from dlr.measure.evaluate import paired_difference, router_logits, skip_ratio
 from dlr.measure.static import evaluate_static
-from dlr.routing.budget import threshold_at
+from dlr.routing.budget import budget, threshold_at
 from dlr.train.settings import RunConfig
 from dlr.workbook.study import (Bench, Variant, base_row, best_static_order, dense_row,
                                 forced_share, routed_rows, row_of, stochastic_rows, train,
@@ -28,9 +28,9 @@ def named(name: str, skip: float) -> str:
 
 def routed_frontier(bench: Bench, variant: Variant, skips: list[float]) -> list[dict]:
     """Rows of a calibrated router at each budget of `skips`, and of its controls there."""
-    routing, rows = variant.routing, []
+    rows = []
     for asked in skips:
-        with routing.at(threshold=threshold_at(routing.calibration.curve, asked)):
+        with budget(variant.model, asked):
             rows += routed_rows(bench, variant, named(variant.name, asked), target_skip=asked)
     return rows
 
@@ -53,15 +53,20 @@ def static_frontier(bench: Bench, config: RunConfig, folder: Path, skips: dict[f
         skips: budget asked for -> the skip to measure at, the router's own.
     """
     order = best_static_order(bench, config)
-    forced = forced_share(bench, config.keep_first_tokens)
     with closing(train_static(bench, name, config, folder, order, config.target_skip)) as variant:
-        rows = []
-        for asked, skip in skips.items():
-            table = evaluate_static(variant.model, variant.routing, bench.test, order, skip,
-                                    forced)
-            rows.append(row_of(bench, variant, named(name, asked), table, "static", order=order,
-                               target_skip=asked))
-        return rows
+        return static_rows(bench, variant, name, order, skips, order=order)
+
+
+def static_rows(bench: Bench, variant: Variant, name: str, along: list[int],
+                skips: dict[float, float], **notes) -> list[dict]:
+    """Rows of the static plan along an order, on a variant's weights; `skips` as above."""
+    forced = forced_share(bench, variant.config.keep_first_tokens)
+    rows = []
+    for asked, skip in skips.items():
+        table = evaluate_static(variant.model, variant.routing, bench.test, along, skip, forced)
+        rows.append(row_of(bench, variant, named(name, asked), table, "static",
+                           target_skip=asked, **notes))
+    return rows
 
 
 def against_static(bench: Bench, routed: str, static: str = "best static") -> dict | None:

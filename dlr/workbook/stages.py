@@ -8,20 +8,19 @@ in context (labels of the router's own plans) -> healed (LoRA and adapters train
 from contextlib import closing
 
 from dlr.figures.stages import STAGES
-from dlr.measure.evaluate import paired_difference, skip_ratio
-from dlr.measure.static import evaluate_static
-from dlr.routing.budget import threshold_at
+from dlr.measure.evaluate import paired_difference
+from dlr.routing.budget import budget
 from dlr.routing.policy import RouterPolicy
 from dlr.train.prepare import context_batches
 from dlr.train.regress import start
-from dlr.workbook.frontier import named
-from dlr.workbook.study import Bench, Variant, forced_share, fresh_variant, measure, row_of, train
+from dlr.workbook.frontier import named, static_rows
+from dlr.workbook.study import Bench, Variant, fresh_variant, measure, train
 
 
 def _at_budgets(bench: Bench, variant: Variant, stage: str, budgets: list[float]) -> list[dict]:
-    routing, rows = variant.routing, []
+    rows = []
     for asked in budgets:
-        with routing.at(threshold=threshold_at(routing.calibration.curve, asked)):
+        with budget(variant.model, asked):
             rows.append(measure(bench, variant, named(stage, asked), RouterPolicy(), "routed",
                                 stage=stage, target_skip=asked))
     return rows
@@ -33,13 +32,9 @@ def _started(bench: Bench, config) -> list[dict]:
     with closing(fresh_variant(bench, "DLR", config, preparation)) as variant:
         start(variant.model, variant.routing, preparation.labels, bench.calibration, config)
         rows = _at_budgets(bench, variant, "regressed", config.budgets)
-        forced = forced_share(bench, config.keep_first_tokens)
-        for asked in config.budgets:
-            skip = skip_ratio(bench.tables[named("regressed", asked)])
-            table = evaluate_static(variant.model, variant.routing, bench.test, preparation.order,
-                                    skip, forced)
-            rows.append(row_of(bench, variant, named("closed form", asked), table, "static",
-                               stage="closed form", target_skip=asked))
+        skips = {row["target_skip"]: row["skip"] for row in rows}
+        rows += static_rows(bench, variant, "closed form", preparation.order, skips,
+                            stage="closed form")
         context = context_batches(bench.tokenizer, config)
         if context:
             start(variant.model, variant.routing, preparation.labels, bench.calibration, config,
