@@ -14,18 +14,18 @@
 # **Question.** Which training makes a token-level router hit its budget, and does it then beat
 # plans that do not look at the token?
 #
-# **Method.** All variants share base, data, steps, LoRA and seed.
+# **Method.** All variants share base, data, steps, skip adapters, LoRA's rank and seed.
 #
 # | variant | objective | what is trained |
 # |---|---|---|
-# | v1 | cross-entropy, distillation and one global penalty on the mean gate | router and LoRA, by gradients |
-# | v2 | the original objective: per-layer L1, summed, and a squared target term | router and LoRA, by gradients |
-# | cold | controlled budget (the threshold is the dual variable) | router and LoRA, by gradients, end to end |
-# | DLR | the default: warm start, then a plan that stays put | LoRA alone by gradients; the router is regressed |
+# | v1 | cross-entropy, distillation and one global penalty on the mean gate | independent gates and LoRA, by gradients |
+# | v2 | the original objective: per-layer L1, summed, and a squared target term | the same |
+# | cold | controlled budget (the threshold is the dual variable) | the same, from nothing, end to end |
+# | DLR | the default: a depth router regressed on harm labels (notebook 09), whose plan stays put | LoRA and skip adapters by gradients |
 # | DLR without KD | the default with cross-entropy alone | as DLR |
 #
-# In the default the router gets no gradient: it is regressed on labels of marginal harm, shrunk
-# towards the best static plan, and calibrated (`router_share` above 0 trains it further).
+# DLR's router gets no gradient here (`router_share` above 0 trains it further; notebook 10 measures
+# that).
 #
 # Published rules can be asked for by name in `variants`, each on the same base, data and steps
 # (`dlr/routing/router_*.py` say what is simplified): **MoD** (a layer picks its best k tokens of
@@ -59,7 +59,6 @@ accumulation: int = 1
 seq_len: int = 256
 lr: float = 1.0e-3
 kd_weight: float = 0.5
-warm_tokens: int = 6144
 seed: int = 0
 
 # %%
@@ -68,13 +67,11 @@ import sys
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.settings import SettingsError
-from dlr.workbook.peers import PEERS, STATIC, shortgpt_row
+from dlr.workbook.peers import PEERS, STATIC, VERSIONS, shortgpt_row
 from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("token_routing", globals())
-CHANGES = {"v1": {"objective": "global_penalty", "warm_start": False, "router_lr": 1e-2},
-           "v2": {"objective": "original", "warm_start": False, "router_lr": 1e-2},
-           "cold": {"warm_start": False}, "DLR": {}, "DLR without KD": {"kd_weight": 0.0}, **PEERS}
+CHANGES = VERSIONS | PEERS
 known = [*CHANGES, STATIC, "best static", "dense LoRA"]
 unknown = [name for name in config.variants if name not in known]
 if unknown:

@@ -44,8 +44,7 @@ run_name: str = ""
 phase: str = ""
 variants: list = [
     {"name": "router", "checkpoint": "nano-router"},
-    {"name": "static plan", "checkpoint": "nano-router", "variant": "static",
-     "order": "results/token_routing/router", "match": "router"}]
+    {"name": "static plan", "checkpoint": "nano-router", "variant": "static", "match": "router"}]
 model: str = "nano"
 tasks: list = ["embedded"]
 limit: float = 40.0
@@ -133,8 +132,7 @@ Markdown(findings.evaluation(rows, run.metrics["against_static"]))
 # ## The recorded comparison on BLiMP
 #
 # All 67,000 pairs, on checkpoints of the frontier sweep (notebook 04), which are not in the
-# repository. What is recorded here is of the first method's routers (independent gates), which that
-# sweep trained before there were depth routers; the commands now make the comparison for those:
+# repository:
 #
 #     python -m dlr sweep params/pareto/nano.yaml
 #     python -m dlr run evaluation --params params/evaluation/nano.yaml --set data_dir=DIR

@@ -133,10 +133,13 @@ def data_hash(config: Settings) -> str:
 
 # -- comparison -----------------------------------------------------------------------
 def _complete(values: dict, schema: type[Settings]) -> dict:
-    """`values` with defaults for what is absent, in lists of rows too, as JSON would hold them."""
+    """`values` with defaults for what is absent, in lists of rows too, as JSON would hold them.
+
+    Settings that the schema has retired are left out.
+    """
     fields = schema.model_fields
     out = {name: default_of(schema, name) for name in fields if not fields[name].is_required()}
-    out |= values
+    out |= {name: value for name, value in values.items() if name not in schema.retired}
     for name, field in fields.items():
         rows = _rows_schema(field.annotation)
         if rows is not None:

@@ -1,7 +1,7 @@
 """The one way to open a model: a checkpoint under its own plan or another, or a base model.
 
     model, tokenizer, routing = dlr.load("nano-router")
-    dense = dlr.load("results/token_routing/router", variant="dense").model
+    dense = dlr.load("results/token_routing/default", variant="dense").model
 
 Every plan of a control depends on a token's own document and position alone, so that batch size,
 order and padding change nothing.
@@ -92,7 +92,7 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
         skip: for routed, the router's dial; for static and stochastic, by default the router's
             measured skip, or what the control was trained at.
         order: for static: the run folder or metrics.json that holds the greedy order; by default
-            the checkpoint's own run.
+            a depth router's own book, or else the checkpoint's own run.
         model: the base or its name; by default the checkpoint's. A failed load does not change it.
         dtype, attn_implementation, load_in_4bit, device: how the base is loaded; by default as the
             checkpoint was trained, on the CPU.
@@ -204,6 +204,8 @@ def _put_under_plan(opened: Opened, record: dict, skip: float | None, order: str
         if "variant" in record:
             opened.order = record["order"]
             forced = record["forced"] if skip is None else 0.0
+        elif order is None and hasattr(routing.router, "set_order"):
+            opened.order = routing.router.order.tolist()
         else:
             opened.order, measured = _order_near(opened.folder, order)
         skip = _needed(skip, measured, calibrated)

@@ -39,7 +39,10 @@ CURVE_DOCUMENTS = 12            # calibration documents that make up for a missi
 
 
 def static_order(routing: Routing) -> list[int] | None:
-    """The best static plan's order of units, from any finished run with this base and units."""
+    """The best static plan's order of units: of a depth router's own book, or else of any finished
+    run with this base and units."""
+    if hasattr(routing.router, "set_order"):
+        return routing.router.order.tolist()
     name = routing.base.get("name") or "nano"
     name = "nano" if name == NANO_NAME else name
     units = {field: getattr(routing.config, field)
@@ -185,7 +188,7 @@ class Session:
         """
         units = self.routing.units
         order = static_order(self.routing)
-        what = "best static plan (greedy order of a finished run on this base)"
+        what = "best static plan (greedy order, found on this base)"
         if order is None or sorted(order) != list(range(units)):
             order = record.gates.float().mean(0).argsort(stable=True).tolist()
             what = ("static plan of the layers this router keeps least here (no finished run tells "

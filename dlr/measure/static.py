@@ -54,17 +54,6 @@ def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[fl
     return dropped
 
 
-def greedy_static_order(model, routing: Routing, batches: list[dict],
-                        candidates: int = 0) -> list[int]:
-    """The greedy order by perplexity on `batches`, as places among the routable units."""
-    def losses(dropped, left):
-        for unit in left:
-            plan = StaticPlan(static_gates(routing.units, [*dropped, unit]))
-            yield evaluate(model, routing, batches, plan, bar=False)["nll"].sum()
-
-    return greedy_order(routing.units, losses, candidates)
-
-
 def greedy_order_by_kl(model, routing: Routing, batches: list[dict],
                        candidates: int = 10, kept: Path | None = None) -> list[int]:
     """The greedy order by KL from the dense model on `batches`; a thousand tokens suffice.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_serializer
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from dlr.settings import Settings
+from dlr.settings import Settings, default_of
 
 
 class RouterConfig(Settings):
@@ -41,7 +41,7 @@ class RouterConfig(Settings):
     def _as_before(self, written):
         """Leaves out what the usual router has no use for: files from before have none of it."""
         values = written(self)
-        if values.get("router_class") == "Router":
+        if values.get("router_class") == default_of(type(self), "router_class") == "Router":
             for name in ("router_class", "book_plans", "book_depth"):
                 values.pop(name, None)
         return values

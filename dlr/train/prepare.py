@@ -56,6 +56,7 @@ class Preparer:
         numbers = {"dtype": config.dtype, "autocast": config.autocast}
         self.key = [identity(base), self.documents.hash, RULES, numbers, config.seq_len,
                     config.always_keep, config.keep_last, config.keep_first_tokens, config.unit]
+        self.key += [config.kv] * (config.kv != "complete")
 
     def _path(self, kind: str, *more) -> Path:
         key = json.dumps([*self.key, *more], sort_keys=True)
@@ -73,7 +74,7 @@ class Preparer:
         """A router of plain paths: what is found is the base's, whatever weighs them later."""
         config = self.config.router()
         if not self.config.reads_book:
-            config = config.changed(router_class="Router")
+            config = config.changed(router_class="Router", level="token")
         return attach(self.base, config, bf16=self.config.autocast)
 
     def adapters(self) -> dict[str, torch.Tensor]:

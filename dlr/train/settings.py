@@ -21,9 +21,13 @@ class RunConfig(RouterConfig, Original.Weights):
     Units are in the comments; ratios lie between 0 and 1.
     """
     toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32,
-                     "calibration_docs": 4, "eval_docs": 4, "warm_tokens": 64, "warm_epochs": 1,
-                     "warm_rounds": 1, "save_steps": 2, "bf16": False}
+                     "calibration_docs": 4, "eval_docs": 4, "adapter_tokens": 64, "order_tokens": 64,
+                     "label_tokens": 64, "visits": 512, "candidates": 2, "context_tokens": 0,
+                     "save_steps": 2, "bf16": False}
     splits: ClassVar = ("train", "calibration", "test")     # of `dataset`: part of a run's identity
+    # settings of records that are gone, and had no say in a depth router's run
+    retired: ClassVar = ("warm_tokens", "warm_background", "warm_rounds", "warm_epochs",
+                         "static_docs")
 
     # model and data
     # 'nano' (embedded), 'smollm2', a folder, a .gguf file or a Hub id
@@ -36,7 +40,6 @@ class RunConfig(RouterConfig, Original.Weights):
     eval_len: int = Field(256, ge=8)            # tokens a document is cut to where it is evaluated
     calibration_docs: int = Field(160, ge=1)    # documents that choose the threshold
     eval_docs: int = Field(240, ge=1)           # of the test split (243 in the embedded corpus)
-    static_docs: int = Field(32, ge=1)          # read by the search for the best static plan
 
     # objective
     objective: str = "controlled"               # the name of a class of dlr.train.objectives
@@ -52,16 +55,14 @@ class RunConfig(RouterConfig, Original.Weights):
     # scale of the noise that drawn gates begin with; 0: straight-through gates without noise
     gumbel_noise: float = Field(1.0, ge=0.0)
 
-    # warm start
-    warm_start: bool = True                     # regress the router on marginal harm first
-    warm_tokens: int = Field(6144, ge=64)       # tokens labelled, each with R + 2 forward passes
-    # plans of round 1: the best static one, or random ones; later rounds take the router's own
-    warm_background: Literal["static", "random"] = "static"
-    warm_rounds: int = Field(2, ge=1)
-    warm_epochs: int = Field(30, ge=1)
+    # router; what it does not name is as in RouterConfig
+    router_class: str = "DepthRouter"
+    router_hidden: int = Field(256, ge=1, le=2**16)
+    skip_adapter_rank: int = Field(32, ge=0, le=2**16)
+    warm_start: bool = True                     # regress a depth router on harm labels first
     router_share: float = Field(0.0, ge=0.0, le=1.0)    # of the steps: a warm router learns
 
-    # a depth router's start: skip adapters, static order and harm labels of the base alone
+    # what training starts from: skip adapters, static order and harm labels of the base alone
     adapter_tokens: int = Field(16384, ge=64)   # read by the closed-form fit of skip adapters
     order_tokens: int = Field(1024, ge=64)      # read by the greedy search for the book's order
     candidates: int = Field(10, ge=1)           # units that a round of the search tries
@@ -84,7 +85,7 @@ class RunConfig(RouterConfig, Original.Weights):
     weight_decay: float = Field(0.0, ge=0.0)
     adam_beta2: float = Field(0.95, ge=0.0, lt=1.0)
     lora_rank: int = Field(16, ge=1)
-    lora_prefix: bool = True    # adapt also the always_keep layers, whose state the router reads
+    lora_prefix: bool = False   # adapt also the always_keep layers, whose state the router reads
     lora_alpha: int = Field(32, ge=1)
     # projections that are adapted, as q_proj; none named: all of attention and MLP
     lora_targets: Annotated[list[str], distinct()] = []
@@ -113,9 +114,11 @@ class RunConfig(RouterConfig, Original.Weights):
         if self.elastic and not (self.reads_book and self.warm_start):
             raise ValueError("elastic draws prices from a calibrated router: set "
                              "router_class='DepthRouter' and warm_start=true, or elastic=false.")
-        if self.level == "sequence" and self.warm_start:
-            raise ValueError("warm_start labels single tokens and level='sequence' has none; set "
-                             "warm_start=false.")
+        if self.warm_start and not (self.reads_book and self.level == "token"):
+            raise ValueError("warm_start regresses a router on the harm of a book's plans for each "
+                             f"token, which router_class={self.router_class!r} at "
+                             f"level={self.level!r} does not predict; set warm_start=false, or "
+                             "router_class='DepthRouter' and level='token'.")
         return self
 
     @property
@@ -133,11 +136,6 @@ class RunConfig(RouterConfig, Original.Weights):
     def reads_book(self) -> bool:
         """Whether the router is one that chooses from a book of plans."""
         return hasattr(router_class(self.router_class), "set_order")
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether training starts from what `dlr.train.prepare` finds of the base."""
-        return self.reads_book or bool(self.skip_adapter_rank)
 
     def router(self) -> RouterConfig:
         """The part of the settings a router is built from."""

@@ -1,7 +1,9 @@
-"""Rules of published systems, trained and measured as DLR is: what they change of its settings.
+"""Other rules than DLR's, trained and measured as it is: what they change of its settings.
 
-Base, data, steps, LoRA budget and evaluation are the same. A rule's file in `dlr/routing/` says
-what of the published system it holds and what is simplified; `similarity_order` has ShortGPT's.
+Base, data, steps, skip adapters, LoRA rank and evaluation are the same. Of a published system a
+rule's file in `dlr/routing/` says what it holds and what is simplified; `similarity_order` has
+ShortGPT's. The first studies' versions are independent gates, which read one state and learn by
+gradients from the first step.
 
     python -m dlr run token_routing --set 'variants=[DLR, MoD, D-LLM, SkipGPT, FlexiDepth, ShortGPT,
         best static]'
@@ -18,6 +20,14 @@ from dlr.workbook import study
 # rule without a controller starts near the budget (keep_bias): few steps would not bring it there.
 _LAYERS = {"warm_start": False, "lora_prefix": True, "elastic": False}
 
+GATES = _LAYERS | {"router_class": "Router", "router_hidden": 128}
+VERSIONS = {
+    "v1": GATES | {"objective": "global_penalty", "router_lr": 1e-2},
+    "v2": GATES | {"objective": "original", "router_lr": 1e-2},
+    "cold": GATES,
+    "DLR": {},
+    "DLR without KD": {"kd_weight": 0.0},
+}
 PEERS = {
     "MoD": _LAYERS | {"router_class": "MoDRouter", "keep_bias": 1.0},
     "D-LLM": _LAYERS | {"router_class": "DLLMRouter", "objective": "token_target",

@@ -26,8 +26,6 @@ from dlr.train.prepare import Preparation, context_batches, prepare
 from dlr.train.regress import start
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
-from dlr.train.warmstart import warm_start
-from dlr.workbook import static_order
 
 
 @dataclass
@@ -44,12 +42,10 @@ class Bench:
     open: "Variant | None" = None
 
     def blocks(self, config: RunConfig):
-        """Packed training blocks for steps and warm start, in an order drawn by the run's seed."""
+        """Packed training blocks for the steps, in an order drawn by the run's seed."""
         tokens = config.steps * config.batch_size * config.accumulation * config.seq_len
-        tokens += config.warm_rounds * (config.warm_tokens + config.batch_size * config.seq_len)
         documents = load_documents(config.dataset, "train")
         return packed(documents, self.tokenizer, config.seq_len, config.seed, 2 * tokens)
-
 
     def preparation(self, config: RunConfig, labels: bool) -> Preparation:
         """The base's skip adapters, static order and (where asked for) labels under `config`."""
@@ -124,27 +120,21 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
 
     Training resumes from a checkpoint in `folder`, which stays until the run is finished, so that
     an interrupt costs none of its variants. A trained router is calibrated and saved. With a warm
-    start and `router_share=0` (the defaults) gradients train LoRA alone: the router is regressed on
-    harm labels (see `regress`, `warmstart`) and stays as it is. After an error or an interrupt the
-    base model is as it was before.
+    start and `router_share=0` (the defaults) gradients train LoRA and skip adapters alone: the
+    router is regressed on harm labels (see `regress`) and stays as it is. After an error or an
+    interrupt the base model is as it was before.
     """
-    order = preparation = None
     warm = policy is None and config.warm_start
-    if config.is_prepared:
-        preparation = bench.preparation(config, labels=warm and config.reads_book)
-        order = preparation.order
-    elif warm and config.warm_background == "static":
-        order = best_static_order(bench, config)
+    preparation = None
+    if config.reads_book or config.skip_adapter_rank:
+        preparation = bench.preparation(config, labels=warm)
     folder.mkdir(parents=True, exist_ok=True)
     variant = fresh_variant(bench, name, config, preparation)
     try:
-        if warm and config.reads_book:
+        if warm:
             context = context_batches(bench.tokenizer, config)
             variant.notes |= start(variant.model, variant.routing, preparation.labels,
                                    bench.calibration, config, context)
-        elif warm:
-            variant.notes |= warm_start(variant.model, variant.routing, bench.blocks(config),
-                                        config, folder, order)
         _fit(bench, variant, folder, policy)
     except BaseException:
         variant.close()
@@ -206,12 +196,8 @@ def base_row(bench: Bench) -> dict:
 
 
 def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int]:
-    """`static_order.best_static_order` of the base, under `config` or the bench's own settings."""
-    config = config or bench.config
-    if config.is_prepared:
-        return bench.preparation(config, labels=False).order
-    _clear(bench)
-    return static_order.best_static_order(bench.base, bench.calibration, config)
+    """The base's greedy static order, under `config` or the bench's own settings."""
+    return bench.preparation(config or bench.config, labels=False).order
 
 
 def forced_share(bench: Bench, keep_first_tokens: int) -> float:

@@ -14,8 +14,7 @@ IDS = torch.arange(300, 324).view(2, 12)
 @pytest.mark.parametrize("variant", ["routed", "static", "stochastic", "dense"])
 @torch.no_grad()
 def test_every_variant_runs_and_generates_as_it_is_opened(variant):
-    opened = dlr.load("nano-router", variant=variant,
-                      order="results/token_routing/router" if variant == "static" else None)
+    opened = dlr.load("nano-router", variant=variant,)
     model, tokenizer, routing = opened
     logits = model(IDS).logits
     assert logits.shape[:2] == IDS.shape and routing.policy is opened.policy

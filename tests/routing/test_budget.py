@@ -13,7 +13,7 @@ from dlr.base.models import load_base
 from dlr.measure import logits
 from dlr.measure.evaluate import (bootstrap, calibrate_router, evaluate, paired_difference,
                                   perplexity, skip_ratio, summary)
-from dlr.measure.static import evaluate_static, greedy_order, greedy_static_order
+from dlr.measure.static import evaluate_static, greedy_order, greedy_order_by_kl
 from dlr.routing.budget import Controller, threshold_for
 from dlr.routing.config import RouterConfig
 from dlr.routing.plan import static_gates, static_pair
@@ -173,7 +173,7 @@ def test_greedy_search_finds_the_layer_that_does_nothing():
         for part in (model.model.layers[4].self_attn.o_proj, model.model.layers[4].mlp.down_proj):
             part.weight.zero_()
     routing = half_skipping(model, RouterConfig(always_keep=2))
-    order = greedy_static_order(model, routing, batches())
+    order = greedy_order_by_kl(model, routing, batches(), candidates=0)
     with routing.using(StaticPlan(static_gates(4, [2]))):
         idle = evaluate(model, routing, batches(), StaticPlan(static_gates(4, [2])))
     assert sorted(order) == [0, 1, 2, 3]

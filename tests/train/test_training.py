@@ -27,7 +27,7 @@ from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer, collate
 
 SETTINGS = {"always_keep": 2, "steps": 2, "bf16": False, "warm_start": False, "target_skip": 0.5, "lr": 1e-2,
-            "router_lr": 1e-2, "lora_rank": 2}
+            "router_class": "Router", "router_hidden": 128, "skip_adapter_rank": 0, "router_lr": 1e-2, "lora_rank": 2}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -254,7 +254,8 @@ def test_the_log_tells_what_happened(tmp_path):
 
 def test_a_log_shows_no_temperature_where_no_gate_is_drawn(tmp_path):
     """A warm router whose share of the steps is 0 is not trained: its gates are hard, its threshold stays."""
-    trained(tmp_path, Rows(equal=True), batch_size=4, steps=4, warm_start=True, router_share=0.5)
+    trained(tmp_path, Rows(equal=True), batch_size=4, steps=4, router_class="DepthRouter", warm_start=True,
+            router_share=0.5)
     log = pd.read_csv(tmp_path / "log.csv")
     assert log["temperature"].notna().tolist() == [True, True, False, False]
     assert log["threshold"][2:].nunique() == 1 and log["threshold"][:3].nunique() == 3

@@ -186,7 +186,7 @@ def run_cells(*cells: str):
     [PARAMETERS + "anything = 1"],                                          # like no setting at all
     [PARAMETERS, "# Parameters\nanything = 1\n"],                            # injected by papermill
     [PARAMETERS, "target_skp = 0.3"],                                       # in a cell of one's own
-    ["warm_tokns = 100"],
+    ["label_tokns = 100"],
 ])
 def test_a_name_meant_as_a_setting_is_refused_however_often_the_cell_runs(cells):
     for _ in range(2):

@@ -18,7 +18,7 @@ from dlr.runs import KINDS, kind_of
 from dlr.train import prepare
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
-from dlr.workbook import frontier, static_order, study
+from dlr.workbook import frontier, study
 
 WORDS = "the a cat dog house tree runs sees under over with and red blue old small water light".split()
 
@@ -43,16 +43,16 @@ def folder(tmp_path_factory):
 def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("cache")
-        for room in (static_order, prepare):
-            patch.setattr(room, "cache_folder", lambda: place)
+        patch.setattr(prepare, "cache_folder", lambda: place)
         yield
 
 
 def settings(folder, **changes) -> RunConfig:
     return RunConfig(**{"model": str(folder / "base"), "dataset": str(folder / "texts"), "bf16": False, "always_keep": 2,
                         "keep_first_tokens": 4, "seq_len": 16, "eval_len": 32, "batch_size": 4, "steps": 2, "lora_rank": 2,
-                        "warm_tokens": 64, "warm_epochs": 2, "static_docs": 4, "calibration_docs": 12, "eval_docs": 40,
-                        "target_skip": 0.4} | changes)
+                        "router_hidden": 16, "skip_adapter_rank": 2, "adapter_tokens": 256, "order_tokens": 64,
+                        "candidates": 2, "label_tokens": 256, "label_batch": 64, "visits": 2000,
+                        "calibration_docs": 12, "eval_docs": 40, "target_skip": 0.4} | changes)
 
 
 def settings_of(bench, **changes) -> RunConfig:
@@ -115,7 +115,8 @@ def test_rows_say_what_they_are_apart_from_their_names(rows):
 
 def test_differences_have_the_signs_their_docstrings_give(bench, rows):
     """A plan that drops every layer is worse than one that drops none, on a base model that has learnt something."""
-    nano = study.open_bench(RunConfig(bf16=False, eval_len=32, eval_docs=6, calibration_docs=2))
+    nano = study.open_bench(RunConfig(bf16=False, eval_len=32, eval_docs=6, calibration_docs=2, router_class="Router",
+                                      warm_start=False))
     routing = study.attach(nano.base, nano.config.router())
     variant = study.Variant("DLR", nano.config, nano.base, routing)
     good, bad = StaticPlan(torch.ones(12)), StaticPlan(torch.zeros(12))
@@ -155,33 +156,42 @@ def test_text_for_measuring_is_read_by_nothing_else(bench, tmp_path, monkeypatch
     seen = {n for i in range(len(blocks)) for n in numbers(bench.tokenizer, blocks[i]["input_ids"])}
     assert len(seen) > 50 and seen <= train
     searched = []
-    monkeypatch.setattr(static_order, "greedy_static_order", lambda model, routing, batches, **o: searched.extend(batches) or [0, 1, 2, 3])
-    monkeypatch.setattr(static_order, "cache_folder", lambda: tmp_path)
+
+    def search(model, routing, batches, candidates, kept):
+        searched.extend(batches)
+        kept.write_text("")
+        return [0, 1, 2, 3]
+    monkeypatch.setattr(prepare, "greedy_order_by_kl", search)
+    monkeypatch.setattr(prepare, "cache_folder", lambda: tmp_path)
+    (tmp_path / "prepared").mkdir()
     study.best_static_order(bench)
-    assert searched and read(searched) <= calibration
-    assert sum(len(batch["row"]) for batch in searched) == 4
+    assert searched and read(searched) <= train, "what an order is found on, nothing is measured on"
+    assert sum(batch["input_ids"].numel() for batch in searched) == 64
 
 
 def test_a_static_order_is_searched_anew_wherever_it_could_differ(bench, folder, tmp_path, monkeypatch):
     searches = []
-    def search(model, routing, batches):
+
+    def search(model, routing, batches, candidates, kept):
         searches.append(routing.bf16)
+        kept.write_text("")
         return list(range(routing.units))
-    monkeypatch.setattr(static_order, "greedy_static_order", search)
-    monkeypatch.setattr(static_order, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(prepare, "greedy_order_by_kl", search)
+    monkeypatch.setattr(prepare, "cache_folder", lambda: tmp_path)
+    (tmp_path / "prepared").mkdir()
 
     def count(**changes) -> int:
         """Searches in all, once an order for these settings has been asked for by a new bench."""
-        config = settings(folder, **changes)
+        config = settings(folder, **{"skip_adapter_rank": 0} | changes)
         study.best_static_order(study.open_bench(config))
         return len(searches)
     assert count() == 1 and count() == 1, "kept in the cache folder"
     assert count(steps=9, lr=0.5, target_skip=0.2, batch_size=3, seed=5) == 1, "nothing that it depends on"
-    kinds = {"always_keep": 1, "keep_last": 1, "unit": "sublayer", "keep_first_tokens": 0, "kv": "drop", "eval_len": 24,
-             "static_docs": 5, "calibration_docs": 6, "dtype": "bfloat16", "bf16": True}
+    kinds = {"always_keep": 1, "keep_last": 1, "unit": "sublayer", "keep_first_tokens": 0, "kv": "drop", "seq_len": 8,
+             "order_tokens": 96, "candidates": 3, "skip_adapter_rank": 2, "dtype": "bfloat16", "bf16": True}
     for expected, (name, value) in enumerate(kinds.items(), 2):
         assert count(**{name: value}) == expected, name
-    other = study.open_bench(settings(folder))
+    other = study.open_bench(settings(folder, skip_adapter_rank=0))
     with torch.no_grad():
         for parameter in other.base.parameters():
             parameter.mul_(1.5)

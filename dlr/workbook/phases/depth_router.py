@@ -6,13 +6,13 @@ from pydantic import Field
 
 from dlr.settings import distinct
 from dlr.workbook.phases import phase
-from dlr.workbook.phases.training import DepthConfig, Dropped
+from dlr.workbook.phases.training import Dropped, NotebookConfig
 
 
 @phase("09_depth_router")
-class DepthRouterConfig(DepthConfig):
+class DepthRouterConfig(NotebookConfig):
     """Plans of a book given out by the depth router, by controls and by the oracle."""
-    toy: ClassVar = DepthConfig.toy | {"budgets": [0.4], "label_counts": [32, 60],
+    toy: ClassVar = NotebookConfig.toy | {"budgets": [0.4], "label_counts": [32, 60],
                                        "scaling_batches": 1}
 
     eval_docs: int = Field(48, ge=1)            # test documents that run under every plan

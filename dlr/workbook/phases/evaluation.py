@@ -22,8 +22,7 @@ class VariantSpec(Settings):
 # The comparison that every clone can make, beside the embedded base, which is always the first row.
 EMBEDDED_ROWS = [
     VariantSpec(name="router", checkpoint="nano-router"),
-    VariantSpec(name="static plan", checkpoint="nano-router", variant="static",
-                order="results/token_routing/router", match="router")]
+    VariantSpec(name="static plan", checkpoint="nano-router", variant="static", match="router")]
 
 
 @phase("05_evaluation")

@@ -6,13 +6,13 @@ from pydantic import Field
 
 from dlr.settings import Ratio
 from dlr.workbook.phases import phase
-from dlr.workbook.phases.training import DepthConfig, Dropped
+from dlr.workbook.phases.training import Dropped, NotebookConfig
 
 
 @phase("10_stages")
-class StagesConfig(DepthConfig):
+class StagesConfig(NotebookConfig):
     """The stages of one seed at every budget."""
-    toy: ClassVar = DepthConfig.toy | {"budgets": [0.4], "context_tokens": 64}
+    toy: ClassVar = NotebookConfig.toy | {"budgets": [0.4], "context_tokens": 64}
 
     elastic: bool = True
     context_tokens: int = Field(16384, ge=0)

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from dlr.routing.config import RouterConfig
 from dlr.settings import Local, Ratio, distinct
 from dlr.train.settings import RunConfig
 from dlr.workbook.phases import PhaseSettings, phase
@@ -17,8 +18,17 @@ class NotebookConfig(RunConfig, PhaseSettings):
     eval_docs: int = Field(160, ge=1)
 
 
+class FirstConfig(NotebookConfig):
+    """What the first studies had: LoRA in every layer, no skip adapters, gates without a book."""
+    router_class: str = "Router"
+    router_hidden: int = Field(RouterConfig().router_hidden, ge=1, le=2**16)
+    skip_adapter_rank: int = Field(0, ge=0, le=2**16)
+    lora_prefix: bool = True
+    warm_start: bool = False
+
+
 @phase("01_baselines")
-class BaselinesConfig(NotebookConfig):
+class BaselinesConfig(FirstConfig):
     """01: dense LoRA and stochastic depth."""
     toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
 
@@ -27,13 +37,12 @@ class BaselinesConfig(NotebookConfig):
 
 
 @phase("02_sequence_routing")
-class SequenceConfig(NotebookConfig):
+class SequenceConfig(FirstConfig):
     """02: sequence-level routing under one global penalty, swept."""
     toy: ClassVar = RunConfig.toy | {"penalties": [1.0]}
 
     level: Literal["token", "sequence"] = "sequence"
     objective: str = "global_penalty"
-    warm_start: bool = False
     router_lr: float = Field(1e-2, gt=0.0)
     penalties: Annotated[list[Annotated[float, Field(ge=0.0)]], distinct("{:g}")] = [0.3, 1.0, 3.0]
 
@@ -45,21 +54,10 @@ class TokenConfig(NotebookConfig):
         "v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"]
 
 
-class DepthConfig(NotebookConfig):
-    """What the notebooks of the depth router share; the controls get the same skip adapters."""
-    toy: ClassVar = RunConfig.toy | {"adapter_tokens": 64, "order_tokens": 64, "label_tokens": 64,
-                                     "visits": 512, "candidates": 2, "context_tokens": 0}
-
-    router_class: str = "DepthRouter"
-    router_hidden: int = Field(256, ge=1, le=2**16)
-    skip_adapter_rank: int = Field(32, ge=0, le=2**16)
-    lora_prefix: bool = False
-
-
 @phase("04_pareto")
-class ParetoConfig(DepthConfig):
+class ParetoConfig(NotebookConfig):
     """04: the frontier of one seed: its router at every budget, or its baselines."""
-    toy: ClassVar = DepthConfig.toy | {"budgets": [0.4]}
+    toy: ClassVar = RunConfig.toy | {"budgets": [0.4]}
 
     point: Literal["router", "baselines", "checkpoint", "summary"] = "summary"
     checkpoint: Local = ""                 # of point="checkpoint": what is measured, not trained
