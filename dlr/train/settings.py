@@ -24,7 +24,8 @@ class RunConfig(RouterConfig, Original.Weights):
                      "calibration_docs": 4, "eval_docs": 4, "adapter_tokens": 64, "order_tokens": 64,
                      "label_tokens": 64, "visits": 512, "candidates": 2, "context_tokens": 0,
                      "save_steps": 2, "bf16": False}
-    splits: ClassVar = ("train", "calibration", "test")     # of `dataset`: part of a run's identity
+    # of `dataset`, as part of a run's identity
+    splits: ClassVar = ("train", "calibration", "test")
     # settings of records that are gone, and had no say in a depth router's run
     retired: ClassVar = ("warm_tokens", "warm_background", "warm_rounds", "warm_epochs",
                          "static_docs")

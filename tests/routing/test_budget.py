@@ -179,8 +179,7 @@ def test_greedy_search_finds_the_layer_that_does_nothing():
     assert sorted(order) == [0, 1, 2, 3]
     dense = evaluate(model, routing, batches(), None)
     assert idle["nll"].sum() == pytest.approx(dense["nll"].sum(), rel=1e-6)
-    losses = [evaluate(model, routing, batches(), StaticPlan(static_gates(4, [u])))["nll"].sum() for u in range(4)]
-    assert order[0] == losses.index(min(losses))
+    assert order[0] == 2
 
 
 def test_random_plan_and_layer_drop_hit_their_rates():
