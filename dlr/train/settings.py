@@ -21,9 +21,9 @@ class RunConfig(RouterConfig, Original.Weights):
     Units are in the comments; ratios lie between 0 and 1.
     """
     toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32,
-                     "calibration_docs": 4, "eval_docs": 4, "adapter_tokens": 64, "order_tokens": 64,
-                     "label_tokens": 64, "visits": 512, "candidates": 2, "context_tokens": 0,
-                     "save_steps": 2, "bf16": False}
+                     "calibration_docs": 4, "eval_docs": 4, "adapter_tokens": 64,
+                     "order_tokens": 64, "candidates": 2, "label_tokens": 64, "visits": 512,
+                     "context_tokens": 0, "save_steps": 2, "bf16": False}
     # of `dataset`, as part of a run's identity
     splits: ClassVar = ("train", "calibration", "test")
     # settings of records that are gone, and had no say in a depth router's run
