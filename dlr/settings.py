@@ -40,7 +40,7 @@ class Settings(BaseModel):
     """What all settings share: no unknown names, no conversions, finite numbers, checked copies."""
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     toy: ClassVar[dict[str, Any]] = {}      # what DLR_PRESET=toy puts in place of defaults
-    retired: ClassVar[tuple[str, ...]] = ()     # of older records; absent here, they say nothing
+    retired: ClassVar[tuple[str, ...]] = ()     # of older records, where they say nothing now
 
     def changed(self, **changes):
         """A copy with other values, validated as a whole; pydantic's `model_copy` checks nothing.

@@ -31,6 +31,7 @@ class FirstConfig(NotebookConfig):
 class BaselinesConfig(FirstConfig):
     """01: dense LoRA and stochastic depth."""
     toy: ClassVar = RunConfig.toy | {"dropped": [0.4]}
+    retired: ClassVar = (*RunConfig.retired, "warm_start")      # there is no router to start
 
     layer_drop: float = Field(0.5, ge=0.0, lt=1.0)
     dropped: Dropped = [0.2, 0.4, 0.6]     # skip ratios at which stochastic depth is evaluated
