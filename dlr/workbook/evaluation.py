@@ -9,6 +9,7 @@ import pandas as pd
 
 from dlr.base.data import load_documents, padded_batches
 from dlr.base.folder import looks_like, missing_part
+from dlr.base.identity import portable
 from dlr.base.opened import Opened, load
 from dlr.bench.harness import DLRLM
 from dlr.bench.run import precision_of, run_benchmark, stored
@@ -25,10 +26,12 @@ def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
     """The rows asked for: the base, every checkpoint of the phase on it, and `config.variants`."""
     specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
     phases = [config.phase] if isinstance(config.phase, str) else config.phase
+    base = portable({"model": config.model}, EvaluationConfig)["model"], config.revision
     for phase in filter(None, phases):
         told = f"{phase}, " if len(phases) > 1 else ""
         for run, files in finished_runs(phase).items():
-            if _base_of(files["run"], config) != (config.model, config.revision):
+            settings = files["run"].get("settings", {})
+            if (settings.get("model", base[0]), settings.get("revision", "")) != base:
                 continue                                     # another base model's checkpoints
             for checkpoint in sorted((results_folder() / phase / run).glob("*/checkpoint")):
                 missing = looks_like(checkpoint) and missing_part(checkpoint)
@@ -38,12 +41,6 @@ def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
                     specs.append(VariantSpec(name=f"{told}{run}, {checkpoint.parent.name}",
                                              checkpoint=str(checkpoint)))
     return specs + list(config.variants)
-
-
-def _base_of(record: dict, config: EvaluationConfig) -> tuple[str, str]:
-    """(base model, revision) of a run, by its run.json."""
-    settings = record.get("settings", {})
-    return settings.get("model", config.model), settings.get("revision", "")
 
 
 def _refuse_confusion(specs: list[VariantSpec]) -> None:
