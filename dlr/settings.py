@@ -231,8 +231,9 @@ def _toy(value, default, small):
 def read_params(path: str | Path, _read_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML params file (differences from the defaults only).
 
-    `like: FILE` begins with what another file holds, beside this one or by a path from here; in a
-    sweep file that goes into `common`. What this file says itself comes after it.
+    `like: FILE` begins with what another file holds, beside this one or by a path from here, and
+    `like: [FILE, FILE]` with what several do, the last of which counts; in a sweep file that goes
+    into `common`. What this file says itself comes after it.
 
     Raises:
         FileNotFoundError, SettingsError: no such file (the neighbours are named), not a mapping, or
@@ -257,15 +258,18 @@ def read_params(path: str | Path, _read_by: tuple[Path, ...] = ()) -> dict[str, 
 def _with_shared(params: dict[str, Any], path: Path, read_by: tuple[Path, ...]) -> dict[str, Any]:
     """`params` of the file `path`, behind what the file holds that they are `like`."""
     like = params.pop("like")
-    if not isinstance(like, str):
-        raise SettingsError(f"{str(path)!r} says like={like!r}; give one file, as in "
-                            "like: ../models/tinyllama.yaml")
+    names = [like] if isinstance(like, str) else like
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise SettingsError(f"{str(path)!r} says like={like!r}; give a file or a list of files, as "
+                            "in like: ../models/tinyllama.yaml")
     read_by = (*read_by, path.resolve())
-    other = path.parent / like
-    if other.resolve() in read_by:
-        raise SettingsError(f"{str(path)!r} is like {like!r}, which is like it in turn. Take one "
-                            "of the two lines out.")
-    shared = read_params(other, read_by)
+    shared: dict[str, Any] = {}
+    for name in names:
+        other = path.parent / name
+        if other.resolve() in read_by:
+            raise SettingsError(f"{str(path)!r} is like {name!r}, which is like it in turn. Take "
+                                "one of the two lines out.")
+        shared |= read_params(other, read_by)
     if "grid" not in params:
         return shared | params
     return params | {"common": shared | (params.get("common") or {})}

@@ -75,13 +75,15 @@ name = Path(config.model).name or config.shape
 # %% tags=["nbval-ignore-output"]
 if not run.done:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan, trained = shapes.recorded_logits(config.checkpoint, config.plan_docs)
+    loading = config.loading | {"device": device} if config.checkpoint else {}
+    plan, trained = shapes.recorded_logits(config.checkpoint, config.plan_docs, **loading)
     base = config.model or (config.shape if config.shape == "nano" else "")
     precision = None if config.dtype == "auto" else config.dtype
     subject = latency.subject(
         name, plan, config.skips, layers=config.layers or None, device=device,
         dtype=getattr(torch, precision or "", None), skip_adapter_rank=config.skip_adapter_rank,
-        model=load_base(base, dtype=precision, device=device)[0] if base else None,
+        model=load_base(base, **config.loading_base, device=device)[0] if base else None,
+        attn_implementation=config.attn_implementation,
         trained=trained if config.checkpoint and trained.base["name"] == config.model else None)
 
 # %% tags=["nbval-ignore-output"]

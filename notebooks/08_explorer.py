@@ -47,7 +47,7 @@ config = notebook_settings("explorer", globals())
 # %% tags=["nbval-ignore-output"]
 from dlr.explore.tabs import Workbench
 
-workbench = Workbench(config.checkpoint or None, config.text or None)
+workbench = Workbench(config.checkpoint or None, config.text or None, **config.loading)
 explorer = workbench.explorer
 if config.skip >= 0:
     explorer.budget.value = round(100 * config.skip)

@@ -56,7 +56,8 @@ def _refuse_reshaped(base: dict) -> None:
     if not base["name"]:
         return
     try:
-        config = AutoConfig.from_pretrained(source_of(base["name"]), local_files_only=True)
+        config = AutoConfig.from_pretrained(source_of(base["name"]), local_files_only=True,
+                                            revision=base.get("revision", "main"))
     except (OSError, ValueError):
         return
     text = config.get_text_config()

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from dlr.routing.weights import causal_lm
+from dlr.routing.weights import REVISION, causal_lm
 
 # Raise this when ids of the same text change: what was stored under other rules is then made anew.
 RULES = 2
@@ -110,8 +110,9 @@ def tokenizer_of(model, folder: str | Path | None = None):
     if folder is not None and any((Path(folder) / name).is_file() for name in names):
         return AutoTokenizer.from_pretrained(str(folder))
     base = getattr(causal_lm(model).config, "_name_or_path", "")
+    revision = getattr(causal_lm(model), REVISION, "main")
     try:
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, revision=revision)
     except (OSError, ValueError) as error:
         raise OSError(f"The base model {base!r} comes without a tokenizer that can be loaded "
                       f"({type(error).__name__}); save one into the checkpoint's folder with "

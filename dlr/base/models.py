@@ -1,5 +1,6 @@
 """Base models: embedded, a local folder or .gguf file, or from the Hub; LoRA through PEFT."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from dlr.base import gguf_file, smollm2
 from dlr.routing.decoder import projections_of
 from dlr.routing.packed import keep_differentiable
-from dlr.routing.weights import NANO, NANO_NAME
+from dlr.routing.weights import NANO, NANO_NAME, REVISION
 from dlr.runs import from_project
 
 # PEFT 0.21 still asks transformers 5.23 for the old name of this property.
@@ -22,18 +23,31 @@ SMOLLM2_ROUTER = NANO.parent / "smollm2"            # the same for SmolLM2
 DTYPES = ("float32", "bfloat16", "float16")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
        "bnb_4bit_compute_dtype": "bfloat16"}
+# Repositories that hold a pickle only on their main branch, and a revision that has safetensors.
+SAFETENSORS = {"openlm-research/open_llama_3b_v2": "refs/pr/12"}
+# Else transformers has a web service convert such a repository, and loads what that makes of it.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 _PICKLE = ("The weights of {} are there as a pickle only (pytorch_model.bin); loading one runs "
-           "whatever code it holds, so it is refused. Ask for a safetensors copy, or convert it "
-           "where you trust it: "
+           "whatever code it holds, so it is refused. {} "
            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder).")
+_SAFE_COPY = "Ask for a safetensors copy, or convert it where you trust it:"
+_SAFE_REVISION = "Its revision {0!r} has safetensors: set revision={0}. Or convert it yourself:"
 
 
 def load_base(name: str = "nano", *, dtype: str | None = None,
               attn_implementation: str | None = None, load_in_4bit: bool | None = None,
-              device: str | None = None):
+              device: str | None = None, revision: str | None = None):
     """(model, tokenizer) of the base `name`; arguments and errors as in `open_model`."""
-    model = open_model(name, dtype, attn_implementation, NF4 if load_in_4bit else None, device)
-    return model, AutoTokenizer.from_pretrained(source_of(name))
+    model = open_model(name, dtype, attn_implementation, NF4 if load_in_4bit else None, device,
+                       revision=revision)
+    return model, AutoTokenizer.from_pretrained(source_of(name), revision=revision or "main")
+
+
+def refuse_revision(name: str, revision: str | None) -> None:
+    """Raises ValueError where `revision` is given and the model `name` has no revisions."""
+    if revision and (name in ("nano", NANO_NAME, smollm2.NAME) or from_project(name).exists()):
+        raise ValueError(f"revision={revision!r} names a version of a repository on the Hub, and "
+                         f"model={name!r} is none; leave revision out.")
 
 
 def source_of(name: str) -> str:
@@ -68,7 +82,8 @@ def attention_of(name: str | None, dtype: str) -> str:
 
 
 def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,
-               quantisation: dict | None = None, device: str | None = None, upcast: bool = True):
+               quantisation: dict | None = None, device: str | None = None, upcast: bool = True,
+               revision: str | None = None):
     """The base model `name`, in evaluation mode and without gradients.
 
     Args:
@@ -81,18 +96,21 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
         attn_implementation: see `attention_of`.
         device: where the weights go; None is the CPU.
         upcast: float32 for what a 4-bit base does not pack.
+        revision: branch, tag, commit or 'refs/pr/N' of a Hub repository; None is its main branch.
 
     Raises:
         ConnectionError: neither a folder nor reachable; the message names the embedded model.
-        ValueError: the weights are there as a pickle only, or an unknown dtype.
+        ValueError: the weights are there as a pickle only, an unknown dtype, or a revision of what
+            has none.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+    refuse_revision(name, revision)
     source = source_of(name)
     dtype = dtype or ("float32" if name in ("nano", NANO_NAME, smollm2.NAME) else "auto")
     options = {"dtype": getattr(torch, dtype, dtype),
                "attn_implementation": attention_of(attn_implementation, dtype),
-               "use_safetensors": True,
+               "use_safetensors": True, "revision": revision or "main",
                "adapter_kwargs": {"subfolder": "none"}}       # no adapter that lies beside the base
     if device:
         options["device_map"] = {"": device}
@@ -102,21 +120,31 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
             **{name: value for name, value in quantisation.items() if name not in ours})
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
-        raise ValueError(_PICKLE.format(repr(source)))
+        raise ValueError(_PICKLE.format(repr(source), _SAFE_COPY))
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:          # a missing file or network each raise a class of their own
         if folder.exists():
             raise
-        if "safetensors" in str(error):
-            raise ValueError(_PICKLE.format(repr(name))) from error
-        raise ConnectionError(f"The model {name!r} is no local folder and could not be downloaded "
-                              f"from the Hugging Face Hub ({type(error).__name__}). Without a "
-                              "network use model='nano', the embedded base model.") from error
+        raise _not_loaded(name, revision, error) from error
     if quantisation and quantisation.get("load_in_4bit") and upcast:
         from peft import prepare_model_for_kbit_training  # takes seconds to import
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if revision:
+        setattr(model, REVISION, revision)
     return keep_differentiable(model).eval().requires_grad_(False)
+
+
+def _not_loaded(name: str, revision: str | None, error: Exception) -> Exception:
+    """What explains that a Hub repository could not be loaded."""
+    if "safetensors" in str(error):
+        safe = SAFETENSORS.get(name)
+        remedy = _SAFE_COPY if safe in (None, revision) else _SAFE_REVISION.format(safe)
+        return ValueError(_PICKLE.format(repr(name), remedy))
+    at = f" at revision {revision!r}" if revision else ""
+    return ConnectionError(f"The model {name!r}{at} is no local folder and could not be downloaded "
+                           f"from the Hugging Face Hub ({type(error).__name__}). Without a "
+                           "network use model='nano', the embedded base model.")
 
 
 def add_lora(model, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0, seed: int = 0,

@@ -80,7 +80,8 @@ class Opened:
 def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
          skip: float | None = None, order: str | None = None, model: str | nn.Module | None = None,
          dtype: str | None = None, attn_implementation: str | None = None,
-         load_in_4bit: bool | None = None, device: str | None = None, say=print) -> Opened:
+         load_in_4bit: bool | None = None, device: str | None = None, revision: str | None = None,
+         say=print) -> Opened:
     """Opens a checkpoint or a base model, in evaluation mode.
 
     Args:
@@ -94,8 +95,8 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
         order: for static: the run folder or metrics.json that holds the greedy order; by default
             a depth router's own book, or else the checkpoint's own run.
         model: the base or its name; by default the checkpoint's. A failed load does not change it.
-        dtype, attn_implementation, load_in_4bit, device: how the base is loaded; by default as the
-            checkpoint was trained, on the CPU.
+        dtype, attn_implementation, load_in_4bit, device, revision: how the base is loaded; by
+            default as the checkpoint was trained, on the CPU.
         say: is told which of several checkpoints was taken.
 
     Raises:
@@ -106,7 +107,7 @@ def load(name: str | Path | None = "nano-router", *, variant: str | None = None,
     """
     _refuse_wrong(name, variant, skip, model)
     loading = {"dtype": dtype, "attn_implementation": attn_implementation,
-               "load_in_4bit": load_in_4bit, "device": device}
+               "load_in_4bit": load_in_4bit, "device": device, "revision": revision}
     if variant == "base" or _is_base(name):
         _refuse_unused("base", {"skip": skip, "order": order, "model": model})
         return _load_base(name, variant, loading)

@@ -30,7 +30,8 @@ class WrongBase(ValueError):
 
 def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = False,
                     dtype: str | None = None, load_in_4bit: bool | None = None,
-                    attn_implementation: str | None = None, device: str | None = None):
+                    attn_implementation: str | None = None, device: str | None = None,
+                    revision: str | None = None):
     """A routed model from `folder`, in evaluation mode.
 
     Args:
@@ -38,8 +39,8 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
         model: the base model, or its name; by default the one that the checkpoint names. A load
             that fails leaves it as it was.
         is_trainable: adapter and router can go on training; otherwise neither takes gradients.
-        dtype, load_in_4bit, attn_implementation, device: how the base is loaded where no `model` is
-            given; by default with the dtype and quantisation the checkpoint was trained at.
+        dtype, load_in_4bit, attn_implementation, device, revision: how the base is loaded where no
+            `model` is given; by default as the checkpoint's record says.
 
     Raises:
         FileNotFoundError: no checkpoint in `folder`, or half of one.
@@ -52,7 +53,7 @@ def from_pretrained(folder: str | Path, model=None, *, is_trainable: bool = Fals
         raise FileNotFoundError(f"{str(folder)!r} is a {record['variant']} control and has no "
                                 "router; open it with dlr.load.")
     return restore(folder, record, model, is_trainable, dtype=dtype, load_in_4bit=load_in_4bit,
-                   attn_implementation=attn_implementation, device=device)
+                   attn_implementation=attn_implementation, device=device, revision=revision)
 
 
 def restore(folder: Path, record: dict, model=None, is_trainable: bool = False, **loading):
@@ -97,7 +98,8 @@ def _named_base(stored: dict, where: str, model: str | None = None, **loading) -
 
     Args:
         stored: the record's `base`; where: the file that says so; model: another name for it.
-        loading: dtype, load_in_4bit, attn_implementation, device; None is what was recorded.
+        loading: dtype, load_in_4bit, attn_implementation, device, revision; None is what was
+            recorded.
 
     Raises:
         WrongBase: the record names no base.
@@ -113,9 +115,10 @@ def _named_base(stored: dict, where: str, model: str | None = None, **loading) -
     quantisation = recorded if recorded.get("quant_method") == "bitsandbytes" else None
     if in_4bit is not None and bool(in_4bit) != bool(recorded.get("load_in_4bit")):
         quantisation = NF4 if in_4bit else None
+    revision = stored.get("revision") if name == stored.get("name") else None
     dtype = loading.get("dtype") or recorded.get("loaded_as") or stored.get("dtype")
     return {"name": name, "dtype": dtype, "quantisation": quantisation,
-            "device": loading.get("device"),
+            "device": loading.get("device"), "revision": loading.get("revision") or revision,
             "attn_implementation": loading.get("attn_implementation"),
             "upcast": quantisation is not recorded or stored.get("dtype") == "float32"}
 

@@ -9,7 +9,8 @@ from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from dlr.base.models import DTYPES
 from dlr.settings import SettingsError
 
-OPENING = ("variant", "skip", "order", "model", "dtype", "load_in_4bit", "attn_implementation")
+OPENING = ("variant", "skip", "order", "model", "dtype", "load_in_4bit", "attn_implementation",
+           "revision")
 PASSED_ON = ("truncation", "softmax_dtype", "mixed_precision_dtype", "add_bos_token",
              "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args")
 REFUSED = {
@@ -18,8 +19,8 @@ REFUSED = {
     "trust_remote_code": "code from the Hub is never run",
     "load_in_8bit": "4 bit is what there is; give load_in_4bit=True",
     **dict.fromkeys(("peft", "delta"), "adapters come with the checkpoint"),
-    **dict.fromkeys(("pretrained", "backend", "tokenizer", "revision", "subfolder",
-                     "use_fast_tokenizer", "gguf_file", "autogptq", "gptqmodel"),
+    **dict.fromkeys(("pretrained", "backend", "tokenizer", "subfolder", "use_fast_tokenizer",
+                     "gguf_file", "autogptq", "gptqmodel"),
                     "the base model and its tokenizer are those the checkpoint names; give "
                     "model=NAME for another place of the same"),
     **dict.fromkeys(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory",
@@ -29,7 +30,7 @@ REFUSED = {
 _PRECISION = (Literal["auto", *DTYPES], f"auto, {', '.join(DTYPES)}")
 # The type of each option, and what an error says it must be; others are taken as they come.
 _TYPES = {
-    **dict.fromkeys(("model", "order", "attn_implementation"), (str, "text")),
+    **dict.fromkeys(("model", "order", "attn_implementation", "revision"), (str, "text")),
     **dict.fromkeys(("load_in_4bit", "add_bos_token", "truncation"), (bool, "true or false")),
     **dict.fromkeys(("softmax_dtype", "mixed_precision_dtype"), _PRECISION),
     "batch_size": (PositiveInt, "a whole number of at least 1; 'auto' is not supported"),

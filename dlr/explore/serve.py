@@ -12,6 +12,7 @@ What takes seconds to import (torch and all that needs it) is imported where it 
 command reads this file.
 """
 
+import argparse
 import contextlib
 import os
 import secrets
@@ -37,6 +38,7 @@ EXAMPLES = """examples:
   python -m dlr explore --serve                            all of it in a browser, on this machine
 """
 DATA = Path(__file__).parent / "templates"        # holds one for Voilà too
+LOADING = ("base", "dtype", "load_in_4bit", "attn_implementation", "device")
 REDIRECT = '<!doctype html><meta http-equiv=refresh content="0; url={}">'
 
 
@@ -51,6 +53,10 @@ def add_parser(commands, formatter) -> None:
         "router made for it, if any, or with --checkpoint's")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the base model's weights (default: as the checkpoint records)")
+    add("--load-in-4bit", action=argparse.BooleanOptionalAction,
+        help="NF4 weights of the base model (default: as the checkpoint records)")
+    add("--attn-implementation", metavar="NAME",
+        help="sdpa, eager, flash_attention_2, or auto (default sdpa)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: an accelerator if any)")
     add("--skip", type=float, metavar="RATIO",
         help="budget, 0 to 0.8 (default: the calibrated one)")
@@ -63,11 +69,11 @@ def add_parser(commands, formatter) -> None:
 
 def explore(arguments) -> int:
     """Runs the command; returns its exit status."""
-    loading = {name: getattr(arguments, name) for name in ("base", "dtype", "device")
+    loading = {name: getattr(arguments, name) for name in LOADING
                if getattr(arguments, name) is not None}
     if arguments.serve:
         if arguments.skip is not None or arguments.out or arguments.plain:
-            raise ValueError("--serve takes --checkpoint, --base, --dtype, --device, a text, "
+            raise ValueError("--serve takes --checkpoint, --base and how it is loaded, a text, "
                              "--port and --no-browser; budget and export are in the page.")
         return serve(arguments.checkpoint, arguments.port, not arguments.no_browser,
                      arguments.text, **loading)

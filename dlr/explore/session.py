@@ -68,8 +68,8 @@ class Session:
             that was made for it, or, where there is none, with every layer run.
         model, tokenizer: a routed model that is there already, instead of a checkpoint; `close`
             then leaves it alone.
-        loading: dtype, device and load_in_4bit, as in `dlr.load`; what is None is as the checkpoint
-            records it, on an accelerator where there is one.
+        loading: dtype, device, load_in_4bit and attn_implementation, as in `dlr.load`; what is
+            None is as the checkpoint records it, on an accelerator where there is one.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; the message names those there are.

@@ -76,15 +76,18 @@ class Subject:
 
 def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int | None = None,
             dtype: torch.dtype | None = None, device: str = "cpu", always_keep: int = 4,
-            skip_adapter_rank: int = 0, model=None, trained: Routing | None = None) -> Subject:
+            skip_adapter_rank: int = 0, model=None, trained: Routing | None = None,
+            attn_implementation: str | None = None) -> Subject:
     """A model of shape `name` (or `model`) with a router, and the recorded plan on its layers.
 
     Args:
         trained: of a router trained for `model`, whose copy is timed, skip adapters and all; by
             default a fresh one of independent gates is.
+        attn_implementation: of random weights, as in `dlr.base.models.attention_of`.
     """
     dtype = dtype or (torch.bfloat16 if fast_bf16() else torch.float32)
-    model = random_model(name, layers, dtype, device) if model is None else capped(model, layers)
+    model = capped(model, layers) if model is not None else \
+        random_model(name, layers, dtype, device, attn_implementation)
     config = RouterConfig(always_keep=always_keep, skip_adapter_rank=skip_adapter_rank) \
         if trained is None else trained.config
     routing = attach(model, config.changed(keep_first_tokens=0))
@@ -109,6 +112,11 @@ class Prefill:
         ids = torch.randint(2, subject.model.config.vocab_size, (batch, length),
                             generator=generator)
         self.ids = ids.to(device_of(subject.model))
+
+    @property
+    def tokens_a_run(self) -> int:
+        """Tokens of the seconds that `run` gives."""
+        return self.tokens
 
     def run(self) -> dict[str, float]:
         """Seconds by part: 'layers' (embedding to final norm) and 'end to end'."""
@@ -140,6 +148,11 @@ class Decode:
         self.subject, self.batch, self.length, self.steps = subject, batch, length, steps
         self.prompt = Prefill(subject, batch, length).ids
         self.caches: dict[tuple, DynamicCache] = {}
+
+    @property
+    def tokens_a_run(self) -> int:
+        """Tokens of the seconds that `run` gives: those of one step."""
+        return self.batch
 
     def _context(self, layers: int) -> DynamicCache:
         """A cache of `length` dense tokens, made once a depth and cropped back afterwards."""
@@ -195,9 +208,11 @@ def measure(work, skips: list[float], systems: list[str] | None = None,
     (heat, other users) falls on all alike. The first turn warms up and is not counted.
 
     Returns:
-        One row a system, skip and part, with median, q1, q3 (seconds), bound (by layer count),
-        speedup over dense, share_of_truncation and share_of_bound. Speed-ups and shares are medians
-        (and quartiles: `speedup_q1`, ...) of ratios within a turn, so drift between turns cancels.
+        One row a system, skip and part, with median (p50), q1, q3 and p95 (seconds),
+        tokens_per_second (of the median), peak_gb (1e9 bytes that an accelerator held at once,
+        weights included; NaN on a CPU), bound (by layer count), speedup over dense,
+        share_of_truncation and share_of_bound. Speed-ups and shares are medians (and quartiles:
+        `speedup_q1`, ...) of ratios within a turn, so drift between turns cancels.
     """
     subject = work.subject
     variants = _variants(subject, systems or work.systems, skips)
@@ -208,14 +223,17 @@ def measure(work, skips: list[float], systems: list[str] | None = None,
         for system, skip, depth in random.Random(turn).sample(variants, len(variants)):
             if system in REFERENCES and turn % 2 == 0 and not warm_up:
                 continue
-            with subject.as_system(system, skip, work.tokens):
+            with subject.as_system(system, skip, work.tokens), PeakBytes(subject.model) as memory:
                 subject.model.config.num_hidden_layers = depth
                 seconds = work.run()
             if not warm_up:
-                case = {"turn": turn, "system": system, "skip": skip, "depth": depth}
+                case = {"turn": turn, "system": system, "skip": skip, "depth": depth,
+                        "peak_gb": memory.peak / 1e9}
                 times += [case | {"part": part, "seconds": spent}
                           for part, spent in seconds.items()]
-    return _table(subject, work, _at_active_depth(subject, pd.DataFrame(times)))
+    times = pd.DataFrame(times)
+    peaks = times.groupby(["system", "skip"], as_index=False)["peak_gb"].max()
+    return _table(subject, work, _at_active_depth(subject, times)).merge(peaks, how="left")
 
 
 def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
@@ -230,16 +248,34 @@ def _at_active_depth(subject: Subject, times: pd.DataFrame) -> pd.DataFrame:
     return (shallower + share * (deeper - shallower)).unstack(["part", "system", "skip"])
 
 
+class PeakBytes:
+    """Most bytes that a model's accelerator held inside the block; `peak` is NaN on a CPU."""
+
+    def __init__(self, model):
+        self.device = device_of(model)
+        self.peak = math.nan
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *error):
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+
+
 def _table(subject: Subject, work, times: pd.DataFrame) -> pd.DataFrame:
     rows = []
     order = sorted(times, key=lambda key: (SYSTEMS.index(key[1]), key[2]))
     for part, system, skip in order:
         seconds = times[part, system, skip].dropna()
-        q1, median, q3 = seconds.quantile([0.25, 0.5, 0.75])
+        q1, median, q3, p95 = seconds.quantile([0.25, 0.5, 0.75, 0.95])
         row = {"model": subject.name, "layers": subject.layers,
                "dtype": str(subject.model.dtype).split(".")[-1], "work": work.label, "part": part,
                "batch": work.batch, "length": work.length, "system": system, "skip": skip,
-               "median": median, "q1": q1, "q3": q3, "turns": len(seconds),
+               "median": median, "q1": q1, "q3": q3, "p95": p95, "turns": len(seconds),
+               "tokens_per_second": work.tokens_a_run / median,
                "bound": subject.bound(skip)}
         for name, *reference in (("speedup", part, "dense", 0.0),
                                  ("share_of_truncation", part, "truncation", skip)):

@@ -8,32 +8,55 @@ from torch.nn.functional import interpolate
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from dlr.base.data import load_documents, padded_batches
+from dlr.base.models import attention_of
 from dlr.base.opened import load
 from dlr.measure.evaluate import router_logits
 from dlr.routing.budget import threshold_for
 from dlr.routing.decoder import decoder_and_layers
 from dlr.routing.handle import Routing
 
+_QWEN = {"vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SHAPES = {
     "tinyllama-1.1b": LlamaConfig(
         vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=4096,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048,
         rms_norm_eps=1e-5),
+    "openllama-3b": LlamaConfig(
+        vocab_size=32000, hidden_size=3200, intermediate_size=8640, num_hidden_layers=26,
+        num_attention_heads=32, max_position_embeddings=2048, rms_norm_eps=1e-6, pad_token_id=0),
     "qwen2.5-3b": Qwen2Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-        num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=4096,
+        **_QWEN | {"vocab_size": 151936}, hidden_size=2048, intermediate_size=11008,
+        num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
         tie_word_embeddings=True),
+    "qwen2.5-7b": Qwen2Config(
+        **_QWEN, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4),
+    "llama3.1-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        rms_norm_eps=1e-5, bos_token_id=128000, eos_token_id=128001,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
+                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192}),
 }
 
 
-def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu"):
-    """A model of a published shape with random weights; `layers` caps its depth."""
+def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu",
+                 attn_implementation: str | None = None):
+    """A model of a published shape with random weights; `layers` caps its depth.
+
+    Args:
+        attn_implementation: as in `dlr.base.models.attention_of`.
+    """
     config = type(SHAPES[shape])(**SHAPES[shape].to_diff_dict())
     config.num_hidden_layers = layers or config.num_hidden_layers
     if hasattr(config, "layer_types"):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        attention = attention_of(attn_implementation, str(dtype).removeprefix("torch."))
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype,
+                                                 attn_implementation=attention)
     rotary = type(model.model.rotary_emb)(config=config)
     model.to_empty(device=device)
     model.model.rotary_emb = rotary.to(device)
@@ -53,18 +76,20 @@ def capped(model, layers: int | None):
     return model
 
 
-def recorded_logits(checkpoint: str, documents: int) -> tuple[torch.Tensor, Routing]:
+def recorded_logits(checkpoint: str, documents: int,
+                    **loading) -> tuple[torch.Tensor, Routing]:
     """Router logits `[n, U]` of test documents, in reading order, and the handle of `checkpoint`.
 
     Args:
         checkpoint: as in `dlr.base.find.find_checkpoint`, a relative path from here or from the
             project's root; '' is the embedded router. The text is cut by the checkpoint's own
             tokenizer.
+        loading: how the base of `checkpoint` is loaded, as in `dlr.load`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
-    model, tokenizer, routing = load(checkpoint or "nano-router", variant="routed")
+    model, tokenizer, routing = load(checkpoint or "nano-router", variant="routed", **loading)
     batches = padded_batches(load_documents("embedded", "test"), tokenizer, 256, 8, limit=documents)
     return router_logits(model, routing, batches)[0], routing
 

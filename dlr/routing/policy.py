@@ -187,16 +187,17 @@ class RandomPlan(Policy):
 
 
 class LayerDrop(Policy):
-    """Stochastic depth (Huang et al. 2016; Fan et al. 2020): a sequence drops a unit at random.
+    """Stochastic depth (Huang et al. 2016; Fan et al. 2020): units are dropped at random.
 
     Args:
         probability: that a unit is dropped, in the mean over units.
         schedule: 'uniform', or 'linear': it rises with depth as in Huang et al., from near 0 on, so
             far as no unit is dropped always.
+        level: what draws by itself, a 'sequence' or a 'token'.
     """
 
-    def __init__(self, probability: float, schedule: str = "uniform"):
-        self.probability, self.schedule = probability, schedule
+    def __init__(self, probability: float, schedule: str = "uniform", level: str = "sequence"):
+        self.probability, self.schedule, self.level = probability, schedule, level
 
     def probabilities(self, units: int) -> torch.Tensor:
         """`[U]`, whose mean is `probability`."""
@@ -208,7 +209,8 @@ class LayerDrop(Policy):
         return 1 - 2 * (1 - self.probability) * (1 - place)
 
     def __call__(self, routing, hidden, plan):
-        draw = torch.rand(hidden.shape[0], 1, routing.units, device=hidden.device)
+        draws = hidden.shape[1] if self.level == "token" else 1
+        draw = torch.rand(hidden.shape[0], draws, routing.units, device=hidden.device)
         gates = (draw >= self.probabilities(routing.units).to(draw)).float()
         return gates.expand(-1, hidden.shape[1], -1), None
 

@@ -16,6 +16,7 @@ from dlr.routing.router import ROUTER_NAME
 
 NANO = Path(__file__).parent.parent / "nano"
 NANO_NAME = "dlr-nano"            # what files call the embedded model, wherever it lies
+REVISION = "dlr_revision"         # attribute of a model that was loaded at a revision of its own
 SOURCE = "source.json"            # in the folder of a converted model: what it was made from
 SAMPLE = 64      # elements read of a layer's matrix; of other matrices one a row, of vectors all
 PARTS = ("biases", "other tensors", "layer matrices")       # of the fingerprint, in this order
@@ -126,12 +127,13 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def describe_base(model: nn.Module) -> dict:
-    """Name and shape of the base model."""
+    """Name and shape of the base model, and the revision it was loaded at where one was named."""
     config = causal_lm(model).config.get_text_config()
+    revision = getattr(causal_lm(model), REVISION, None)
     name = getattr(config, "_name_or_path", "") or ""
     return {"model_type": config.model_type, "name": _portable_name(name),
             "layers": config.num_hidden_layers, "width": config.hidden_size,
-            "vocabulary": config.vocab_size}
+            "vocabulary": config.vocab_size} | ({"revision": revision} if revision else {})
 
 
 def _portable_name(name: str) -> str:
@@ -153,7 +155,8 @@ def base_record(model: nn.Module) -> dict:
 def identity(model: nn.Module) -> str:
     """Sixteen hex digits of weights, dtype and quantisation: they tell one base from another."""
     record = base_record(model)
-    record.pop("name")
+    for where in ("name", "revision"):
+        record.pop(where, None)
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dlr.base.loading import BaseLoading
 from dlr.routing.config import RouterConfig
 from dlr.routing.device import fast_bf16
 from dlr.routing.router import router_class
@@ -15,7 +16,7 @@ from dlr.settings import Dtype, MachineDecides, Named, Seed, distinct
 from dlr.train.objectives import OBJECTIVES, Original
 
 
-class RunConfig(RouterConfig, Original.Weights):
+class RunConfig(RouterConfig, Original.Weights, BaseLoading):
     """Everything one training run depends on, beside the router's own settings and its objective's.
 
     Units are in the comments; ratios lie between 0 and 1.
@@ -91,7 +92,9 @@ class RunConfig(RouterConfig, Original.Weights):
     # projections that are adapted, as q_proj; none named: all of attention and MLP
     lora_targets: Annotated[list[str], distinct()] = []
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    # stochastic depth: the probability that a routable layer is dropped
+    # stochastic depth: the probability that a routable layer is dropped, for a whole sequence or
+    # (random token plans) for each token by itself
+    drop_level: Literal["sequence", "token"] = "sequence"
     layer_drop: float = Field(0.0, ge=0.0, lt=1.0)
     # the same for every layer, or rising with depth, with layer_drop as the mean
     drop_schedule: Literal["uniform", "linear"] = "uniform"

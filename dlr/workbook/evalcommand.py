@@ -44,6 +44,10 @@ def add_parser(commands) -> None:
         help="of the base model's weights (default: what the checkpoint was trained at)")
     add("--load-in-4bit", action=argparse.BooleanOptionalAction,
         help="NF4 weights of the base model (default: as the checkpoint was trained)")
+    add("--attn-implementation", metavar="NAME",
+        help="sdpa, eager, flash_attention_2, or auto (default sdpa)")
+    add("--revision", metavar="REVISION",
+        help="of the base model on the Hub (default: as the checkpoint was trained)")
     add("--batch-size", type=int, default=16, metavar="N", help="requests a batch (default 16)")
     add("--name", help="name of the results folder below results/evaluation/")
 
@@ -74,7 +78,8 @@ def evaluate_command(arguments) -> int:
     manager_for([name for name in tasks if name not in PERPLEXITIES])
     loaded = load(arguments.checkpoint, variant=arguments.variant, skip=arguments.skip,
                   order=arguments.order, model=arguments.model, dtype=arguments.dtype,
-                  load_in_4bit=arguments.load_in_4bit)
+                  load_in_4bit=arguments.load_in_4bit, revision=arguments.revision,
+                  attn_implementation=arguments.attn_implementation)
     dialled = "" if arguments.skip is None else f"-skip={arguments.skip}"
     checkpoint = loaded.checkpoint.removesuffix("/checkpoint")
     label = arguments.name or slug(f"{checkpoint}-{loaded.name}{dialled}")

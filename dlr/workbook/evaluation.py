@@ -9,6 +9,7 @@ import pandas as pd
 
 from dlr.base.data import load_documents, padded_batches
 from dlr.base.folder import looks_like, missing_part
+from dlr.base.identity import portable
 from dlr.base.opened import Opened, load
 from dlr.bench.harness import DLRLM
 from dlr.bench.run import precision_of, run_benchmark, stored
@@ -24,18 +25,21 @@ from dlr.workbook.phases.evaluation import EvaluationConfig, VariantSpec
 def specs_of(config: EvaluationConfig, say=print) -> list[VariantSpec]:
     """The rows asked for: the base, every checkpoint of the phase on it, and `config.variants`."""
     specs = [VariantSpec(name="base", checkpoint=config.model, variant="base")]
-    for run, files in (finished_runs(config.phase) if config.phase else {}).items():
-        if files["run"].get("settings", {}).get("model", config.model) != config.model:
-            continue                                         # another base model's checkpoints
-        for checkpoint in sorted((results_folder() / config.phase / run).glob("*/checkpoint")):
-            if not looks_like(checkpoint):
-                continue
-            missing = missing_part(checkpoint)
-            if missing:
-                say(f"warning: {run}/{checkpoint.parent.name} is left out: {missing}")
-            else:
-                specs.append(VariantSpec(name=f"{run}, {checkpoint.parent.name}",
-                                         checkpoint=str(checkpoint)))
+    phases = [config.phase] if isinstance(config.phase, str) else config.phase
+    base = portable({"model": config.model}, EvaluationConfig)["model"], config.revision
+    for phase in filter(None, phases):
+        told = f"{phase}, " if len(phases) > 1 else ""
+        for run, files in finished_runs(phase).items():
+            settings = files["run"].get("settings", {})
+            if (settings.get("model", base[0]), settings.get("revision", "")) != base:
+                continue                                     # another base model's checkpoints
+            for checkpoint in sorted((results_folder() / phase / run).glob("*/checkpoint")):
+                missing = looks_like(checkpoint) and missing_part(checkpoint)
+                if missing:
+                    say(f"warning: {run}/{checkpoint.parent.name} is left out: {missing}")
+                elif looks_like(checkpoint):
+                    specs.append(VariantSpec(name=f"{told}{run}, {checkpoint.parent.name}",
+                                             checkpoint=str(checkpoint)))
     return specs + list(config.variants)
 
 
@@ -63,9 +67,10 @@ def evaluate_variants(config: EvaluationConfig, folder: Path,
     data_dir = str(from_project(config.data_dir)) if config.data_dir else None
     rows, results, agreed = [], {}, {}
     for spec in specs:
+        # a checkpoint's record knows its base's revision
+        loading = config.loading_base if spec.checkpoint == config.model else config.loading
         loaded = load(spec.checkpoint, variant=spec.variant, skip=spec.skip, order=spec.order,
-                      say=say, dtype=config.dtype, attn_implementation=config.attn_implementation,
-                      load_in_4bit=config.load_in_4bit)
+                      say=say, **loading)
         loaded.name = spec.name
         lm = DLRLM(loaded=loaded, batch_size=config.batch_size)
         results[spec.name] = run_benchmark(

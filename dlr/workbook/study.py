@@ -55,8 +55,7 @@ class Bench:
 
 def open_bench(config: RunConfig) -> Bench:
     """Loads model, tokenizer, calibration and test documents of `config`."""
-    base, tokenizer = load_base(config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit,
-                                attn_implementation=config.attn_implementation)
+    base, tokenizer = load_base(config.model, **config.loading_base)
     if torch.cuda.is_available() and not config.load_in_4bit:
         base.to("cuda")
 
@@ -264,7 +263,9 @@ def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
 
 def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
                     skips: list[float]) -> list[dict]:
-    """LoRA under stochastic depth, evaluated at full depth and with `skips` dropped at random.
+    """LoRA under stochastic depth, or under random token plans where `config.drop_level` says so.
+
+    Both are evaluated at full depth and with `skips` dropped at random.
 
     Raises:
         ValueError: `config.layer_drop` is 0, so that no depth is stochastic.
@@ -272,14 +273,15 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
     if config.layer_drop == 0:
         raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 "
                          "(0.5, say).")
-    policy = LayerDrop(config.layer_drop, config.drop_schedule)
-    with closing(train(bench, "stochastic depth", config, folder, policy)) as variant:
+    policy = LayerDrop(config.layer_drop, config.drop_schedule, config.drop_level)
+    of = "stochastic depth" if config.drop_level == "sequence" else "random token plans"
+    with closing(train(bench, of, config, folder, policy)) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
                      skip=config.layer_drop)
-        rows = [measure(bench, variant, "stochastic depth, full", None, "stochastic")]
+        rows = [measure(bench, variant, f"{of}, full", None, "stochastic")]
         forced = forced_share(bench, config.keep_first_tokens)
         for skip in skips:
             plan = RandomPlan(skip / (1 - forced), config.seed)
-            name = f"stochastic depth, {skip:.0%} dropped"
+            name = f"{of}, {skip:.0%} dropped"
             rows.append(measure(bench, variant, name, plan, "stochastic"))
         return rows

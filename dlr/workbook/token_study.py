@@ -47,9 +47,9 @@ class Study:
                 for sample in samples]
 
 
-def untrained(seed: int, device: str | None = None) -> Opened:
+def untrained(seed: int, **loading) -> Opened:
     """The embedded base under random logits: what meaningless token-dependence looks like."""
-    model, tokenizer = load_base(device=device)
+    model, tokenizer = load_base(**loading)
     routing = attach(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -66,8 +66,9 @@ def open_study(config: TokenAnalysisConfig) -> Study:
         FileNotFoundError: no checkpoint there.
     """
     device = "cuda" if torch.cuda.is_available() else None
-    model, tokenizer, routing = untrained(config.seed, device) if config.untrained else \
-        load(config.checkpoint or "nano-router", variant="routed", device=device)
+    loading = config.loading | {"device": device}
+    model, tokenizer, routing = untrained(config.seed, **loading) if config.untrained else \
+        load(config.checkpoint or "nano-router", variant="routed", **loading)
     study = Study(config, model, routing, tokenizer, load_documents(config.dataset, "test"),
                   load_documents(config.dataset, "calibration"))
     if not routing.calibration.curve or routing.calibration.skip is None:

@@ -1,5 +1,6 @@
 """Which rows an evaluation makes, what is above chance, paired differences, and the figures made from a results file."""
 
+import json
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
@@ -63,6 +64,27 @@ def test_above_chance_is_the_exact_test_for_one_task_and_the_interval_for_a_grou
 def test_the_base_model_leads_and_named_variants_follow():
     config = EvaluationConfig(model="nano", variants=[ROUTED, STATIC])
     assert [spec.name for spec in specs_of(config)] == ["base", "routed", "static"]
+
+
+def test_one_table_takes_the_checkpoints_of_several_phases_on_one_base(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLR_RESULTS", str(tmp_path))
+    for place, settings in (("baselines/a/dense", {"model": "org/m"}), ("token_routing/a/DLR", {"model": "org/m"}),
+                            ("token_routing/b/DLR", {"model": "org/other"}),
+                            ("token_routing/c/DLR", {"model": "org/m", "revision": "v2"})):
+        folder = tmp_path / place / "checkpoint"
+        folder.mkdir(parents=True)
+        (folder / "router_config.json").write_text('{"files": {}}')
+        (folder.parents[1] / "metrics.json").write_text('{"rows": []}')
+        (folder.parents[1] / "run.json").write_text(json.dumps({"settings": settings}))
+    monkeypatch.setattr(evaluation, "missing_part", lambda folder: None)
+
+    def names(**given):
+        return [spec.name for spec in specs_of(validated({"model": "org/m", **given}, EvaluationConfig))]
+    assert names(phase=["baselines", "token_routing"]) == ["base", "baselines, a, dense", "token_routing, a, DLR"]
+    assert names(phase="token_routing") == names(phase=["token_routing"]) == ["base", "a, DLR"]
+    assert names(phase="token_routing", revision="v2") == ["base", "c, DLR"]
+    with pytest.raises(SettingsError, match="twice"):
+        names(phase=["pareto", "pareto"])
 
 
 @pytest.mark.parametrize("variants, message", [

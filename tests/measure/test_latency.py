@@ -1,10 +1,13 @@
 """The latency bench measures what it says: equal skips, the right systems, counted operations."""
 
+from typing import get_args
+
 import pandas as pd
 import pytest
 import torch
 from tiny_models import tiny
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 import dlr
 from dlr.figures.latency import speedups
@@ -13,6 +16,7 @@ from dlr.measure.flops import flops_per_token
 from dlr.measure.shapes import SHAPES, random_model, recorded_gates
 from dlr.routing.config import RouterConfig
 from dlr.routing.policy import StaticPlan
+from dlr.workbook.phases.latency import LatencyConfig
 
 pytestmark = pytest.mark.usefixtures("by_rows")
 
@@ -175,10 +179,28 @@ def test_a_trained_router_is_timed_as_it_is():
 
 
 def test_published_shapes_are_the_published_ones():
-    config = SHAPES["tinyllama-1.1b"]
-    model = random_model("qwen2.5-3b", 1, torch.bfloat16)
-    assert sum(p.numel() for p in model.parameters()) == 151936 * 2048 + 2048 + (
-        2048 * (2048 + 2 * 256) + 2048 + 2 * 256 + 2048 * 2048 + 3 * 2048 * 11008 + 2 * 2048)
-    layer = 2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 5632 + 2 * 2048
-    assert config.num_hidden_layers * layer + 2 * 32000 * 2048 + 2048 == 1_100_048_384
-    assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
+    """Parameters to the unit, as their publishers' weights have them."""
+    published = {"tinyllama-1.1b": 1_100_048_384, "openllama-3b": 3_426_473_600, "qwen2.5-3b": 3_085_938_688,
+                 "qwen2.5-7b": 7_615_616_512, "llama3.1-8b": 8_030_261_248}
+    for shape, config in SHAPES.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+        assert sum(p.numel() for p in model.parameters()) == published[shape], shape
+    assert {"nano", *SHAPES} == set(get_args(LatencyConfig.model_fields["shape"].annotation))
+    model = random_model("tinyllama-1.1b", 1, torch.bfloat16, attn_implementation="eager")
+    assert model(torch.tensor([[5, 6]])).logits.isfinite().all() and model.config._attn_implementation == "eager"
+
+
+def test_tokens_a_second_the_slowest_turns_and_memory_are_recorded(subject, monkeypatch):
+    """Of what `median` is: all tokens of a prefill, one a sequence of a step. A CPU has no figure of memory."""
+    for work, tokens in ((latency.Prefill(subject, 2, 15), 30), (latency.Decode(subject, 2, 4, steps=2), 2)):
+        table = latency.measure(work, [0.5], ["dense", "compact"], repeats=2)
+        assert (table["tokens_per_second"] * table["median"]).tolist() == pytest.approx([tokens] * len(table))
+        assert (table["p95"] >= table["median"]).all() and table["peak_gb"].isna().all()
+    seen = iter(range(1, 99))
+    monkeypatch.setattr(latency, "device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(seen) * 1e9)
+    table = latency.measure(work, [0.5], ["dense"], repeats=2)
+    assert table["peak_gb"].tolist() == [3.0, 3.0], "the most of the counted turns"

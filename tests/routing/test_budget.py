@@ -190,6 +190,11 @@ def test_random_plan_and_layer_drop_hit_their_rates():
     with routing.using(LayerDrop(0.5)):
         model(batches()[0]["input_ids"])
     assert torch.equal(routing.plan.gates, routing.plan.gates[:, :1].expand_as(routing.plan.gates))
+    with routing.using(LayerDrop(0.5, "linear", "token")):
+        model(torch.arange(2, 82).view(2, 40))
+    gates = routing.plan.gates[:, :, -4:]
+    assert len(gates[0].unique(dim=0)) > 4, "each token draws by itself"
+    assert (gates == 0).float().mean((0, 1)).diff().gt(-0.1).all(), "deeper units are dropped more"
 
 
 def test_logits_made_in_chunks_give_the_same_table(monkeypatch):

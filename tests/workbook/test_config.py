@@ -301,9 +301,14 @@ def test_a_file_begins_with_what_it_is_like(tmp_path):
     (tmp_path / "models" / "base.yaml").write_text("like: training.yaml\n")
     with pytest.raises(SettingsError, match="like it in turn"):
         read_params(run)
-    run.write_text("like: [a, b]\n")
-    with pytest.raises(SettingsError, match="give one file"):
-        read_params(run)
+    (tmp_path / "models" / "base.yaml").write_text("model: gpt\nlr: 0.1\n")
+    (tmp_path / "models" / "method.yaml").write_text("lr: 0.4\nseed: 1\n")
+    run.write_text("like: [models/training.yaml, models/method.yaml]\nseed: 2\n")
+    assert read_params(run) == {"model": "gpt", "lr": 0.4, "steps": 7, "seed": 2}, "the last file counts"
+    for wrong in ("[1, b]", "[]", "{a: b}"):
+        run.write_text(f"like: {wrong}\n")
+        with pytest.raises(SettingsError, match="give a file or a list of files"):
+            read_params(run)
     run.write_text("like: nothing.yaml\n")
     with pytest.raises(FileNotFoundError, match="nothing.yaml"):
         read_params(run)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import dlr
 from dlr.base.corpus import split_of
 from dlr.base.data import load_documents
 from dlr.base.models import NANO
@@ -78,6 +79,19 @@ def rows(bench, tmp_path_factory):
     after = dict(bench.base.named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     return {row["variant"]: row for row in found}
+
+
+def test_random_token_plans_are_trained_and_named(bench, tmp_path):
+    config = settings_of(bench, layer_drop=0.6, drop_level="token")
+    rows = study.stochastic_rows(bench, config, tmp_path, [0.3])
+    assert [row["variant"] for row in rows] == ["random token plans, full", "random token plans, 30% dropped"]
+    assert {row["kind"] for row in rows} == {"stochastic"}
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["skip"].between(0.25, 0.6).all(), "three quarters of the tokens are free, and drop 60 %"
+    again = dlr.load(tmp_path / "checkpoint", model=bench.base)
+    assert again.kind == "stochastic" and again.policy.skip == 0.6
+    again.routing.detach()
+    again.model.unload()
 
 
 def numbers(tokenizer, ids) -> set[int]:

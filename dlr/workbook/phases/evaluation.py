@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dlr.settings import (Dtype, Local, LocalPath, Named, Settings, default_of,
-                          distinct)
+from dlr.base.loading import BaseLoading
+from dlr.settings import Local, LocalPath, Named, Settings, default_of, distinct
 from dlr.workbook.phases import PhaseSettings, phase
 
 
@@ -26,12 +26,13 @@ EMBEDDED_ROWS = [
 
 
 @phase("05_evaluation")
-class EvaluationConfig(PhaseSettings):
+class EvaluationConfig(BaseLoading, PhaseSettings):
     """05: tasks through lm-evaluation-harness, every variant in one table (`dlr.bench.run`)."""
     toy: ClassVar = {"limit": 2.0}
     data: ClassVar = ""                     # tasks and checkpoints are told apart one by one
 
-    phase: str = ""                         # a phase: each checkpoint of its finished runs is a row
+    # a phase, or several: each checkpoint of their finished runs on this base is a row
+    phase: str | Annotated[list[str], distinct()] = ""
     variants: list[VariantSpec] = EMBEDDED_ROWS            # rows beside those and the base model's
     model: Named = "nano"                   # base model of the checkpoints, for the base row
     # harness tasks, groups, tags; wikitext103, embedded
@@ -40,9 +41,6 @@ class EvaluationConfig(PhaseSettings):
     limit: float | None = Field(40.0, gt=0.0)    # rows of each task, or a share below 1; None: all
     data_dir: Local = ""                    # folder of local files instead of the hub
     batch_size: int = Field(16, ge=1)       # requests a forward pass
-    dtype: Dtype | None = None              # of the base's weights; None: as the checkpoint's
-    attn_implementation: str = "sdpa"       # sdpa, eager, flash_attention_2 or auto
-    load_in_4bit: bool | None = None    # NF4 base through bitsandbytes; None: as the checkpoint's
     # free-running agreement with the base's greedy text (`dlr.measure.agreement`); 0: not measured
     agreement_docs: int = Field(0, ge=0)        # test documents whose openings are continued
     agreement_prompt: int = Field(64, ge=1)     # tokens of an opening

@@ -2,12 +2,13 @@
 
 from pydantic import Field
 
+from dlr.base.loading import Loading
 from dlr.settings import Local, Seed
 from dlr.workbook.phases import PhaseSettings, phase
 
 
 @phase("08_explorer")
-class ExplorerConfig(PhaseSettings):
+class ExplorerConfig(Loading, PhaseSettings):
     """08: the explorer."""
     checkpoint: Local = ""                             # folder or label; '': the embedded router
     text: str = ""                                     # '': the first example

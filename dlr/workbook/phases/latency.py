@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from dlr.base.loading import BaseLoading
 from dlr.settings import Count, Dtype, Local, MachineDecides, Seed, distinct
 from dlr.workbook.phases import PhaseSettings, phase
 
@@ -12,14 +13,15 @@ Skip = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 @phase("06_latency")
-class LatencyConfig(PhaseSettings):
+class LatencyConfig(BaseLoading, PhaseSettings):
     """06: time of each way to execute, under the plan of a trained router."""
     toy: ClassVar = {"layers": 5, "lengths": [32], "context": 16, "decode_steps": 2, "repeats": 1,
                      "plan_docs": 2, "skips": [0.5]}
     data: ClassVar = "recorded plan"
 
     # the embedded model, or random weights in a published model's shapes
-    shape: Literal["nano", "tinyllama-1.1b", "qwen2.5-3b"] = "nano"
+    shape: Literal["nano", "tinyllama-1.1b", "openllama-3b", "qwen2.5-3b", "qwen2.5-7b",
+                   "llama3.1-8b"] = "nano"
     model: Local = ""                   # 'smollm2', a folder, a .gguf file or a Hub id; '': `shape`
     skip_adapter_rank: int = Field(0, ge=0)     # of the router that runs, random; 0: no adapters
     checkpoint: Local = ""              # whose router's plan is recorded; '': the embedded router
@@ -41,4 +43,7 @@ class LatencyConfig(PhaseSettings):
         if self.model and self.shape != "nano":
             raise ValueError(f"model={self.model!r} has weights of its own, so that "
                              f"shape={self.shape!r} has no effect. Give one of the two.")
+        if self.shape != "nano" and self.load_in_4bit:
+            raise ValueError("load_in_4bit packs a model's own weights, and those of "
+                             f"shape={self.shape!r} are random. Give model instead of shape.")
         return self

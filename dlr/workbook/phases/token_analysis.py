@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from dlr.base.loading import Loading
 from dlr.settings import Local, Ratio, Seed, distinct
 from dlr.workbook.phases import PhaseSettings, phase
 
@@ -11,7 +12,7 @@ Weights = Literal["checkpoint", "base"]
 
 
 @phase("07_token_analysis")
-class TokenAnalysisConfig(PhaseSettings):
+class TokenAnalysisConfig(Loading, PhaseSettings):
     """07: the token analysis. Documents are the test split's, in its order."""
     toy: ClassVar = {"record_docs": 6, "eval_len": 32, "oracle_docs": 3, "probe_docs": 6,
                      "oracle_len": 24, "budgets": [0.4], "weights": ["checkpoint"],
