@@ -103,8 +103,9 @@ if not run.done:
 # %% tags=["nbval-ignore-output"]
 metrics = run.metrics
 table = pd.DataFrame(run.rows)
-columns = ["batch", "length", "part", "system", "skip", "median", "q1", "q3", "speedup",
-           "speedup_q1", "speedup_q3", "bound", "share_of_bound", "share_of_truncation"]
+columns = ["batch", "length", "part", "system", "skip", "median", "q1", "q3", "p95",
+           "tokens_per_second", "peak_gb", "speedup", "speedup_q1", "speedup_q3", "bound",
+           "share_of_bound", "share_of_truncation"]
 columns = [name for name in columns if name in table]
 first = table.iloc[0]
 print(f"{first['layers']} layers, {first['dtype']}, {run.record['hardware']['threads']} threads")

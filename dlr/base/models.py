@@ -90,8 +90,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
         name: 'nano' (the embedded model), 'smollm2' (see `dlr.base.smollm2`), a local folder or
             .gguf file, or a Hub id. A relative path is looked for from here, then from the
             project's root.
-        dtype: of the weights; None is the base's own (of 'nano' and 'smollm2' float32, in which
-            they are measured).
+        dtype: of the weights; None is the base's own (of 'nano' and 'smollm2' float32).
         quantisation: bitsandbytes' settings, as `NF4`; None leaves the base as it is stored.
         attn_implementation: see `attention_of`.
         device: where the weights go; None is the CPU.
@@ -100,8 +99,7 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
 
     Raises:
         ConnectionError: neither a folder nor reachable; the message names the embedded model.
-        ValueError: the weights are there as a pickle only, an unknown dtype, or a revision of what
-            has none.
+        ValueError: weights that are a pickle only, an unknown dtype, a revision of what has none.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")

@@ -98,7 +98,8 @@ def test_a_vocabulary_of_sentencepiece_alone_is_read_as_sentencepiece_reads_it(t
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the cat sat on the mat, and saw {n} dogs run over the house" for n in range(2000)))
     sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=100,
-                                             model_type="bpe", character_coverage=1.0, minloglevel=2)
+                                             model_type="bpe", character_coverage=1.0, minloglevel=2,
+                                             normalization_rule_name="identity", remove_extra_whitespaces=False)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "LlamaTokenizer"}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
