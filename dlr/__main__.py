@@ -6,17 +6,15 @@ import argparse
 import builtins
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 
 from dlr.explore import serve
 from dlr.settings import validated
-from dlr.workbook import evalcommand, mixturecommand
+from dlr.workbook import evalcommand, mixturecommand, sweepcommand
+from dlr.workbook.phase_run import run_phase
 from dlr.workbook.phases import PHASES, schema_of
-from dlr.workbook.places import Wanted, beside, named, provenance, shown_path
-from dlr.workbook.runner import checked_parameters, effective_of
-from dlr.workbook.sweeps import run_sweep, write_table
+from dlr.workbook.runner import checked_parameters
 
 # Commands that need `dlr.workbook.notebooks` import it: it takes half as long as all of these.
 
@@ -49,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
                                   description="Dynamic Layer Routing: run experiments.")
     commands = top.add_subparsers(dest="command", required=True)
     _add_run(commands)
-    _add_sweep(commands)
+    sweepcommand.add_parser(commands)
+    commands.choices["sweep"].set_defaults(call=sweepcommand.sweep_command)
     serve.add_parser(commands, SHAPE["formatter_class"])
     commands.choices["explore"].set_defaults(call=serve.explore)
     evalcommand.add_parser(commands)
@@ -83,18 +82,6 @@ def _add_run(commands) -> None:
                          help="run again what is finished; with --name, replace what is there")
 
 
-def _add_sweep(commands) -> None:
-    command = commands.add_parser("sweep", help="run a grid of settings", **SHAPE)
-    command.set_defaults(call=sweep)
-    command.add_argument("file", help="YAML file with phase, grid and common settings")
-    command.add_argument("--jobs", type=int, default=1, metavar="N",
-                         help="runs at a time (default 1)")
-    command.add_argument("--name", default="",
-                         help="begins the names of the runs: a sweep beside another one")
-    command.add_argument("--force", action="store_true",
-                         help="run all of it again, in place of what is there")
-
-
 # -- the commands -----------------------------------------------------------------------
 def run(arguments) -> int:
     """Runs a phase's notebook after the other; all settings are checked before the first starts."""
@@ -113,50 +100,8 @@ def run(arguments) -> int:
     if is_tour:
         print(TOUR, flush=True)
     for phase, name, parameters in plans:
-        _run_phase(phase, parameters, name, is_given=bool(explicit), force=arguments.force)
+        run_phase(phase, parameters, name, is_given=bool(explicit), force=arguments.force)
     return 0
-
-
-def _run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: bool) -> None:
-    """Runs one phase's notebook, unless that is finished.
-
-    Args:
-        name: of the run's folder; where nobody gave it, another run that holds it is left alone.
-    """
-    from dlr.workbook import notebooks
-    notebook = notebooks.read_pair(PHASES[phase].notebook)
-    wanted = Wanted(phase, effective_of(phase, parameters, notebook))
-    place = named(wanted, name, force) if is_given else beside(wanted, name)
-    if place.done and not force:
-        print(f"{phase}: finished before, {provenance(place)}; --force runs it again, --name keeps "
-              f"both. {shown_path(place.folder)}")
-        return
-    if force:
-        place.clear()
-    started = time.time()
-    print(f"{phase}: running notebook, results in {place.folder}", flush=True)
-    try:
-        notebooks.execute(notebook, place.folder / "notebook.ipynb",
-                          parameters | {"run_name": place.folder.name})
-    except BaseException:
-        place.forget_if_empty()
-        raise
-    print(f"{phase}: done in {(time.time() - started) / 60:.1f} minutes")
-    for label, pattern in (("executed notebook", "notebook.ipynb"), ("results table", "table.md"),
-                           ("figure", "*.png")):
-        for path in sorted(place.folder.glob(pattern)):
-            print(f"  {label:<18} {path}")
-
-
-def sweep(arguments) -> int:
-    if arguments.jobs < 1:
-        raise ValueError(f"--jobs {arguments.jobs} must be 1 or more")
-    table, failed = run_sweep(arguments.file, arguments.jobs, arguments.name, arguments.force)
-    if len(table):
-        text, path = write_table(arguments.file, table, arguments.name)
-        print(f"{text}\n{path}")
-    print(f"{len(failed)} failed" + (f": {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
 
 
 def notebooks(arguments) -> int:

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import time
+import uuid
 from pathlib import Path
 
 import pandas as pd
@@ -70,6 +71,12 @@ def shown_path(path: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
+def temporary(path: Path) -> Path:
+    """A name beside `path` that no process takes too, here or on a machine that shares the disk."""
+    host = slug(platform.node())[:40]
+    return path.with_name(f".{path.name}.{host}.{uuid.uuid4().hex}.tmp")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path):
     """A temporary file beside `path` that takes its place when the block ends, whole.
@@ -78,18 +85,18 @@ def atomic_file(path: Path):
         OSError: the disk is full or read-only. Nothing is left behind; the message names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new = temporary(path)
     try:
-        yield temporary
-        with temporary.open("rb") as file:
+        yield new
+        with new.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(new, path)
     except OSError as error:
         raise OSError(error.errno, f"Could not write {str(path)!r} ({error.strerror}); nothing was "
                                    "changed. Free some space or choose another folder with "
                                    "DLR_RESULTS.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def slug(text: str) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from dlr.runs import temporary
+
 WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
 CONTROL = "control.json"            # a static, stochastic or dense checkpoint: see dlr.base.opened
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -72,18 +74,17 @@ def atomic_folder(folder: Path):
         raise NotADirectoryError(f"{str(folder)!r} is a file; a checkpoint is a folder. Give "
                                  "another name.")
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    new = temporary(folder)
+    new.mkdir(parents=True)
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
+        yield new
+        for path in new.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        _publish(temporary, folder)
+        _publish(new, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _publish(staged: Path, folder: Path) -> None:

@@ -5,22 +5,27 @@
 
 Scoring is the harness's own code (HFLM). The class here feeds it batches whose rows it knows, so
 that padding and context can be told from scored tokens. A routed request on which the router did
-not run is an error.
+not run is an error. Several processes (torchrun, `accelerate launch`) share the batches.
 """
 
 import contextlib
 import hashlib
+import itertools
 import logging
+import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from dlr.base.opened import Opened, load
+from dlr.bench.batches import Sizes, split
 from dlr.bench.metering import Meter, Watch, end_watch
 from dlr.bench.options import OPENING, checked, refuse_absent, typed
-from dlr.progress import tqdm
+from dlr.bench.processes import dealt, processes
 from dlr.routing.device import device_of
 from dlr.routing.router import ROUTER_NAME
 from dlr.routing.weights import causal_lm
@@ -64,8 +69,9 @@ class Row(NamedTuple):
 @register_model("dlr")
 class DLRLM(HFLM):
     """Args: checkpoint (folder, run, phase or base model) and what `options.OPENING` names (see
-    `dlr.load`); or `loaded`, what that returned. batch_size, device, max_length and the names in
-    `options.PASSED_ON` as in the harness. `meter` holds what was measured since `restart_meter`.
+    `dlr.load`); or `loaded`, what that returned. batch_size (a number, or 'auto': as many as fit,
+    up to max_batch_size, 64), device, max_length and the names in `options.PASSED_ON` as in the
+    harness. `meter` holds what all processes measured since `restart_meter`.
 
     Raises:
         SettingsError: an option that is unknown, or that would have no effect here; the message
@@ -74,15 +80,18 @@ class DLRLM(HFLM):
 
     def __init__(self, checkpoint: str | None = None, *, loaded: Opened | None = None,
                  batch_size: int | str = 16, device: str | None = None,
-                 max_length: int | None = None, **options):
+                 max_batch_size: int | None = None, max_length: int | None = None, **options):
+        processes()                              # each takes a card: 'cuda' is this process's own
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_absent(device)
-        sizes = typed({"batch_size": batch_size, "max_length": max_length})
+        sizes = typed({"batch_size": batch_size, "max_batch_size": max_batch_size,
+                       "max_length": max_length})
+        self.sizes = Sizes(sizes["batch_size"], sizes["max_batch_size"])
         opening = typed({name: options.pop(name, None) for name in OPENING})
         if opening["dtype"] == "auto":
             opening["dtype"] = None
-        options = checked(options, ["checkpoint", "loaded", "batch_size", "device", "max_length",
-                                    *OPENING])
+        options = checked(options, ["checkpoint", "loaded", "batch_size", "max_batch_size",
+                                    "device", "max_length", *OPENING])
         given = [name for name, value in (opening | {"checkpoint": checkpoint}).items()
                  if value is not None]
         if loaded is not None and given:
@@ -100,7 +109,8 @@ class DLRLM(HFLM):
         net.__dict__["tie_weights"] = lambda: None
         try:
             super().__init__(pretrained=net, backend="causal", tokenizer=self.loaded.tokenizer,
-                             logits_cache=False, **sizes, **typed(options))
+                             logits_cache=False, max_length=sizes["max_length"],
+                             batch_size=sys.maxsize, **typed(options))   # batches are made here
         finally:
             logger.disabled = False
             del net.__dict__["tie_weights"]
@@ -142,6 +152,19 @@ class DLRLM(HFLM):
         routing = self.loaded.routing
         return routing.config.keep_first_tokens if routing is not None else 0
 
+    # -- batches -----------------------------------------------------------------------------------
+    def _dealt(self, batches: list[list[int]], answer, describe: str, quiet: bool) -> list:
+        """`answer(batch)`, a list, of all batches, by the numbers of the requests in them.
+
+        All processes' meters are added up.
+        """
+        before = self.meter
+        self.restart_meter()
+        parts = dealt(batches, answer, describe, quiet)
+        self.meter = sum(gather_object([self.meter]), before)
+        pairs = zip(itertools.chain(*batches), itertools.chain(*parts), strict=True)
+        return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
     # -- log-likelihood ----------------------------------------------------------------------------
     def loglikelihood(self, requests, disable_tqdm: bool = False):
         self._keys = [key_of(request) for request in requests]
@@ -152,25 +175,22 @@ class DLRLM(HFLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False,
                               override_bs: int | None = None):
-        """The harness's own batches, one by one: sorted by falling length, then by tokens."""
+        """The harness's own batches: sorted by falling length, then by tokens."""
+        # `override_bs` is of a harness that makes its batches itself
         keys = self._keys if self._keys is not None else [None] * len(requests)
         texts = [context + continuation for _, context, continuation in requests]
         order = sorted(range(len(requests)), key=lambda i: (-len(texts[i]), texts[i]))
-        answers = [None] * len(requests)
-        size = override_bs or self.batch_size
-        starts = range(0, len(order), size)
-        for start in tqdm(starts, desc="scoring", unit="batch",
-                          disable=disable_tqdm and len(starts) < 20):
-            chunk = order[start:start + size]
-            self._rows = [self._row(requests[i], keys[i]) for i in chunk]
-            try:
-                scores = super()._loglikelihood_tokens([requests[i] for i in chunk],
-                                                       disable_tqdm=True, override_bs=len(chunk))
-            finally:
-                self._rows = None
-            for i, score in zip(chunk, scores):
-                answers[i] = score
-        return answers
+        longest = min(max(map(len, texts), default=1), self.max_length)
+        return self._dealt(split(order, self.sizes.of(self, longest)),
+                           partial(self._scored, requests, keys), "scoring", disable_tqdm)
+
+    def _scored(self, requests: list, keys: list, batch: list[int]) -> list:
+        self._rows = [self._row(requests[i], keys[i]) for i in batch]
+        try:
+            return super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True,
+                                                 override_bs=len(batch))
+        finally:
+            self._rows = None
 
     def _row(self, request, key: str | None) -> Row:
         _, context, continuation = request
@@ -211,8 +231,20 @@ class DLRLM(HFLM):
                                  "no room for a prompt in this model's context of "
                                  f"{self.max_length}. Set max_gen_toks lower (--gen_kwargs).")
         self._key_of_context = {request.args[0]: key_of(request) for request in requests}
-        self.meter.requests += len(requests)
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[1]), -lengths[i],
+                                                            requests[i].args[0]))
+        batches = []
+        for _, alike in itertools.groupby(order, key=lambda i: repr(requests[i].args[1])):
+            alike = list(alike)
+            width = lengths[alike[0]] + requests[alike[0]].args[1].get("max_gen_toks",
+                                                                       self.max_gen_toks)
+            batches += split(alike, self.sizes.of(self, min(width, self.max_length)))
+        return self._dealt(batches, partial(self._generated, requests), "generating", disable_tqdm)
+
+    def _generated(self, requests: list, batch: list[int]) -> list[str]:
+        self.meter.requests += len(batch)
+        return super().generate_until([requests[i] for i in batch], disable_tqdm=True)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None,
                          truncation=False):

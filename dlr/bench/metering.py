@@ -5,6 +5,7 @@ answer, *context* where it is a real token before that (prompt, few-shot example
 otherwise.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -51,6 +52,7 @@ class Watch:
         self.routing = routing
         self.policy = Watched(policy)
         self.passes: list[torch.Tensor] = []
+        self._asleep = False
         routing.policy = self.policy
         self._seen = routing.plan
         self._handle = routing.decoder.register_forward_hook(self._after)
@@ -59,6 +61,8 @@ class Watch:
         routing.watch = self
 
     def _after(self, module, args, output):
+        if self._asleep:
+            return
         plan = self.routing.plan
         replaced = self.routing.policy is not self.policy
         routed = isinstance(self.policy.inner, RouterPolicy)
@@ -84,6 +88,16 @@ class Watch:
                                   f"{[len(g) for g in self.passes]} rows; {rows} requests were "
                                   "sent. Some were answered without it.")
         return self.passes
+
+    @contextlib.contextmanager
+    def asleep(self):
+        """In this block the model runs dense and unwatched; what it gives there is no score."""
+        self._asleep = True
+        try:
+            with self.routing.at(policy=None):
+                yield
+        finally:
+            self._asleep = False
 
     def close(self) -> None:
         """Takes the hook off; the policy of before is in force again."""

@@ -15,7 +15,6 @@ PASSED_ON = ("truncation", "softmax_dtype", "mixed_precision_dtype", "add_bos_to
              "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args")
 REFUSED = {
     "logits_cache": "it reuses logits between requests, which hides them from the router's watch",
-    "max_batch_size": "it bounds batch_size='auto', which is not supported; give batch_size",
     "trust_remote_code": "code from the Hub is never run",
     "load_in_8bit": "4 bit is what there is; give load_in_4bit=True",
     **dict.fromkeys(("peft", "delta"), "adapters come with the checkpoint"),
@@ -33,8 +32,9 @@ _TYPES = {
     **dict.fromkeys(("model", "order", "attn_implementation", "revision"), (str, "text")),
     **dict.fromkeys(("load_in_4bit", "add_bos_token", "truncation"), (bool, "true or false")),
     **dict.fromkeys(("softmax_dtype", "mixed_precision_dtype"), _PRECISION),
-    "batch_size": (PositiveInt, "a whole number of at least 1; 'auto' is not supported"),
-    "max_length": (PositiveInt, "a whole number of at least 1"),
+    "batch_size": (PositiveInt | Literal["auto"], "a whole number of at least 1, or auto"),
+    **dict.fromkeys(("max_length", "max_batch_size"),
+                    (PositiveInt, "a whole number of at least 1")),
     "prefix_token_id": (NonNegativeInt, "a token's number"),
     "skip": (float, "a number")}
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from lm_eval.evaluator import evaluate
@@ -19,6 +20,7 @@ from lm_eval.utils import handle_non_serializable
 
 from dlr.bench import wikitext
 from dlr.bench.metering import Meter
+from dlr.bench.processes import from_first, is_first, processes
 from dlr.bench.table import headline
 from dlr.bench.tasks import PERPLEXITIES, load_tasks, notes_of
 from dlr.progress import tqdm
@@ -41,7 +43,7 @@ def _chance(samples: list[dict]) -> float | None:
 
 
 def _run_task(lm, name: str, task, limit: float | None) -> dict:
-    meter = lm.restart_meter()
+    lm.restart_meter()
     quiet = os.environ.get("DLR_TERMINAL")              # the harness's bars would fill the log
     try:
         with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
@@ -66,14 +68,15 @@ def _run_task(lm, name: str, task, limit: float | None) -> dict:
     chance = _chance(samples) if samples and task.OUTPUT_TYPE == "multiple_choice" else None
     return {"harness": result, "chance": chance,
             "outcomes": "".join(str(int(v)) for v in outcomes) if binary else None,
-            "meter": asdict(meter)}
+            "meter": asdict(lm.meter)}
 
 
 def _run_perplexity(lm, texts: list[str], limit: float | None) -> dict:
     if limit:
         texts = texts[:math.ceil(limit * len(texts)) if limit < 1 else int(limit)]
-    meter = lm.restart_meter()
-    return {"perplexity": wikitext.strided_perplexity(lm, texts), "meter": asdict(meter)}
+    lm.restart_meter()
+    measured = wikitext.strided_perplexity(lm, texts)
+    return {"perplexity": measured, "meter": asdict(lm.meter)}
 
 
 def precision_of(base: dict) -> dict:
@@ -95,16 +98,20 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
                   match: dict | None = None, say=print) -> dict:
     """Evaluates `lm` on tasks and groups; returns {'tasks': records, 'harness': whole result}.
 
+    Several processes call it alike and get the same; the first reads and writes what is kept.
+
     Args:
         folder: where each task's result is kept as soon as it is there.
         match: records of a routed model by task; a static plan then runs each task at that model's
             measured skip on it.
     """
     names = list(dict.fromkeys(names))
-    suite = load_tasks([name for name in names if name not in PERPLEXITIES], data_dir, num_fewshot)
+    with processes().main_process_first():              # which downloads what the others then find
+        suite = load_tasks([name for name in names if name not in PERPLEXITIES], data_dir,
+                           num_fewshot)
     leaves = list(suite["tasks"]) + [name for name in names if name in PERPLEXITIES]
     records, kept = {}, 0
-    with tqdm(total=len(leaves), desc=lm.loaded.name, unit="task") as bar:
+    with tqdm(total=len(leaves), desc=lm.loaded.name, unit="task", disable=not is_first()) as bar:
         for name in leaves:
             task, path = suite["tasks"].get(name), Path(folder) / f"{name}.json"
             texts = wikitext.texts_of(name, data_dir) if task is None else None
@@ -116,17 +123,18 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
                 met = Meter(**match[name]["meter"])
                 lm.loaded.at_skip(met.skip, met.forced_share)
                 settings["skip"] = round(met.skip, 6)
-            record = stored(path, settings)
+            record = from_first(partial(stored, path, settings))
             kept += record is not None
             if record is None:
                 notes = [] if task is None else notes_of(task, data_dir)
                 measured = (_run_perplexity(lm, texts, limit) if task is None
                             else _run_task(lm, name, task, limit))
                 record = plain({"settings": settings, "notes": notes} | measured)
-                write_atomically(path, json.dumps(record, indent=1) + "\n")
+                if is_first():
+                    write_atomically(path, json.dumps(record, indent=1) + "\n")
             records[name] = record
             bar.update()
-    if kept:
+    if kept and is_first():
         say(f"{lm.loaded.name}: {kept} of {len(leaves)} tasks were finished before and are kept")
     return {"tasks": records, "harness": together(records, suite["groups"])}
 

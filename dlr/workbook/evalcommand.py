@@ -16,6 +16,9 @@ EXAMPLES = """examples:
   python -m dlr eval results/pareto/<run>/router/checkpoint --tasks wikitext103 --data-dir DIR
   python -m dlr eval pareto --variant static --tasks blimp --limit 200
                       newest run of a phase, its router's weights under the greedy static plan
+  accelerate launch --multi_gpu --num_processes 8 -m dlr eval CHECKPOINT --tasks mmlu \
+      --batch-size auto                   a process a card; every answer is that of one process
+  torchrun --nproc-per-node 2 -m dlr eval nano-router --tasks embedded         without a card too
 
 tasks: any task, group or tag of lm-evaluation-harness (mmlu, arc_challenge, gsm8k, hellaswag,
 winogrande, lambada_openai, blimp ...), wikitext103 and embedded (strided perplexity). --data-dir
@@ -48,7 +51,9 @@ def add_parser(commands) -> None:
         help="sdpa, eager, flash_attention_2, or auto (default sdpa)")
     add("--revision", metavar="REVISION",
         help="of the base model on the Hub (default: as the checkpoint was trained)")
-    add("--batch-size", type=int, default=16, metavar="N", help="requests a batch (default 16)")
+    add("--batch-size", default=16, metavar="N",
+        help="requests a batch, in each process (default 16); auto: as many as the card holds")
+    add("--max-batch-size", metavar="N", help="bounds --batch-size auto (default 64)")
     add("--name", help="name of the results folder below results/evaluation/")
 
 
@@ -69,8 +74,8 @@ def evaluate_command(arguments) -> int:
     """Runs the tasks, keeps their results and prints the table; 0 where all went well."""
     from dlr.base.opened import load
     from dlr.bench.harness import DLRLM
+    from dlr.bench.processes import is_first, processes, say_first
     from dlr.bench.run import precision_of, run_benchmark
-    from dlr.bench.table import environment, row_of, scores_table
     from dlr.bench.tasks import PERPLEXITIES, manager_for
     tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     _refuse(arguments, tasks)
@@ -79,24 +84,34 @@ def evaluate_command(arguments) -> int:
     loaded = load(arguments.checkpoint, variant=arguments.variant, skip=arguments.skip,
                   order=arguments.order, model=arguments.model, dtype=arguments.dtype,
                   load_in_4bit=arguments.load_in_4bit, revision=arguments.revision,
-                  attn_implementation=arguments.attn_implementation)
+                  attn_implementation=arguments.attn_implementation, say=say_first)
     dialled = "" if arguments.skip is None else f"-skip={arguments.skip}"
     checkpoint = loaded.checkpoint.removesuffix("/checkpoint")
     label = arguments.name or slug(f"{checkpoint}-{loaded.name}{dialled}")
     run = Run(results_folder() / "evaluation" / label)
-    lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size)
-    print(f"results in {run.folder}", flush=True)
-    begin(run, {"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip,
-                "digest": loaded.digest, "base": precision_of(loaded.base)}, loaded.digest)
+    lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size,
+               max_batch_size=arguments.max_batch_size)
+    if is_first():
+        print(f"results in {run.folder}", flush=True)
+        begin(run, {"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip,
+                    "digest": loaded.digest, "base": precision_of(loaded.base)}, loaded.digest)
     result = run_benchmark(lm, tasks, run.folder / loaded.name, data_dir=arguments.data_dir,
                            limit=arguments.limit, num_fewshot=arguments.num_fewshot)
+    if is_first():
+        _keep(run, lm, result, tasks, arguments)
+    processes().destroy_process_group()
+    return 0
+
+
+def _keep(run: Run, lm, result: dict, tasks: list[str], arguments) -> None:
+    """Writes the run's metrics and prints its table."""
+    from dlr.bench.table import environment, row_of, scores_table
     row = row_of(lm, result, tasks)
     run.finish([row], environment=environment(), tasks=tasks, limit=arguments.limit,
-               num_fewshot=arguments.num_fewshot, harness={loaded.name: result["harness"]})
+               num_fewshot=arguments.num_fewshot, harness={lm.loaded.name: result["harness"]})
     print(scores_table([row]).T.to_markdown(headers=["", ""]))
     for note in sorted({note for score in row["scores"] for note in score.get("notes", [])}):
         print(f"note: {note}")
     if row["context_skip"] is not None:
         print(json.dumps({"skip on scored tokens": round(row["skip"], 4),
                           "on prompt and examples": round(row["context_skip"], 4)}))
-    return 0

@@ -10,8 +10,10 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 
 import pandas as pd
+import torch
 
 from dlr.base.identity import resolved, said
 from dlr.progress import tqdm
@@ -19,7 +21,7 @@ from dlr.runs import Run, finished_runs, project_root, results_folder, slug, wri
 from dlr.settings import SettingsError, checked_name, effective, read_params
 from dlr.workbook.phases import schema_of
 from dlr.workbook.places import Wanted
-from dlr.workbook.runner import effective_of, results_table, seeds_table
+from dlr.workbook.runner import effective_of, seeds_table
 
 
 def expand(sweep: dict) -> list[tuple[str, dict]]:
@@ -67,7 +69,21 @@ def _hashed(name: str, point: dict) -> str:
     return f"{name[:60]}-{hashlib.sha256(repr(sorted(point.items())).encode()).hexdigest()[:6]}"
 
 
-def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
+def points_of(path: str | Path, prefix: str = "") -> tuple[str, list[tuple[str, dict]]]:
+    """(phase, what `expand` gives) of a sweep file; files that settings name are found from here.
+
+    Args:
+        prefix: begins the names of this sweep's runs, so that it stands beside another one.
+    """
+    sweep = read_params(path)
+    phase, points = str(sweep.get("phase")), expand(sweep)
+    if prefix:
+        points = [(f"{checked_name(prefix)}-{name}", parameters) for name, parameters in points]
+    return phase, [(name, resolved(parameters, schema_of(phase)) | {"run_name": name})
+                   for name, parameters in points]
+
+
+def unfinished(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
     """The points that are still to run.
 
     Raises:
@@ -92,35 +108,20 @@ def _standing(phase: str, points: list, force: bool) -> list[tuple[str, dict]]:
     return waiting
 
 
-def run_sweep(path: str | Path, jobs: int = 1, prefix: str = "",
-              force: bool = False) -> tuple[pd.DataFrame, list[str]]:
-    """Runs what a sweep file asks for and is not there yet, `jobs` at a time.
-
-    Args:
-        prefix: begins the names of this sweep's runs, so that it stands beside another one.
-        force: run all of it again, in place of what is there.
-
-    Returns:
-        The rows of all runs of the sweep, and the names of those that failed.
-    """
-    sweep = read_params(path)
-    phase, points = str(sweep.get("phase")), expand(sweep)
-    if prefix:
-        points = [(f"{checked_name(prefix)}-{name}", parameters) for name, parameters in points]
-    points = [(name, resolved(parameters, schema_of(phase)) | {"run_name": name})
-              for name, parameters in points]
-    waiting = _standing(phase, points, force)
-    print(f"{len(points)} runs, {len(points) - len(waiting)} finished already, {jobs} at a time",
-          flush=True)
+def run_here(phase: str, points: list[tuple[str, dict]], jobs: int, force: bool) -> list[str]:
+    """Runs points on this machine, `jobs` at a time; returns the names of those that failed."""
     failed = []
+    slots = SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot_environment(slot, jobs))
     with (ThreadPoolExecutor(jobs) as pool,
-          tqdm(total=len(waiting), desc="sweep", unit="run") as bar):
+          tqdm(total=len(points), desc="sweep", unit="run") as bar):
         try:
             runs = {}
-            for place, (name, parameters) in enumerate(waiting):
+            for place, (name, parameters) in enumerate(points):
                 if 0 < place < jobs:
                     time.sleep(3)                      # kernels that start together race for ports
-                runs[pool.submit(_run_point, phase, name, parameters, jobs, force)] = name
+                runs[pool.submit(_run_point, phase, name, parameters, slots, force)] = name
             for run in as_completed(runs):
                 bar.update()
                 if run.result():
@@ -130,22 +131,42 @@ def run_sweep(path: str | Path, jobs: int = 1, prefix: str = "",
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return results_table(phase, names=[name for name, _ in points]), failed
+    return failed
 
 
-def _run_point(phase: str, name: str, parameters: dict, jobs: int, force: bool) -> int:
+def slot_environment(slot: int, slots: int) -> dict[str, str]:
+    """Variables of a run beside others: its share of the cores, and an accelerator of its own.
+
+    Where there are more runs than accelerators, they take turns in sharing one.
+    """
+    environment = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // slots))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = (range(torch.cuda.device_count()) if visible is None
+             else [card.strip() for card in visible.split(",") if card.strip()])
+    if cards:
+        environment["CUDA_VISIBLE_DEVICES"] = str(cards[slot % len(cards)])
+    return environment
+
+
+def _run_point(phase: str, name: str, parameters: dict, slots: SimpleQueue, force: bool) -> int:
     """Runs one point in a process of its own, which writes output.txt; returns its exit status."""
     folder = results_folder() / phase / name
     folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"DLR_TERMINAL": "1"}
-    with (tempfile.TemporaryDirectory() as scratch,
-          (folder / "output.txt").open("w", encoding="utf-8") as output):
-        file = Path(scratch) / f"{name}.yaml"
-        file.write_text(json.dumps(parameters), encoding="utf-8")
-        command = [sys.executable, "-m", "dlr", "run", phase, "--params", str(file), "--name", name]
-        return subprocess.run(command + ["--force"] * force, stdout=output, env=environment,
-                              stderr=subprocess.STDOUT, cwd=project_root()).returncode
+    slot = slots.get()
+    try:
+        with (tempfile.TemporaryDirectory() as scratch,
+              (folder / "output.txt").open("w", encoding="utf-8") as output):
+            file = Path(scratch) / f"{name}.yaml"
+            file.write_text(json.dumps(parameters), encoding="utf-8")
+            command = [sys.executable, "-m", "dlr", "run", phase, "--params", str(file),
+                       "--name", name]
+            return subprocess.run(command + ["--force"] * force, stdout=output,
+                                  stderr=subprocess.STDOUT, cwd=project_root(),
+                                  env=os.environ | slot | {"DLR_TERMINAL": "1"}).returncode
+    finally:
+        slots.put(slot)
 
 
 def write_table(path: str | Path, table: pd.DataFrame, prefix: str = "") -> tuple[str, Path]:

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on DLR models: its scores are ours, and a router that does not run is an error."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import dlr.bench.run
 from dlr.base.data import Documents, padded_batches
 from dlr.base.models import load_base
 from dlr.base.opened import Opened
+from dlr.bench.batches import fitting
 from dlr.bench.harness import DLRLM, generated_length
 from dlr.bench.metering import Meter, RouterDidNotRun
 from dlr.bench.run import run_benchmark
@@ -225,15 +227,13 @@ def test_reused_logits_are_refused(nano):
     with pytest.raises(ValueError, match="logits_cache"):
         DLRLM(loaded=base_of(nano), logits_cache=True)
     assert DLRLM(loaded=base_of(nano)).logits_cache is False
-    with pytest.raises(ValueError, match="auto"):
-        DLRLM(loaded=base_of(nano), batch_size="auto")
 
 
 @pytest.mark.parametrize("options, message", [
     ({"skp": 0.2}, "no model argument 'skp'; did you mean 'skip'"),
     ({"load_in_8bit": True}, "give load_in_4bit"), ({"peft": "x"}, "adapters come with the checkpoint"),
     ({"pretrained": "x"}, "those the checkpoint names"), ({"parallelize": True}, "one device"),
-    ({"trust_remote_code": True}, "never run"), ({"max_batch_size": 4}, "give batch_size"),
+    ({"trust_remote_code": True}, "never run"), ({"max_batch_size": 4}, "bounds batch_size='auto'"),
     ({"skip": "much"}, "must be a number"), ({"order": "pareto"}, "no use for order"), ({"dtype": "half"}, "not one of"),
     ({"max_length": "long"}, "whole number"), ({"max_length": -5}, "whole number"), ({"batch_size": "²"}, "whole number"),
     ({"load_in_4bit": "maybe"}, "true or false"), ({"add_bos_token": "perhaps"}, "true or false"),
@@ -266,6 +266,33 @@ def test_the_launcher_says_in_one_sentence_what_is_wrong(monkeypatch):
     monkeypatch.setattr(lm_eval, "cli_evaluate", lambda: DLRLM.create_from_arg_string("checkpoint=nano-router,skp=0.2"))
     with pytest.raises(SystemExit, match="error: There is no model argument 'skp'; did you mean 'skip'"):
         lm_eval.main()
+
+
+# -- as many requests as fit ---------------------------------------------------------------------------------------------
+def test_auto_takes_the_most_rows_that_fit_of_each_width(routed, data, monkeypatch):
+    lm = DLRLM(loaded=routed, batch_size="auto", max_batch_size="20")
+    forward, skips = HFLM._model_call, []
+
+    def small_card(model, ids, *rest):
+        if ids.numel() > 500:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        logits = forward(model, ids, *rest)
+        skips.append(routed.routing.policy)
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFLM, "_model_call", small_card)
+        fits = {width: fitting(lm, width, 20) for width in (8, 50, 400, 600)}
+    assert fits[8] == 20 and 5 <= fits[50] <= 10 and fits[400] == fits[600] == 1
+    assert lm.meter.requests == lm.meter.scored == 0 and set(skips) == {None}, "dense, and no score"
+    assert lm.sizes.of(lm, 64) == 20, "no CPU says what it cannot hold: the bound"
+    card = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr("dlr.bench.batches.fitting", lambda lm, width, most: width)
+    assert [lm.sizes.of(card, width) for width in (3, 7, 3)] == [3, 7, 3], "asked anew for each width"
+    found = responses(lm, data, ["blimp_causative"])
+    assert lm.meter.skip > 0.1
+    lm = DLRLM(loaded=routed, batch_size=20)
+    assert responses(lm, data, ["blimp_causative"]) == found
 
 
 # -- truncation ---------------------------------------------------------------------------------------------------------

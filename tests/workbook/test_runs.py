@@ -288,7 +288,7 @@ def test_bad_input_is_one_sentence_and_no_folder(tmp_path, arguments, words, mon
 
 def test_a_bad_input_error_of_a_library_keeps_its_traceback(monkeypatch):
     """Only what this package refuses is a sentence: a ValueError from elsewhere is a fault of ours."""
-    monkeypatch.setattr("dlr.__main__.run_sweep", lambda *arguments: json.loads("{"))
+    monkeypatch.setattr("dlr.workbook.sweepcommand.points_of", lambda *arguments: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         bad("sweep", "any.yaml")
 
