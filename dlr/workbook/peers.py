@@ -18,6 +18,13 @@ from dlr.workbook import study
 # rule without a controller starts near the budget (keep_bias): few steps would not bring it there.
 _LAYERS = {"warm_start": False, "lora_prefix": True, "elastic": False}
 
+VERSIONS = {
+    "v1": {"objective": "global_penalty", "warm_start": False, "router_lr": 1e-2},
+    "v2": {"objective": "original", "warm_start": False, "router_lr": 1e-2},
+    "cold": {"warm_start": False},
+    "DLR": {},
+    "DLR without KD": {"kd_weight": 0.0},
+}
 PEERS = {
     "MoD": _LAYERS | {"router_class": "MoDRouter", "keep_bias": 1.0},
     "D-LLM": _LAYERS | {"router_class": "DLLMRouter", "objective": "token_target",
@@ -32,10 +39,14 @@ STATIC = "ShortGPT"        # a peer without a router: another order for the stat
 
 def shortgpt_row(bench: study.Bench, config: RunConfig, folder: Path, skip: float) -> dict:
     """The static plan by block influence, healed and measured as the best static one is."""
+    return study.static_row(bench, config, folder, skip, shortgpt_order(bench, config), STATIC)
+
+
+def shortgpt_order(bench: study.Bench, config: RunConfig) -> list[int]:
+    """The base's units from the least block influence to the greatest."""
     routing = attach(bench.base, config.router().changed(router_class="Router"),
                      bf16=config.autocast)
     try:
-        order = similarity_order(bench.base, routing, bench.calibration)
+        return similarity_order(bench.base, routing, bench.calibration)
     finally:
         routing.detach()
-    return study.static_row(bench, config, folder, skip, order, STATIC)
