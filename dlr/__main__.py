@@ -1,5 +1,5 @@
-"""Command line of the workbook: `python -m dlr run`, `sweep`, `explore`, `eval`, `mixture` and
-`notebooks`.
+"""Command line of the workbook: `python -m dlr run`, `train`, `sweep`, `explore`, `eval`, `mixture`
+and `notebooks`.
 """
 
 import argparse
@@ -10,11 +10,10 @@ import traceback
 from pathlib import Path
 
 from dlr.explore import serve
-from dlr.settings import validated
-from dlr.workbook import evalcommand, mixturecommand, sweepcommand
+from dlr.workbook import evalcommand, mixturecommand, sweepcommand, traincommand
 from dlr.workbook.phase_run import run_phase
-from dlr.workbook.phases import PHASES, schema_of
-from dlr.workbook.runner import checked_parameters
+from dlr.workbook.phases import PHASES
+from dlr.workbook.runner import checked_parameters, name_of
 
 # Commands that need `dlr.workbook.notebooks` import it: it takes half as long as all of these.
 
@@ -22,6 +21,7 @@ EXAMPLES = """examples:
   python -m dlr run                                       a tour: a router beside its controls
   python -m dlr run token_routing --set target_skip=0.3   the same at another budget
   python -m dlr run token_routing --params params/token_routing/tinyllama.yaml
+  torchrun --nproc-per-node 4 -m dlr train --params FILE  its training, in several processes
   python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are kept
   python -m dlr explore "Any text."                       what every token costs; --serve: browser
   python -m dlr eval nano-router --tasks blimp            tasks of lm-evaluation-harness
@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["explore"].set_defaults(call=serve.explore)
     evalcommand.add_parser(commands)
     commands.choices["eval"].set_defaults(call=evalcommand.evaluate_command)
+    traincommand.add_parser(commands)
+    commands.choices["train"].set_defaults(call=traincommand.train_command)
     mixturecommand.add_parser(commands)
     commands.choices["mixture"].set_defaults(call=mixturecommand.mixture_command)
     command = commands.add_parser("notebooks", **SHAPE,
@@ -86,21 +88,15 @@ def _add_run(commands) -> None:
 def run(arguments) -> int:
     """Runs a phase's notebook after the other; all settings are checked before the first starts."""
     is_tour = not arguments.phases
-    params = arguments.params or (str(TOUR_PARAMS) if is_tour else None)
-    assigned = {name.strip(): value
-                for name, _, value in (text.partition("=") for text in arguments.set)}
-    explicit = arguments.name or assigned.get("run_name")
+    arguments.params = arguments.params or (str(TOUR_PARAMS) if is_tour else None)
     plans = []
     for phase in arguments.phases or ["token_routing"]:
-        parameters = checked_parameters(phase, params, arguments.set)
-        usual = Path(params).stem if params else "default"
-        name = explicit or parameters.get("run_name") or usual
-        validated({"run_name": name}, schema_of(phase))
-        plans.append((phase, name, parameters))
+        parameters = checked_parameters(phase, arguments.params, arguments.set)
+        plans.append((phase, parameters, *name_of(phase, arguments, parameters)))
     if is_tour:
         print(TOUR, flush=True)
-    for phase, name, parameters in plans:
-        run_phase(phase, parameters, name, is_given=bool(explicit), force=arguments.force)
+    for plan in plans:
+        run_phase(*plan, force=arguments.force)
     return 0
 
 

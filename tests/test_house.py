@@ -7,7 +7,7 @@ import pytest
 from dlr.runs import project_root
 
 ROOT = project_root()
-FLOORS = [{"settings", "runs", "progress"}, {"routing"}, {"base"}, {"measure"},
+FLOORS = [{"settings", "runs", "progress", "processes"}, {"routing"}, {"base"}, {"measure"},
           {"train", "bench", "explore", "figures"}, {"workbook"}, {"__init__", "__main__"}]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted((ROOT / "dlr").rglob("*.py"))

@@ -1,14 +1,17 @@
 """Tiny random models built from configurations; nothing here touches a network or a GPU."""
 
 import copy
+import random
+from pathlib import Path
 
 import torch
-from transformers import (AutoModelForCausalLM, BloomConfig, FalconConfig, Gemma2Config,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, FalconConfig, Gemma2Config,
                           Gemma3TextConfig, GPT2Config, GPTNeoXConfig, GraniteConfig, LlamaConfig,
                           MistralConfig, Olmo2Config, OPTConfig, Phi3Config, Qwen2Config,
                           Qwen3Config, SmolLM3Config)
 
 import dlr
+from dlr.base.models import NANO
 from dlr.routing.config import RouterConfig
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -61,6 +64,20 @@ def scattered(model, config=DEPTH, order=(2, 0, 3, 1)):
     with torch.no_grad():
         routing.router.net[-1].weight.normal_(std=1.0)
     return routing
+
+
+def base_and_texts(folder: Path) -> dict[str, str]:
+    """A tiny base with the embedded tokenizer and 300 documents, in folders; the settings that name them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL | {"vocab_size": 4096}, initializer_range=0.3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(NANO).save_pretrained(folder / "base")
+    (folder / "texts").mkdir()
+    rng = random.Random(0)
+    for number in range(300):
+        words = " ".join(rng.choice("the a cat dog tree runs sees under red old small".split()) for _ in range(80))
+        (folder / "texts" / f"{number}.txt").write_text(f"{number} {words}")
+    return {"model": str(folder / "base"), "dataset": str(folder / "texts")}
 
 
 class Renamed(torch.nn.Module):

@@ -76,15 +76,18 @@ def _trains_biases(carrier) -> bool:
     return any(getattr(config, "bias", "none") != "none" for config in configs)
 
 
-def write_router(routing: Routing, folder: Path, model=None) -> None:
+def write_router(routing: Routing, folder: Path, model=None, base: dict | None = None) -> None:
     """The router's two files, into an existing folder; the adapter's too where they are not there.
 
     The calibrated threshold is what is written, also within `dlr.budget`.
+
+    Args:
+        base: `base_record` of the model, where its weights cannot be read now.
     """
     model = routing.model if model is None else model
     carrier = adapted(model, routing)
     name = None if carrier is None else active_adapter(carrier)
-    base = base_record(model)
+    base = dict(base or base_record(model))
     if _trains_biases(carrier):       # the biases before they were trained are those of the base
         base["fingerprint"] = routing.base.get("fingerprint", "")
     if name is not None and not (folder / ADAPTER_CONFIG).exists():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dlr.measure.instrument import Sample, costs, open_sample
 from dlr.measure.static_runs import StaticRuns
+from dlr.processes import count, rank, wait
 from dlr.progress import tqdm
 from dlr.routing.handle import Routing
 from dlr.routing.policy import GivenPlan
@@ -129,14 +130,16 @@ def blocks_as_batches(blocks: np.ndarray, count: int, size: int) -> list[dict]:
 
 def stream(batches: list[dict], make, folder: Path, describe: str) -> HarmLabels:
     """`make(batch)` of every batch, each kept in `folder` as it comes; those there are read again.
+
+    Several processes share the batches, and go on once all are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for number, batch in enumerate(tqdm(batches, desc=describe, unit="batch")):
-        path = folder / f"{number:05d}.safetensors"
+    paths = [folder / f"{number:05d}.safetensors" for number in range(len(batches))]
+    mine = slice(rank(), None, count())
+    for path, batch in zip(tqdm(paths[mine], desc=describe, unit="batch"), batches[mine]):
         if not path.is_file():
             labels = make(batch)
             save_tensors({part.name: getattr(labels, part.name).contiguous()
                           for part in fields(HarmLabels)}, path)
-        parts.append(HarmLabels(**load_file(path)))
-    return HarmLabels.joined(parts)
+    wait()
+    return HarmLabels.joined([HarmLabels(**load_file(path)) for path in paths])

@@ -13,6 +13,7 @@ from dlr.measure.instrument import open_sample
 from dlr.measure.likelihood import frozen_base
 from dlr.measure.logits import last_only
 from dlr.measure.static_runs import StaticRuns
+from dlr.processes import agreed, dealt, is_first
 from dlr.progress import tqdm
 from dlr.routing.device import device_of
 from dlr.routing.handle import Routing
@@ -35,8 +36,9 @@ def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[fl
     dropped: list[int] = []
     added = dict.fromkeys(range(units), 0.0)
     level = 0.0
-    if kept is not None and kept.is_file():
-        dropped, left, level = json.loads(kept.read_text(encoding="utf-8"))
+    if kept is not None and agreed(kept.is_file()):
+        dropped, left, level = agreed(json.loads(kept.read_text(encoding="utf-8"))
+                                      if is_first() else None)
         added = {int(unit): harm for unit, harm in left.items()}
     tried = [units if not place else min(units - place, candidates or units)
              for place in range(units)]
@@ -49,7 +51,7 @@ def greedy_order(units: int, harms: Callable[[list[int], list[int]], Iterable[fl
                 bar.update()
             dropped.append(min(units_to_try, key=added.get))
             level += added.pop(dropped[-1])
-            if kept is not None:
+            if kept is not None and is_first():
                 write_atomically(kept, json.dumps([dropped, added, level]))
     return dropped
 
@@ -59,16 +61,18 @@ def greedy_order_by_kl(model, routing: Routing, batches: list[dict],
     """The greedy order by KL from the dense model on `batches`; a thousand tokens suffice.
 
     KL is far less noisy than the loss: it compares whole distributions on the same tokens.
-    `candidates` and `kept` are those of `greedy_order`.
+    `candidates` and `kept` are those of `greedy_order`. Several processes share a round's units.
     """
     runs = [StaticRuns(model, routing, open_sample(model, routing, batch)) for batch in batches]
 
     def harms(dropped, left):
         for run in runs:
             run.kl(static_gates(routing.units, dropped), keep=True)
-        for unit in left:
+
+        def harm(unit):
             gates = static_gates(routing.units, [*dropped, unit])
-            yield sum(run.kl(gates).sum() for run in runs)
+            return float(sum(run.kl(gates).sum() for run in runs))
+        return dealt(left, harm)
 
     return greedy_order(routing.units, harms, candidates, kept)
 

@@ -1,7 +1,7 @@
 """Cross-entropy and distillation of a training step, without the logits of the whole batch.
 
 A batch's logits under a vocabulary of 152,000 are the largest tensors of a step by far. The decoder
-runs once for the teacher and once for the student; the head, the cross-entropy and the divergence
+runs once for the student and once for the teacher; the head, the cross-entropy and the divergence
 follow on a few rows at a time, and the backward pass computes them again.
 
 Notation: b batch, s sequence, n predicted positions.
@@ -33,11 +33,13 @@ def losses(model, routing: Routing, inputs: dict[str, torch.Tensor], policy: Pol
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     real, teacher = mask.bool(), None
+    # The student runs first: a sharded model whose first pass finds no trainable weight (the
+    # teacher's has none) notes no number format for gradients. `routing.plan` stays the student's.
+    with routing.using(policy):
+        student = logits_of(model, routing, ids, mask, run)
     if temperature is not None:
         with frozen_base(model, routing):
             teacher = logits_of(model, routing, ids, mask)
-    with routing.using(policy):
-        student = logits_of(model, routing, ids, mask, run)
     frozen = frozen_base if head_is_adapted(model, routing) else _no_gradients
 
     def part(places: slice) -> Losses:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from dlr.processes import gathered
 from dlr.routing.budget import Controller, calibration_curve
 from dlr.routing.plan import Plan, binary_entropy
 from dlr.settings import Settings, SettingsError, validated
@@ -108,7 +109,8 @@ class Controlled(Objective, name="controlled"):
         """The price of every skip ratio, by the router's own logits of the latest steps."""
         plan = routing.plan
         free = plan.real & (plan.position >= routing.config.forced_tokens)
-        self._recent = [*self._recent, plan.logits[free].detach()][-RECENT:]
+        logits = torch.cat(gathered(plan.logits[free].detach().cpu()))      # of all processes
+        self._recent = [*self._recent, logits][-RECENT:]
         return calibration_curve(torch.cat(self._recent))
 
 

@@ -2,6 +2,7 @@
 
 All three are the base's own, whatever is trained on it later, and the static control shares the
 first two. Each is made once and kept in the cache folder, under a key of all that it depends on.
+Several processes share the search and the labelling, and the first of them writes what is one file.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from dlr.base.encoding import RULES
 from dlr.measure.labels import HarmLabels, blocks_as_batches, label_batch, stream
 from dlr.measure.ridge import fit_skip_adapters
 from dlr.measure.static import greedy_order_by_kl
+from dlr.processes import agreed, is_first, wait
 from dlr.routing.attach import attach
 from dlr.routing.handle import Routing
 from dlr.routing.weights import identity
@@ -84,14 +86,16 @@ class Preparer:
             return {}
         path = self._path("adapters", config.skip_adapter_rank, config.adapter_tokens)
         path = path.with_suffix(".safetensors")
-        if not path.is_file():
+        if agreed(not path.is_file()):
             routing = self._attached()
             try:
                 fit_skip_adapters(self.base, routing, self._batches(config.adapter_tokens, 0))
-                save_tensors({name: parameter.detach().cpu() for name, parameter
-                              in routing.router.skip.named_parameters()}, path)
+                if is_first():
+                    save_tensors({name: parameter.detach().cpu() for name, parameter
+                                  in routing.router.skip.named_parameters()}, path)
             finally:
                 routing.detach()
+            wait()
         return load_file(path)
 
     def order(self) -> list[int]:
@@ -100,7 +104,7 @@ class Preparer:
         adapters = self.adapters()
         path = self._path("order", config.skip_adapter_rank, config.adapter_tokens,
                           config.order_tokens, config.candidates).with_suffix(".json")
-        if not path.is_file():
+        if agreed(not path.is_file()):
             routing = self._attached()
             try:
                 Preparation(adapters).install(routing)
@@ -109,8 +113,10 @@ class Preparer:
                 order = greedy_order_by_kl(self.base, routing, batches, config.candidates, kept)
             finally:
                 routing.detach()
-            write_atomically(path, json.dumps(order))
-            kept.unlink()
+            if is_first():
+                write_atomically(path, json.dumps(order))
+                kept.unlink()
+            wait()
         return json.loads(path.read_text(encoding="utf-8"))
 
     def labels(self) -> HarmLabels:

@@ -78,7 +78,7 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
 
     # optimisation
     steps: int = Field(150, ge=1)
-    batch_size: int = Field(8, ge=1)            # sequences a forward pass
+    batch_size: int = Field(8, ge=1)            # sequences a forward pass, of all processes
     accumulation: int = Field(1, ge=1)
     lr: float = Field(1e-3, gt=0.0)             # LoRA
     router_lr: float = Field(1e-3, gt=0.0)
@@ -101,6 +101,8 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
     # autocast wherever a model runs; None: where it is fast
     bf16: Annotated[bool | None, MachineDecides()] = None
     gradient_checkpointing: bool = False
+    # of several processes: each holds a part of the base's layers (FSDP2); None: all of it (DDP)
+    shard: Annotated[bool | None, MachineDecides()] = None
     save_steps: int = Field(50, ge=1)
     seed: Seed = 0
 
@@ -118,6 +120,9 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
         if self.elastic and not (self.reads_book and self.warm_start):
             raise ValueError("elastic draws prices from a calibrated router: set "
                              "router_class='DepthRouter' and warm_start=true, or elastic=false.")
+        if self.shard and self.load_in_4bit:
+            raise ValueError("shard=true spreads unpacked weights over processes, and a 4-bit base "
+                              "is small enough for each of them; leave shard out.")
         if self.warm_start and not (self.reads_book and self.level == "token"):
             raise ValueError("warm_start regresses a router on the harm of a book's plans for each "
                              f"token, which router_class={self.router_class!r} at "

@@ -1,7 +1,6 @@
 """Training on transformers.Trainer: one step's loss, log and objective, and exact resumption."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -9,10 +8,10 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from dlr.base.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
 from dlr.measure.likelihood import predicted
+from dlr.processes import begin, count
 from dlr.progress import tqdm
 from dlr.routing.config import Calibration
 from dlr.routing.decoder import routing_of
@@ -23,14 +22,15 @@ from dlr.routing.router import ROUTER_NAME
 from dlr.runs import write_atomically
 from dlr.train.losses import losses
 from dlr.train.objectives import OBJECTIVES, SLOPE, Objective
+from dlr.train.resume import finished, newest
 from dlr.train.settings import RunConfig
+from dlr.train.several import average_gradients, begin_alike, shard, share_of_batch
 
 # Share of the router's steps in which noise fades. A plan is noise-free where it is used, and a
 # model that met random plans alone is worse under that one than under random ones.
 NOISELESS_FROM = 0.75
 # As transformers names them: its 'constant' has no warm-up.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-STATE = "trainer_state.json"          # the last file that Trainer's first process writes
 # Of log.csv; the keep rate of each unit follows.
 LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy",
                "temperature", "lr", "tokens_per_second")
@@ -55,9 +55,15 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 class DLRTrainer(Trainer):
     """Trains LoRA of a routed PEFT model and, for as many steps as its objective says, the router.
 
+    Several processes, started by a launcher, train one model together; `batch_size` is the whole
+    batch of all of them.
+
     Args:
         policy: None trains the router's own plan. Under a fixed one (static, stochastic depth,
             dense) LoRA alone is trained.
+
+    Raises:
+        ValueError: the processes cannot share `batch_size` equally.
     """
     # compute_loss divides by the number of labels in the whole accumulated batch, so Trainer must
     # not divide again: batch 1 x 4 accumulated then equals batch 4 x 1.
@@ -77,9 +83,9 @@ class DLRTrainer(Trainer):
         self.objective = objective(config)
         self._sums: dict[str, float] = {}
         self._clock = time.perf_counter()
+        begin()
         arguments = TrainingArguments(
             output_dir=str(self.folder / "trainer"), max_steps=config.steps, seed=config.seed,
-            per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.accumulation, learning_rate=config.lr,
             warmup_steps=round(config.warmup * config.steps),
             lr_scheduler_type=SCHEDULES[config.schedule], bf16=config.autocast,
@@ -87,7 +93,10 @@ class DLRTrainer(Trainer):
             disable_tqdm=True, report_to=[],
             use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
             activation_checkpointing=config.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False})
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            fsdp=True if config.shard and count() > 1 else None)
+        arguments.per_device_train_batch_size = share_of_batch(config.batch_size, count())
+        arguments._n_gpu = min(arguments.n_gpu, 1)     # one process takes one GPU, whatever it sees
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
         super().__init__(model, arguments, train_dataset=dataset, data_collator=collate)
@@ -96,6 +105,12 @@ class DLRTrainer(Trainer):
         self.add_callback(_StepEnd(self))
 
     # -- one step ----------------------------------------------------------------------------------
+    def training_step(self, *args, **options):
+        loss = super().training_step(*args, **options)
+        if self.is_fsdp_enabled:
+            average_gradients(self.routing.router)
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         config, routing = self.config, self.routing
         real = inputs["attention_mask"].bool()
@@ -105,7 +120,7 @@ class DLRTrainer(Trainer):
             share = count * self.accelerator.num_processes / num_items_in_batch
         begun = self.state.global_step >= round(config.kd_warmup * config.steps)
         weight = config.kd_weight if begun else 0.0
-        with self.compute_loss_context_manager():
+        with routing.autocast():         # the head's passes too, and all where the base is sharded
             ce, kd = losses(self.accelerator.unwrap_model(model), routing, inputs,
                             self._policy_now(), config.kd_temperature if weight else None,
                             run=model)
@@ -208,12 +223,15 @@ class DLRTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            write_router(self.routing, folder, self.accelerator.unwrap_model(self.model))
+            base = self.routing.base if self.is_fsdp_enabled else None    # sharded: not read again
+            write_router(self.routing, folder, self.accelerator.unwrap_model(self.model), base)
             (folder / "training_args.bin").unlink(missing_ok=True)                     # a pickle
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
+        self._load_router(Path(resume_from_checkpoint))
+
+    def _load_router(self, folder: Path) -> None:
         self.routing.router.load_weights(load_file(folder / WEIGHTS))
         record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         self.routing.calibration = Calibration(record["threshold"], record["calibrated_skip"],
@@ -222,46 +240,35 @@ class DLRTrainer(Trainer):
     def fit(self) -> None:
         """Trains, from the newest complete checkpoint in the run's folder where there is one.
 
+        A training that is finished is taken as it is, however many processes it had.
+
         Raises:
-            ValueError: that checkpoint was written by another number of processes.
+            ValueError: that checkpoint was written by another number of processes; or `shard` is
+                set and there is one process; or the launcher shards and `shard` is not set.
         """
         output = Path(self.args.output_dir)
-        processes = self.accelerator.num_processes
-        with self.accelerator.main_process_first():      # one process tidies up, the others wait
-            last = get_last_checkpoint(str(output)) if output.is_dir() else None
-            while last and not whole(Path(last), processes):         # killed while it was written
-                os.rename(last, output / f"broken-{Path(last).name}")
-                last = get_last_checkpoint(str(output))
-        if last and steps_of(Path(last)) >= self.args.max_steps:
-            self._load_from_checkpoint(last)            # Trainer itself would take one step more
+        end = finished(output, self.args.max_steps)       # Trainer itself would take one step more
+        if end is not None:
+            self.model.load_adapter(str(end), self.model.active_adapter, is_trainable=True)
+            self._load_router(end)
         else:
-            self.train(resume_from_checkpoint=last)
+            self._refuse_sharding()
+            with self.accelerator.main_process_first():      # one process tidies up, others wait
+                last = newest(output, count())
+            begin_alike(self.routing)
+            if self.is_fsdp_enabled:
+                shard(self.accelerator, self.routing)
+            self.train(resume_from_checkpoint=last and str(last))
         self.routing.policy = RouterPolicy()
         self.model.eval()
 
-
-def steps_of(checkpoint: Path) -> int:
-    """Optimizer steps that a checkpoint has behind it."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
-
-
-def whole(checkpoint: Path, processes: int) -> bool:
-    """Whether every process has written its part of a checkpoint: the state file comes before some.
-
-    Raises:
-        ValueError: another number of processes wrote the parts, so this would be another run.
-    """
-    if not (checkpoint / STATE).is_file():
-        return False
-    needed = {f"rng_state_{rank}.pth" for rank in range(processes)}
-    if processes == 1:
-        needed = {"rng_state.pth"}
-    written = {path.name for path in checkpoint.glob("rng_state*.pth")}
-    if written - needed:
-        raise ValueError(f"The checkpoint {checkpoint.name!r} in {str(checkpoint.parent)!r} was "
-                         f"written by {len(written)} process(es) and this run has {processes}: go "
-                         "on with as many, or remove that folder to begin again.")
-    return written == needed
+    def _refuse_sharding(self) -> None:
+        if self.config.shard and count() == 1:
+            raise ValueError("shard=true spreads the base over several processes, and this is one: "
+                             "torchrun --nproc-per-node N -m dlr train ..., or leave shard out.")
+        if self.is_fsdp_enabled and not self.config.shard:
+            raise ValueError("The launcher's own configuration asks for FSDP, and this run does "
+                             "not: add --set shard=true, or take FSDP out of that configuration.")
 
 
 class _StepEnd(TrainerCallback):

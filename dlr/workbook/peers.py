@@ -42,10 +42,14 @@ STATIC = "ShortGPT"        # a peer without a router: another order for the stat
 
 def shortgpt_row(bench: study.Bench, config: RunConfig, folder: Path, skip: float) -> dict:
     """The static plan by block influence, healed and measured as the best static one is."""
+    return study.static_row(bench, config, folder, skip, shortgpt_order(bench, config), STATIC)
+
+
+def shortgpt_order(bench: study.Bench, config: RunConfig) -> list[int]:
+    """The base's units from the least block influence to the greatest."""
     routing = attach(bench.base, config.router().changed(router_class="Router"),
                      bf16=config.autocast)
     try:
-        order = similarity_order(bench.base, routing, bench.calibration)
+        return similarity_order(bench.base, routing, bench.calibration)
     finally:
         routing.detach()
-    return study.static_row(bench, config, folder, skip, order, STATIC)

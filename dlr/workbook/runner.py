@@ -2,12 +2,14 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pandas as pd
 
 from dlr.base.identity import different_settings, resolved
 from dlr.runs import finished_runs, kind_of
-from dlr.settings import Settings, SettingsError, effective, from_text, nearest, read_params
+from dlr.settings import (Settings, SettingsError, effective, from_text, nearest, read_params,
+                          validated)
 from dlr.workbook.phases import PHASES, schema_of
 from dlr.workbook.places import open_run
 
@@ -115,6 +117,21 @@ def checked_parameters(phase: str, params_file: str | None, assignments: list[st
     given = resolved(given, schema)
     effective(given, schema)
     return given
+
+
+def name_of(phase: str, arguments, parameters: dict) -> tuple[str, bool]:
+    """(the name of a command's run, whether it was given: by --name or --set run_name=).
+
+    Raises:
+        SettingsError: it is no folder's name.
+    """
+    assigned = {name.strip(): value
+                for name, _, value in (text.partition("=") for text in arguments.set)}
+    given = arguments.name or assigned.get("run_name")
+    usual = Path(arguments.params).stem if arguments.params else "default"
+    name = given or parameters.get("run_name") or usual
+    validated({"run_name": name}, schema_of(phase))
+    return name, bool(given)
 
 
 def effective_of(phase: str, given: dict, notebook=None) -> Settings:

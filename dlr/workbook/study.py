@@ -15,15 +15,15 @@ from dlr.base.models import add_lora, load_base
 from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, summary
 from dlr.measure.flops import added_weights
 from dlr.measure.static import evaluate_static, order_of_mean_plan
+from dlr.processes import agreed
 from dlr.routing.attach import attach
-from dlr.routing.elastic import ElasticStatic
 from dlr.routing.handle import Routing
-from dlr.routing.plan import static_pair
-from dlr.routing.policy import (LayerDrop, MixedStaticPlan, Policy, RandomPlan, RouterPolicy,
-                                ShuffledPlan)
+from dlr.routing.policy import LayerDrop, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.runs import KINDS
+from dlr.train.controls import meets_target, static_policy, stochastic_policy
 from dlr.train.prepare import Preparation, context_batches, prepare
 from dlr.train.regress import start
+from dlr.train.resume import finished, keep_notes, read_notes
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
 
@@ -114,40 +114,45 @@ def fresh_variant(bench: Bench, name: str, config: RunConfig,
 
 
 def train(bench: Bench, name: str, config: RunConfig, folder: Path,
-          policy: Policy | None = None) -> Variant:
+          policy: Policy | None = None, keep: bool = True) -> Variant:
     """Trains fresh LoRA and router on the bench's base under `config`, a control under `policy`.
 
     Training resumes from a checkpoint in `folder`, which stays until the run is finished, so that
     an interrupt costs none of its variants. A trained router is calibrated and saved. With a warm
     start and `router_share=0` (the defaults) gradients train LoRA and skip adapters alone: the
     router is regressed on harm labels (see `regress`) and stays as it is. After an error or an
-    interrupt the base model is as it was before.
+    interrupt the base model is as it was before. Without `keep` calibration and saving are left to
+    another call.
     """
+    done = agreed(finished(folder / "trainer", config.steps) is not None)
     warm = policy is None and config.warm_start
     preparation = None
     if config.reads_book or config.skip_adapter_rank:
-        preparation = bench.preparation(config, labels=warm)
+        preparation = bench.preparation(config, labels=warm and not done)
     folder.mkdir(parents=True, exist_ok=True)
     variant = fresh_variant(bench, name, config, preparation)
     try:
-        if warm:
+        if done:
+            variant.notes |= read_notes(folder / "trainer")
+        elif warm:
             context = context_batches(bench.tokenizer, config)
             variant.notes |= start(variant.model, variant.routing, preparation.labels,
                                    bench.calibration, config, context)
-        _fit(bench, variant, folder, policy)
+        keep_notes(folder / "trainer", variant.notes)
+        _fit(bench, variant, folder, policy, keep)
     except BaseException:
         variant.close()
         raise
     return variant
 
 
-def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None) -> None:
+def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None, keep: bool) -> None:
     """Training, calibration and checkpoint of a variant."""
     config, model, routing = variant.config, variant.model, variant.routing
     set_seed(config.seed)
     trainer = DLRTrainer(model, config, bench.blocks(config), folder, policy)
     trainer.fit()
-    if policy is None:
+    if policy is None and keep:
         if trainer.objective.calibrates:
             calibrate_router(model, routing, bench.calibration, config.target_skip)
         variant.notes["threshold"] = routing.calibration.threshold
@@ -231,10 +236,15 @@ def routed_rows(bench: Bench, variant: Variant, name: str = "", **notes) -> list
 
 def static_row(bench: Bench, config: RunConfig, folder: Path, skip: float,
                order: list[int] | None = None, name: str = "best static") -> dict:
-    """The static plan along `order`, by default the greedy one, healed by the same LoRA budget."""
+    """The static plan along `order`, by default the greedy one, healed by the same LoRA budget.
+
+    It is measured at `skip`. It is healed there too, where a router's skip is known only once it is
+    measured; where the objective calibrates it, at the target.
+    """
     order = order or best_static_order(bench, config)
     forced = forced_share(bench, config.keep_first_tokens)
-    with closing(train_static(bench, name, config, folder, order, skip)) as variant:
+    healed = config.target_skip if meets_target(config) else skip
+    with closing(train_static(bench, name, config, folder, order, healed)) as variant:
         table = evaluate_static(variant.model, variant.routing, bench.test, order, skip, forced)
         return row_of(bench, variant, name, table, "static", order=order)
 
@@ -246,9 +256,7 @@ def train_static(bench: Bench, name: str, config: RunConfig, folder: Path, order
     The plans skip `skip`, or, where `config` is elastic, what each sequence draws.
     """
     forced = forced_share(bench, config.keep_first_tokens)
-    plan = ElasticStatic(order) if config.elastic else \
-        MixedStaticPlan(*static_pair(order, len(order), skip, forced))
-    variant = train(bench, name, config, folder, plan)
+    variant = train(bench, name, config, folder, static_policy(config, order, skip, forced))
     save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip,
                  forced)
     return variant
@@ -270,10 +278,7 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
     Raises:
         ValueError: `config.layer_drop` is 0, so that no depth is stochastic.
     """
-    if config.layer_drop == 0:
-        raise ValueError("Stochastic depth drops layers in training: give layer_drop above 0 "
-                         "(0.5, say).")
-    policy = LayerDrop(config.layer_drop, config.drop_schedule, config.drop_level)
+    policy = stochastic_policy(config)
     of = "stochastic depth" if config.drop_level == "sequence" else "random token plans"
     with closing(train(bench, of, config, folder, policy)) as variant:
         save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
