@@ -63,6 +63,7 @@ def train_command(arguments) -> int:
     run = _started(Wanted(phase, config), name, is_given)
     if run.done:
         _say(f"{phase}: finished before, {shown_path(run.folder)}")
+        processes.end()
         return 0
     _say(f"{phase}: {len(trainings)} variants, {processes.count()} process(es) with {share} of a "
          f"batch's {config.batch_size} sequences each, results in {run.folder}")
@@ -72,8 +73,8 @@ def train_command(arguments) -> int:
         if processes.is_first():
             run.forget_if_empty()
         raise
-    processes.end()
     _say(f"trained; now {_next(arguments, phase, run)}")
+    processes.end()
     return 0
 
 

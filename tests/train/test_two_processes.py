@@ -117,14 +117,15 @@ def first_launch(folder: Path) -> None:
     train_sharded(folder / "sharded16", bf16=True, steps=2)
     with pytest.raises(KeyboardInterrupt):
         train_sharded(folder / "stopped", stopped)
-    from dlr.__main__ import main
-    assert main(["train", "pareto", "--params", str(folder / "point.yaml")]) == 0
     train(folder / "killed", killed)
 
 
 def second_launch(folder: Path) -> None:
+    """The two that were cut short go on; then the command, which begins a run of its own."""
     train(folder / "killed")
     train_sharded(folder / "stopped")
+    from dlr.__main__ import main
+    assert main(["train", "pareto", "--params", str(folder / "point.yaml")]) == 0
 
 
 # -- what they must have done ---------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def launched(tmp_path_factory):
     assert "SIGKILL" in first.stderr and (folder / "killed" / "trainer" / "checkpoint-2").is_dir(), first.stderr[-5000:]
     second = launch(folder, "second_launch")
     assert second.returncode == 0, second.stderr[-5000:]
-    return folder, first.stdout
+    return folder, second.stdout
 
 
 def ends(folder: Path) -> list[dict]:

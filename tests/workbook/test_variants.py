@@ -6,10 +6,12 @@ import pytest
 from tiny_models import base_and_texts
 
 from dlr.__main__ import main
+from dlr.base.identity import different_settings
 from dlr.runs import Run
 from dlr.train.trainer import DLRTrainer
 from dlr.workbook import notebooks
 from dlr.workbook.phases import PHASES
+from dlr.workbook.phases.training import ParetoConfig
 
 DEPTH = {"router_class": "DepthRouter", "router_hidden": 8, "skip_adapter_rank": 2, "adapter_tokens": 64, "order_tokens": 64,
          "label_tokens": 64, "visits": 512, "candidates": 2}
@@ -53,6 +55,10 @@ def test_a_notebook_finds_every_variant_that_was_trained(phase, settings, varian
     run_notebook(phase, small | settings | {"run_name": "mine"}, run)
     assert run.done and main(["train", "--params", str(params)]) == 0
     assert "finished before" in capsys.readouterr().out
+
+
+def test_a_sharded_training_is_the_same_run():
+    assert not different_settings(ParetoConfig(shard=True).model_dump(), ParetoConfig().model_dump(), ParetoConfig)
 
 
 @pytest.mark.parametrize("arguments, words", [
