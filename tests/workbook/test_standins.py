@@ -124,13 +124,14 @@ def evaluated(folder, texts):
 
 
 def analysed(folder, texts):
-    config, run = begun("token_analysis", folder, texts, checkpoint="token_routing/plain")
+    config, run = begun("token_analysis", folder, texts, checkpoint="pareto/toy", record_docs=3, oracle_docs=2, oracle_len=16,
+                        probe_docs=3, eval_len=24)
     return token_study.measure(config, run)
 
 
 def timed(folder):
-    logits, trained = shapes.recorded_logits("token_routing/plain", 2)
-    model, _ = load_base(str(folder), dtype="bfloat16")
+    logits, trained = shapes.recorded_logits("pareto/toy", 1)
+    model, _ = load_base(str(folder))
     subject = latency.subject("stand-in", logits, [0.5], model=model, trained=trained)
     return [latency.measure(work, [0.5], repeats=1) for work in
             (latency.Prefill(subject, 1, 32), latency.Decode(subject, 2, 8, steps=2))]

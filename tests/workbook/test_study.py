@@ -14,6 +14,7 @@ from dlr.base.corpus import split_of
 from dlr.base.data import load_documents
 from dlr.base.models import NANO
 from dlr.figures.training import comparison, keep_rates, training
+from dlr.measure import evaluate
 from dlr.routing.policy import RouterPolicy, StaticPlan
 from dlr.runs import KINDS, kind_of
 from dlr.train import prepare
@@ -81,7 +82,8 @@ def rows(bench, tmp_path_factory):
     return {row["variant"]: row for row in found}
 
 
-def test_random_token_plans_are_trained_and_named(bench, tmp_path):
+def test_random_token_plans_are_trained_and_named(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "BOOTSTRAP", 20)
     config = settings_of(bench, layer_drop=0.6, drop_level="token")
     rows = study.stochastic_rows(bench, config, tmp_path, [0.3])
     assert [row["variant"] for row in rows] == ["random token plans, full", "random token plans, 30% dropped"]
