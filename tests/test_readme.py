@@ -112,6 +112,12 @@ EXPECTED = {
     "python -m dlr explore 'Any text.'": (shown("layers a token", "always kept"), {}),
     "python -m dlr explore --base smollm2 'Any text.'": (None, {}),     # brings 93 MB: test_explorer_embedded.py
     "python -m dlr explore --serve": (None, {}),       # does not end by itself: tests/explore/test_serve.py
+    "python -m dlr plan token_routing --params params/token_routing/qwen2.5-3b-4bit.yaml --memory 8GB": (
+        None, {}),                                    # tests/workbook/test_planning.py
+    "torchrun --nproc-per-node 8 -m dlr train --params params/token_routing/llama3.1-8b.yaml": (
+        None, {}),                                    # tests/train/test_two_processes.py
+    "python -m dlr sweep params/pareto/llama3.1-8b.yaml --cluster slurm --slurm partition=gpu": (
+        None, {}),                                    # tests/workbook/test_cluster.py
     "python -m dlr eval CHECKPOINT --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5": (
         refused("--data-dir"), {}),
 }
