@@ -1,6 +1,7 @@
 """lm-evaluation-harness's own command line, with DLR checkpoints as `--model dlr`.
 
     python -m dlr.bench run --model dlr --model_args checkpoint=nano-router --tasks blimp
+    accelerate launch --multi_gpu --num_processes 8 -m dlr.bench run --model dlr ...
 
 Data sets come from the hub here; `python -m dlr eval` also takes local files (--data-dir). What the
 scored tokens skipped is in the result's "config" (dlr_skip ...).

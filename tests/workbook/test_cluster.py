@@ -11,22 +11,44 @@ from pathlib import Path
 
 import psutil
 import pytest
+from clone import tracked
 
 from dlr.__main__ import main
-from dlr.runs import Run, atomic_file, temporary
-from dlr.settings import SettingsError
+from dlr.runs import atomic_file, project_root, temporary
 from dlr.workbook import cluster, sweepcommand, sweeps
 from dlr.workbook.cluster import array_script, job_of, living, options_of
 
-GRID = "phase: token_routing\ncommon: {steps: 8, save_steps: 1, variants: [dense LoRA], static_docs: 2}\ngrid: {seed: [0, 1]}\n"
+GRID = "phase: token_routing\ngrid: {seed: [0, 1]}\n"
 FIRST, SECOND = "seed=0", "seed=1"
+NOTEBOOK = '''# %% tags=["parameters"]
+run_name: str = ""
+seed: int = 0
+
+# %%
+import json, os, time
+from pathlib import Path
+
+folder = Path(os.environ["DLR_RESULTS"], "token_routing", run_name)
+(folder / "run.json").write_text(json.dumps({"settings": {"seed": seed}}))
+steps = folder / "steps.txt"
+done = steps.read_text().split() if steps.exists() else []
+with (folder / "begun.txt").open("a") as file:
+    print(len(done), file=file)
+for step in range(len(done), 12):
+    time.sleep(0.25)
+    with steps.open("a") as file:
+        print(step, file=file)
+perplexity = 20 + seed + 0.1 * sum(map(int, steps.read_text().split()))
+row = {"variant": "toy", "kind": "dense", "seed": seed, "target_skip": 0.4, "skip": 0.1, "perplexity": perplexity}
+(folder / "metrics.json").write_text(json.dumps({"rows": [row]}))
+'''
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """Where the runs of a sweep of two toy points go."""
     (tmp_path / "sweep.yaml").write_text(GRID)
-    monkeypatch.setenv("DLR_PRESET", "toy")
+    monkeypatch.delenv("DLR_PRESET", raising=False)
     monkeypatch.setenv("DLR_RESULTS", str(tmp_path / "r"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path / "r" / "token_routing"
@@ -54,14 +76,29 @@ def is_over(folder: Path) -> bool:
     return not living({"": job_of(folder)})
 
 
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of the package, which jobs run in, with a notebook that counts to twelve and goes on where it was stopped."""
+    for name in tracked():
+        if name.startswith("dlr/") and not name.endswith(".safetensors"):
+            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(project_root() / name, tmp_path / "copy" / name)
+    (tmp_path / "copy" / "notebooks").mkdir()
+    (tmp_path / "copy" / "notebooks" / "03_token_routing.py").write_text(NOTEBOOK)
+    for module in (cluster, sweeps):
+        monkeypatch.setattr(module, "project_root", lambda: tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+
+
 @pytest.mark.slow
-def test_a_sweep_outlives_a_preempted_and_a_killed_job(home, tmp_path, capsys):
+def test_a_sweep_outlives_a_preempted_and_a_killed_job(home, project, tmp_path, capsys):
     command = ["sweep", str(tmp_path / "sweep.yaml")]
     assert main([*command, "--cluster", "local"]) == 0
     assert "2 runs: 2 submitted" in capsys.readouterr().out
-    orphans = until(lambda: kernels(home / SECOND), "the second point's kernel")
+    until((home / SECOND / "steps.txt").exists, "the second point's first step")
+    orphans = kernels(home / SECOND)
     task_of(home / SECOND).kill()
-    until(lambda: list((home / FIRST).glob("*/trainer/checkpoint-*/trainer_state.json")), "a checkpoint")
+    until((home / FIRST / "steps.txt").exists, "the first point's first step")
     task_of(home / FIRST).send_signal(signal.SIGUSR2)
     until(lambda: is_over(home / SECOND), "the killed job's end")
     assert main(command) == 1                                    # says how things are, and runs nothing of it
@@ -69,15 +106,16 @@ def test_a_sweep_outlives_a_preempted_and_a_killed_job(home, tmp_path, capsys):
     assert "2 runs: 1 running, 1 failed" in said and f"  {SECOND}: failed" in said and "1 failed: seed=1" in said
     until(lambda: not [one for one in orphans if one.is_running() and one.status() != "zombie"], "the orphan's end")
     first = job_of(home / FIRST)
-    assert main([*command, "--cluster", "local"]) == 0           # submits the failed one alone
+    assert orphans and main([*command, "--cluster", "local"]) == 0          # submits the failed one alone
     assert "1 running, 1 submitted" in capsys.readouterr().out and job_of(home / FIRST) == first
     until(lambda: is_over(home / FIRST) and is_over(home / SECOND), "the end of both jobs")
     assert main(command) == 0
     assert "2 runs, 2 finished already" in capsys.readouterr().out
-    log = Path(first["log"]).read_text()
-    assert log.count("this job is preempted") == 1 and Run(home / FIRST).rows
-    steps = [line.split(",")[0] for line in next((home / FIRST).glob("*/log.csv")).read_text().splitlines()[1:]]
-    assert steps == [str(step) for step in range(1, 9)], "it went on from its checkpoint"
+    assert Path(first["log"]).read_text().count("this job is preempted") == 1
+    for name in (FIRST, SECOND):
+        assert (home / name / "steps.txt").read_text().split() == [str(step) for step in range(12)]
+        begun = (home / name / "begun.txt").read_text().split()
+        assert len(begun) == 2 and begun[0] == "0" != begun[1], "it went on where it was stopped"
     table = (home / "table.md").read_text()
     shutil.move(home, tmp_path / "of-the-cluster")
     assert main([*command, "--jobs", "2"]) == 0
