@@ -71,14 +71,17 @@ def test_what_stands_beside_the_frontier():
          f"{beside['dense LoRA']['perplexity']:.2f}",
          f"{dropped[0]:.2f} at full depth, {dropped[1]:.2f}, {dropped[2]:.2f} and "
          f"{dropped[3]:.2f} with 20, 40 and 60 % dropped")
+
+
+def test_the_versions_of_notebook_03():
     found = rows("token_routing/default")
-    says(f"scores {found['cold']['perplexity']:.1f} at {100 * found['cold']['skip']:.1f} % skip, "
-         "where a random plan on its weights "
-         f"scores {found['cold, random plan']['perplexity']:.1f} and its own mean plan "
-         f"{found['cold, mean plan']['perplexity']:.1f}; "
-         f"DLR scores {found['DLR']['perplexity']:.1f} there and one global penalty (`v1`, "
-         f"{100 * found['v1']['skip']:.1f} % skip) "
-         f"{found['v1']['perplexity']:.1f}")
+    for name in ("v1", "v2", "cold", "DLR", "DLR without KD", "best static", "dense LoRA"):
+        cells = [f"{found[name]['perplexity']:.2f}"] + [
+            f"{found[other]['perplexity']:.2f}" if other in found else "–" for other in
+            (f"{name}, shuffled", f"{name}, mean plan", f"{name}, random plan")]
+        says(f"| {name} | {100 * found[name]['skip']:.1f} % | {' | '.join(cells)} |")
+    against = metrics("token_routing/default")["against_static"]
+    says(f"{against['nll_difference']:+.4f} ({against['low']:.4f}, {against['high']:.4f}) nats a token")
 
 
 def test_what_is_measured_before_healing():
@@ -130,6 +133,24 @@ def test_the_router_for_smollm2():
     says(f"skips up to {100 * missed:.1f} points less than it is asked to")
 
 
+def test_a_healed_pair_on_smollm2():
+    run = "pareto/smollm2-mixture-steps=40-router-seed=0"
+    found, table = metrics(run), rows(run)
+    says(f"six a domain ({table['DLR at 25%']['predicted_tokens']:,} tokens")
+    for row in found["against_static"]:
+        at = f"at {row['target_skip']:.0%}"
+        each = [table[name]["perplexity"] for name in
+                (f"DLR {at}", f"best static {at}", f"DLR {at}, mean plan", f"DLR {at}, shuffled")]
+        says(f"| {100 * row['target_skip']:.0f} % | {100 * row['skip']:.1f} % | "
+             + " | ".join(f"{value:.2f}" for value in each)
+             + f" | {row['nll_difference']:+.3f} ({row['low']:.3f}, {row['high']:.3f}) |")
+        assert row["high"] < 0, "below the static plan at every budget"
+    for domain in {row["domain"] for row in found["domains"]}:
+        cells = [f"{row['nll_difference']:+.3f} ({row['low']:.3f}, {row['high']:.3f})"
+                 for row in found["domains"] if row["domain"] == domain]
+        says(f"| {domain} | {' | '.join(cells)} |")
+
+
 def test_smollm2_and_its_adapters():
     found = {rank: metrics(f"depth_router/smollm2-skip_adapter_rank={rank}")
              for rank in (0, 8, 16, 32, 64, 128)}
@@ -173,25 +194,27 @@ def test_the_reported_routers_were_not_trained_by_gradients():
 def test_what_the_shipped_router_knows():
     found = metrics("token_analysis/nano")
     collapse = found["collapse"]
-    says("of 12 routable layers the router that ships here (40 %) always runs "
-         f"{len(collapse['always'])} and never runs "
-         f"{len(collapse['never'])}, {100 * found['static']['checkpoint']['agreement']:.1f} % of "
-         "its gates are the best static "
-         f"plan's, and {100 * collapse['commonest_plan']:.0f} % of tokens share one of its "
-         f"{collapse['plans']} distinct plans",
+    says(f"Its {collapse['plans']} plans are all in use, the commonest for "
+         f"{100 * collapse['commonest_plan']:.0f} % of the tokens; of 12 routable layers "
+         f"{len(collapse['always'])} always runs and {len(collapse['never'])} never do; "
+         f"{100 * found['static']['checkpoint']['agreement']:.1f} % of its gates",
          f"costs {found['shuffled']['nll_difference']:.3f} nats a token "
          f"({found['shuffled']['low']:.3f} to "
          f"{found['shuffled']['high']:.3f}); {100 * found['variance']['layers']:.0f} % of the "
-         "plan's variance lies between layers")
+         "plan's variance lies between layers",
+         f"explains {100 * found['between']['token']:.0f} % of the variance of depth")
+    assert not collapse["flags"]
     twenty, forty, sixty = (row for row in found["rows"] if row["weights"] == "checkpoint")
-    says(f"at 40 % skip its KL from the dense model is {forty['oracle']:.3f}, against "
-         f"{forty['static']:.3f} for the best static plan "
+    says(f"at {100 * forty['skip']:.1f} % skip its KL from the dense model is "
+         f"{forty['oracle']:.3f}, against {forty['static']:.3f} for the best static plan "
          f"and {forty['routed']:.3f} for the router, which so captures "
          f"{100 * forty['captured']:.0f} % of that headroom "
          f"({100 * forty['captured_low']:.0f} to {100 * forty['captured_high']:.0f} %; "
          f"{forty['tokens']:,} tokens of "
-         f"{forty['documents']} documents)")
-    assert all(row["captured_low"] < 0 < row["captured_high"] for row in (twenty, sixty))
+         f"{forty['documents']} documents); at {100 * twenty['skip']:.1f} and "
+         f"{100 * sixty['skip']:.1f} % it captures {100 * twenty['captured']:.0f} and "
+         f"{100 * sixty['captured']:.0f} %")
+    assert all(row["captured_low"] > 0 for row in found["rows"])
     r2 = {(row["depth"], row["probe"]): 100 * row["r2"] for row in found["probes"]}
     says(f"explain {r2[4, 'linear']:.0f} to {r2[4, 'MLP']:.0f} % of the variance of a layer's harm",
          f"{r2[12, 'linear']:.0f} to {r2[12, 'MLP']:.0f} % from the state after layer 12")
