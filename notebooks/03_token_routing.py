@@ -67,16 +67,16 @@ import sys
 sys.path.insert(0, "..")          # kernels start in notebooks/; the package is one folder up
 
 from dlr.settings import SettingsError
-from dlr.workbook.peers import PEERS, STATIC, VERSIONS, shortgpt_row
+from dlr.workbook.peers import PEERS, STATIC, VERSIONS, of_variant, shortgpt_row
 from dlr.workbook.runner import notebook_settings
 
 config = notebook_settings("token_routing", globals())
-CHANGES = VERSIONS | PEERS
-known = [*CHANGES, STATIC, "best static", "dense LoRA"]
+routers = [*VERSIONS, *PEERS]
+known = [*routers, STATIC, "best static", "dense LoRA"]
 unknown = [name for name in config.variants if name not in known]
 if unknown:
     raise SettingsError(f"variants={unknown} are none of {known}")
-configs = {name: config.changed(**CHANGES[name]) for name in CHANGES if name in config.variants}
+configs = {name: of_variant(config, name) for name in routers if name in config.variants}
 
 # %% tags=["nbval-ignore-output"]
 from dlr.workbook import frontier, study

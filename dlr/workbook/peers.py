@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dlr.measure.static import similarity_order
 from dlr.routing.attach import attach
+from dlr.settings import default_of
 from dlr.train.settings import RunConfig
 from dlr.workbook import study
 
@@ -38,6 +39,14 @@ PEERS = {
     "FlexiDepth": _LAYERS | {"router_class": "FlexiDepthRouter", "keep_bias": 4.0},
 }
 STATIC = "ShortGPT"        # a peer without a router: another order for the static plan
+
+
+def of_variant(config: RunConfig, name: str) -> RunConfig:
+    """`config` as the variant `name` of notebook 03 changes it, at its own rate if that was set."""
+    changes = (VERSIONS | PEERS)[name]
+    if config.router_lr != default_of(type(config), "router_lr"):
+        changes = {setting: value for setting, value in changes.items() if setting != "router_lr"}
+    return config.changed(**changes)
 
 
 def shortgpt_row(bench: study.Bench, config: RunConfig, folder: Path, skip: float) -> dict:

@@ -64,9 +64,8 @@ def sequence_routing(config) -> list[Training]:
 def token_routing(config) -> list[Training]:
     """Of notebook 03. A static plan at a skip that is yet to be measured is left to the notebook.
     """
-    changes = peers.VERSIONS | peers.PEERS
-    trainings = [Training(name, name.replace(" ", "-"), "routed", config.changed(**changes[name]))
-                 for name in changes if name in config.variants]
+    trainings = [Training(name, name.replace(" ", "-"), "routed", peers.of_variant(config, name))
+                 for name in peers.VERSIONS | peers.PEERS if name in config.variants]
     if meets_target(config) or "DLR" not in config.variants:
         trainings += [Training(name, folder, "static", config) for name, folder in
                       (("best static", "static"), (peers.STATIC, peers.STATIC))

@@ -36,6 +36,11 @@ def test_a_peer_trains_and_meets_its_budget_on_unseen_text(bench, name, tmp_path
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_rate_that_was_set_is_the_variants_too(bench):
+    assert peers.of_variant(bench.config, "v2").router_lr == 1e-2
+    assert peers.of_variant(bench.config.changed(router_lr=3e-5), "v2").router_lr == 3e-5
+
+
 def test_what_is_prepared_is_that_of_plain_paths(bench, monkeypatch, tmp_path):
     """Soft weights of an untrained rule must not come into the order and adapters that all arms share."""
     routers, attach = [], prepared.attach
