@@ -132,7 +132,8 @@ Markdown(findings.evaluation(rows, run.metrics["against_static"]))
 # ## The recorded comparison on BLiMP
 #
 # All 67,000 pairs, on checkpoints of the frontier sweep (notebook 04), which are not in the
-# repository:
+# repository. What is recorded here is of the first method's routers (independent gates), which that
+# sweep trained before there were depth routers; the commands now make the comparison for those:
 #
 #     python -m dlr sweep params/pareto/nano.yaml
 #     python -m dlr run evaluation --params params/evaluation/nano.yaml --set data_dir=DIR

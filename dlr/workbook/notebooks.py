@@ -21,6 +21,7 @@ from dlr.settings import SettingsError
 from dlr.workbook.phases import PHASES
 
 _BAR = re.compile(r"\d+%\|")                                   # a tqdm bar, whatever it counts
+WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -163,6 +164,9 @@ def refresh(names: list[str], say=print) -> None:
         with tempfile.TemporaryDirectory() as elsewhere:
             executed = execute(notebook, Path(elsewhere) / f"{name}.ipynb", {}, quiet=True)
             notebook = nbformat.read(executed, as_version=4)
+        if any(WIDGET in output.get("data", {}) for cell in notebook.cells
+               for output in cell.get("outputs", [])):
+            about["widgets"] = notebook.metadata.get("widgets", {})      # what a page shows of them
         for cell in notebook.cells:
             tags = cell.metadata.get("tags")
             cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
