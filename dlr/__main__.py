@@ -1,5 +1,5 @@
-"""Command line of the workbook: `python -m dlr run`, `sweep`, `explore`, `eval`, `mixture` and
-`notebooks`.
+"""Command line of the workbook: `python -m dlr run`, `sweep`, `plan`, `explore`, `eval`, `mixture`
+and `notebooks`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dlr.explore import serve
 from dlr.settings import validated
-from dlr.workbook import evalcommand, mixturecommand
+from dlr.workbook import evalcommand, mixturecommand, plancommand
 from dlr.workbook.phases import PHASES, schema_of
 from dlr.workbook.places import Wanted, beside, named, provenance, shown_path
 from dlr.workbook.runner import checked_parameters, effective_of
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python -m dlr run token_routing --set target_skip=0.3   the same at another budget
   python -m dlr run token_routing --params params/token_routing/tinyllama.yaml
   python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are kept
+  python -m dlr plan token_routing --params params/token_routing/tinyllama.yaml --memory 16GB
   python -m dlr explore "Any text."                       what every token costs; --serve: browser
   python -m dlr eval nano-router --tasks blimp            tasks of lm-evaluation-harness
   python -m dlr mixture DATA_DIR OUT                      a dataset of five domains
@@ -56,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["eval"].set_defaults(call=evalcommand.evaluate_command)
     mixturecommand.add_parser(commands)
     commands.choices["mixture"].set_defaults(call=mixturecommand.mixture_command)
+    plancommand.add_parser(commands)
+    commands.choices["plan"].set_defaults(call=plancommand.plan_command)
     command = commands.add_parser("notebooks", **SHAPE,
                                   help="execute committed notebooks anew, in place")
     command.set_defaults(call=notebooks)

@@ -68,7 +68,7 @@ def attention_of(name: str | None, dtype: str) -> str:
 
 
 def open_model(name: str, dtype: str | None = None, attn_implementation: str | None = None,
-               quantisation: dict | None = None, device: str | None = None, upcast: bool = True):
+               quantisation: dict | None = None, device: str | None = None, upcast: bool = False):
     """The base model `name`, in evaluation mode and without gradients.
 
     Args:
@@ -80,7 +80,9 @@ def open_model(name: str, dtype: str | None = None, attn_implementation: str | N
         quantisation: bitsandbytes' settings, as `NF4`; None leaves the base as it is stored.
         attn_implementation: see `attention_of`.
         device: where the weights go; None is the CPU.
-        upcast: float32 for what a 4-bit base does not pack.
+        upcast: float32 for what a 4-bit base does not pack, as earlier checkpoints have it. It
+            costs 0.6 GB of a model of 3B parameters and 2 GB of one of 8B, and has all states in
+            float32.
 
     Raises:
         ConnectionError: neither a folder nor reachable; the message names the embedded model.

@@ -5,9 +5,12 @@ Speed depends on shapes and on the plan, not on what the weights are.
 
 import torch
 from torch.nn.functional import interpolate
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig,
+                          Qwen2Config)
 
+from dlr.base import smollm2
 from dlr.base.data import load_documents, padded_batches
+from dlr.base.models import source_of
 from dlr.base.opened import load
 from dlr.measure.evaluate import router_logits
 from dlr.routing.budget import threshold_for
@@ -23,7 +26,43 @@ SHAPES = {
         vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
         num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=4096,
         tie_word_embeddings=True),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=4096),
+    "llama3.1-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096,
+        rms_norm_eps=1e-5),
+    "openllama-3b": LlamaConfig(
+        vocab_size=32000, hidden_size=3200, intermediate_size=8640, num_hidden_layers=26,
+        num_attention_heads=32, max_position_embeddings=2048),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, tie_word_embeddings=True),
 }
+PUBLISHED = {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama-1.1b",
+             "Qwen/Qwen2.5-3B": "qwen2.5-3b", "Qwen/Qwen2.5-7B": "qwen2.5-7b",
+             "meta-llama/Llama-3.1-8B": "llama3.1-8b",
+             "openlm-research/open_llama_3b_v2": "openllama-3b", smollm2.NAME: "smollm2-135m"}
+
+
+def shape_of(model: str) -> PretrainedConfig:
+    """The configuration of the base `model`; that of a published one needs no network.
+
+    Raises:
+        ConnectionError: it is neither known, nor here, nor reachable.
+    """
+    if model in PUBLISHED:
+        return SHAPES[PUBLISHED[model]]
+    source = source_of(model)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:      # transformers raises both of what is not there
+        raise ConnectionError(
+            f"The shape of the model {model!r} is not known here: it is no local folder, and its "
+            "config.json is neither in the Hub's cache nor could it be downloaded. Known without "
+            f"a network: nano, {', '.join(PUBLISHED)}.") from error
 
 
 def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu"):
