@@ -1,5 +1,5 @@
-"""Command line of the workbook: `python -m dlr run`, `train`, `sweep`, `explore`, `eval`, `mixture`
-and `notebooks`.
+"""Command line of the workbook: `python -m dlr run`, `train`, `sweep`, `plan`, `explore`, `eval`,
+`mixture` and `notebooks`.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from dlr.explore import serve
-from dlr.workbook import evalcommand, mixturecommand, sweepcommand, traincommand
+from dlr.workbook import evalcommand, mixturecommand, plancommand, sweepcommand, traincommand
 from dlr.workbook.phase_run import run_phase
 from dlr.workbook.phases import PHASES
 from dlr.workbook.runner import checked_parameters, name_of
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   python -m dlr run token_routing --params params/token_routing/tinyllama.yaml
   torchrun --nproc-per-node 4 -m dlr train --params FILE  its training, in several processes
   python -m dlr sweep params/pareto/nano.yaml             targets x seeds; finished runs are kept
+  python -m dlr plan token_routing --params params/token_routing/tinyllama.yaml --memory 16GB
   python -m dlr explore "Any text."                       what every token costs; --serve: browser
   python -m dlr eval nano-router --tasks blimp            tasks of lm-evaluation-harness
   python -m dlr mixture DATA_DIR OUT                      a dataset of five domains
@@ -57,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["train"].set_defaults(call=traincommand.train_command)
     mixturecommand.add_parser(commands)
     commands.choices["mixture"].set_defaults(call=mixturecommand.mixture_command)
+    plancommand.add_parser(commands)
+    commands.choices["plan"].set_defaults(call=plancommand.plan_command)
     command = commands.add_parser("notebooks", **SHAPE,
                                   help="execute committed notebooks anew, in place")
     command.set_defaults(call=notebooks)

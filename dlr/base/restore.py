@@ -120,7 +120,7 @@ def _named_base(stored: dict, where: str, model: str | None = None, **loading) -
     return {"name": name, "dtype": dtype, "quantisation": quantisation,
             "device": loading.get("device"), "revision": loading.get("revision") or revision,
             "attn_implementation": loading.get("attn_implementation"),
-            "upcast": quantisation is not recorded or stored.get("dtype") == "float32"}
+            "upcast": quantisation is recorded and stored.get("dtype") == "float32"}
 
 
 def _refuse_other_base(stored: dict, model, folder: Path, biases: bool = False) -> None:

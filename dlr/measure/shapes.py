@@ -5,10 +5,12 @@ Speed depends on shapes and on the plan, not on what the weights are.
 
 import torch
 from torch.nn.functional import interpolate
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig,
+                          Qwen2Config)
 
+from dlr.base import smollm2
 from dlr.base.data import load_documents, padded_batches
-from dlr.base.models import attention_of
+from dlr.base.models import attention_of, source_of
 from dlr.base.opened import load
 from dlr.measure.evaluate import router_logits
 from dlr.routing.budget import threshold_for
@@ -39,7 +41,33 @@ SHAPES = {
         rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
                          "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                          "original_max_position_embeddings": 8192}),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, tie_word_embeddings=True),
 }
+PUBLISHED = {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama-1.1b",
+             "Qwen/Qwen2.5-3B": "qwen2.5-3b", "Qwen/Qwen2.5-7B": "qwen2.5-7b",
+             "meta-llama/Llama-3.1-8B": "llama3.1-8b",
+             "openlm-research/open_llama_3b_v2": "openllama-3b", smollm2.NAME: "smollm2-135m"}
+
+
+def shape_of(model: str) -> PretrainedConfig:
+    """The configuration of the base `model`; that of a published one needs no network.
+
+    Raises:
+        ConnectionError: it is neither known, nor here, nor reachable.
+    """
+    if model in PUBLISHED:
+        return SHAPES[PUBLISHED[model]]
+    source = source_of(model)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:      # transformers raises both of what is not there
+        raise ConnectionError(
+            f"The shape of the model {model!r} is not known here: it is no local folder, and its "
+            "config.json is neither in the Hub's cache nor could it be downloaded. Known without "
+            f"a network: nano, {', '.join(PUBLISHED)}.") from error
 
 
 def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str = "cpu",

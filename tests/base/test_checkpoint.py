@@ -460,6 +460,24 @@ def test_a_four_bit_checkpoint_comes_back_in_four_bit(four_bit, tmp_path, ids, c
         dlr.from_pretrained(tmp_path / "c", other)
 
 
+def test_what_a_four_bit_base_does_not_pack_keeps_its_dtype(four_bit, tmp_path):
+    """A float32 copy of embeddings and head costs 2 GB of an 8B model; checkpoints made on one get it again."""
+    model = add_lora(load_base(**four_bit)[0], rank=2)
+    unpacked = {tensor.dtype for name, tensor in model.named_parameters()
+                if "lora_" not in name and not hasattr(tensor, "quant_state")}
+    assert unpacked == {torch.bfloat16}
+    dlr.attach(model, OPEN)
+    dlr.save_pretrained(model, tmp_path / "c")
+    file = tmp_path / "c" / "router_config.json"
+    record = json.loads(file.read_text())
+    assert record["base"]["dtype"] == "bfloat16"
+    for dtype in ("float32", "bfloat16"):              # the first is what earlier checkpoints say, which were made on copies
+        record["base"]["dtype"] = dtype
+        file.write_text(json.dumps(record))
+        loaded = dlr.from_pretrained(tmp_path / "c").get_base_model()
+        assert loaded.lm_head.weight.dtype == loaded.model.norm.weight.dtype == getattr(torch, dtype)
+
+
 def test_four_bit_gradients_are_those_of_the_unpacked_base(four_bit, ids):
     """Before and after an evaluation pass: on some processors that pass used to repack weights for a product without
     a backward."""
