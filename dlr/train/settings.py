@@ -146,6 +146,11 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
         """Whether the router is one that chooses from a book of plans."""
         return hasattr(router_class(self.router_class), "set_order")
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether training starts from what `dlr.train.prepare` finds of the base."""
+        return self.reads_book or bool(self.skip_adapter_rank)
+
     def router(self) -> RouterConfig:
         """The part of the settings a router is built from."""
         return RouterConfig(**{name: getattr(self, name) for name in RouterConfig.model_fields})

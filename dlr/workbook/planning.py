@@ -172,24 +172,19 @@ def prepared_tokens(phase: str, config: RunConfig, shape: PretrainedConfig) -> d
     depth = shape.num_hidden_layers
     per_layer = 2 if config.unit == "sublayer" else 1
     units = per_layer * (depth - config.always_keep - config.keep_last)
-    candidates = config.candidates if config.is_prepared else units
-    tried = [units] + [min(units - place, candidates) for place in range(1, units)]
+    if not config.is_prepared and "best static" not in getattr(config, "variants", ()):
+        return {}
+    tried = [units] + [min(units - place, config.candidates) for place in range(1, units)]
     searched = sum(count * (1 - (place + 1) / (per_layer * depth))
                    for place, count in enumerate(tried))
     learns = config.warm_start and not heaviest(phase, config)[1]
-    if config.is_prepared:
-        found = {"skip adapters": config.adapter_tokens * bool(config.skip_adapter_rank),
-                 "static order": config.order_tokens * searched}
-        dropped = depths_of(units, config.book_plans, config.book_depth)
-        if config.reads_book and learns:
-            found["labels"] = config.label_tokens * sum(
-                1 - count / (per_layer * depth) for count in dropped)
-            found["labels in context"] = 2 * config.context_tokens
-    else:
-        read = config.static_docs * config.eval_len
-        is_searched = learns or "best static" in getattr(config, "variants", ())
-        found = {"static order": read * searched * is_searched,
-                 "labels": config.warm_rounds * config.warm_tokens * (units + 2) * learns}
+    found = {"skip adapters": config.adapter_tokens * bool(config.skip_adapter_rank),
+             "static order": config.order_tokens * searched}
+    dropped = depths_of(units, config.book_plans, config.book_depth)
+    if config.reads_book and learns:
+        found["labels"] = config.label_tokens * sum(
+            1 - count / (per_layer * depth) for count in dropped)
+        found["labels in context"] = 2 * config.context_tokens
     return {name: tokens for name, tokens in found.items() if tokens}
 
 

@@ -127,7 +127,7 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     done = agreed(finished(folder / "trainer", config.steps) is not None)
     warm = policy is None and config.warm_start
     preparation = None
-    if config.reads_book or config.skip_adapter_rank:
+    if config.is_prepared:
         preparation = bench.preparation(config, labels=warm and not done)
     folder.mkdir(parents=True, exist_ok=True)
     variant = fresh_variant(bench, name, config, preparation)

@@ -17,7 +17,7 @@ from dlr.train.trainer import DLRTrainer
 
 SHAPE = LlamaConfig(**SMALL | {"vocab_size": 997, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4})
 DEFAULTS = {"always_keep": 1, "batch_size": 4, "seq_len": 48, "warm_start": False, "bf16": False, "skip_adapter_rank": 4,
-            "steps": 2, "lora_rank": 4, "router_hidden": 32}
+            "steps": 2, "lora_rank": 4, "router_class": "Router", "router_hidden": 32, "lora_prefix": True}
 CASES = {"checkpointing": {"gradient_checkpointing": True, "accumulation": 2},
          "depth router, no KD": {"router_class": "DepthRouter", "kd_weight": 0.0, "warm_start": True, "lora_prefix": False,
                                  "elastic": True},
@@ -69,7 +69,7 @@ def test_a_few_layers_tell_what_the_whole_model_takes(case, policy, trains):
     config = RunConfig(**DEFAULTS | CASES[case])
     extended, whole = (rehearse(shape, config, policy, trains=trains, whole=each) for each in (False, True))
     assert extended.parameters == whole.parameters and extended.flops == pytest.approx(whole.flops, rel=1e-4)
-    assert extended.peak.total() == pytest.approx(whole.peak.total(), rel=1e-3)
+    assert extended.peak.total() == pytest.approx(whole.peak.total(), rel=5e-3)
     assert extended.peak["activations"] == pytest.approx(whole.peak["activations"], rel=1e-2)
 
 
