@@ -147,7 +147,7 @@ def _executor(cluster: str, options: dict):
                                      **{f"{cluster}_max_num_timeout": TIMEOUTS})
     given = {name if name in _SHARED else f"slurm_{name}": value for name, value in options.items()}
     try:
-        executor.update_parameters(**{"timeout_min": WEEK if cluster == "local" else None} | given)
+        executor.update_parameters(**given if cluster == "slurm" else {"timeout_min": WEEK})
     except (AssertionError, NameError, TypeError, ValueError) as error:
         raise SettingsError(f"--slurm: {str(error).splitlines()[0]}") from None
     return executor

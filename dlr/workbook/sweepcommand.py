@@ -50,9 +50,10 @@ def _refuse(arguments) -> None:
     given = [name for name, value in ways.items() if value]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are different ways to run a sweep; give one.")
-    if arguments.slurm and not (arguments.cluster or arguments.print_array):
-        raise ValueError("--slurm says what a cluster's jobs ask for; give --cluster slurm or "
-                         "--print-array too.")
+    if arguments.slurm and not (arguments.cluster == "slurm" or arguments.print_array):
+        raise ValueError("--slurm says what Slurm's jobs ask for; it goes with --cluster slurm or "
+                         "--print-array.")
+    cluster.options_of(arguments.slurm)
     if arguments.force and given and given[0] in ("--print-array", "--point"):
         raise ValueError(f"--force has no effect on {given[0]}, whose tasks may begin twice; give "
                          "the sweep another --name.")

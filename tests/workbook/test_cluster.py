@@ -34,8 +34,9 @@ steps = folder / "steps.txt"
 done = steps.read_text().split() if steps.exists() else []
 with (folder / "begun.txt").open("a") as file:
     print(len(done), file=file)
-for step in range(len(done), 12):
-    time.sleep(0.25)
+for step in range(len(done), 6):
+    while step == 3 and Path("../hold").exists():
+        time.sleep(0.1)
     with steps.open("a") as file:
         print(step, file=file)
 perplexity = 20 + seed + 0.1 * sum(map(int, steps.read_text().split()))
@@ -72,13 +73,17 @@ def kernels(folder: Path) -> list[psutil.Process]:
     return [process for process in task_of(folder).children(recursive=True) if "ipykernel" in " ".join(process.cmdline())]
 
 
+def counted(folder: Path) -> list[str]:
+    return (folder / "steps.txt").read_text().split() if (folder / "steps.txt").exists() else []
+
+
 def is_over(folder: Path) -> bool:
     return not living({"": job_of(folder)})
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A copy of the package, which jobs run in, with a notebook that counts to twelve and goes on where it was stopped."""
+    """A copy of the package, which jobs run in, with a notebook that counts to six, half way while there is a file `hold`."""
     for name in tracked():
         if name.startswith("dlr/") and not name.endswith(".safetensors"):
             (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +93,19 @@ def project(tmp_path, monkeypatch):
     for module in (cluster, sweeps):
         monkeypatch.setattr(module, "project_root", lambda: tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 @pytest.mark.slow
 def test_a_sweep_outlives_a_preempted_and_a_killed_job(home, project, tmp_path, capsys):
     command = ["sweep", str(tmp_path / "sweep.yaml")]
+    (project / "hold").touch()
     assert main([*command, "--cluster", "local"]) == 0
     assert "2 runs: 2 submitted" in capsys.readouterr().out
-    until((home / SECOND / "steps.txt").exists, "the second point's first step")
+    for name in (FIRST, SECOND):
+        until(lambda: counted(home / name) == ["0", "1", "2"], "half of a point")
     orphans = kernels(home / SECOND)
     task_of(home / SECOND).kill()
-    until((home / FIRST / "steps.txt").exists, "the first point's first step")
     task_of(home / FIRST).send_signal(signal.SIGUSR2)
     until(lambda: is_over(home / SECOND), "the killed job's end")
     assert main(command) == 1                                    # says how things are, and runs nothing of it
@@ -108,14 +115,14 @@ def test_a_sweep_outlives_a_preempted_and_a_killed_job(home, project, tmp_path, 
     first = job_of(home / FIRST)
     assert orphans and main([*command, "--cluster", "local"]) == 0          # submits the failed one alone
     assert "1 running, 1 submitted" in capsys.readouterr().out and job_of(home / FIRST) == first
+    (project / "hold").unlink()
     until(lambda: is_over(home / FIRST) and is_over(home / SECOND), "the end of both jobs")
     assert main(command) == 0
     assert "2 runs, 2 finished already" in capsys.readouterr().out
     assert Path(first["log"]).read_text().count("this job is preempted") == 1
     for name in (FIRST, SECOND):
-        assert (home / name / "steps.txt").read_text().split() == [str(step) for step in range(12)]
-        begun = (home / name / "begun.txt").read_text().split()
-        assert len(begun) == 2 and begun[0] == "0" != begun[1], "it went on where it was stopped"
+        assert counted(home / name) == [str(step) for step in range(6)]
+        assert (home / name / "begun.txt").read_text().split() == ["0", "3"], "it went on where it was stopped"
     table = (home / "table.md").read_text()
     shutil.move(home, tmp_path / "of-the-cluster")
     assert main([*command, "--jobs", "2"]) == 0
@@ -157,6 +164,23 @@ def test_slurm_says_how_its_jobs_are_and_silence_is_no_end(home, tmp_path, monke
     assert main(command) == 2 and "squeue does not say" in capsys.readouterr().err
 
 
+def test_slurm_gets_one_array_and_no_point_twice(home, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "array.sh"
+    for name, text in (("srun", ""), ("sbatch", f"cp $1 {script}; echo Submitted batch job 7"),
+                       ("squeue", "printf '7_0 PENDING\\n7_1 RUNNING\\n'")):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    command = ["sweep", str(tmp_path / "sweep.yaml"), "--cluster", "slurm", "--slurm", "partition=gpu,timeout_min=480,gpus_per_node=1"]
+    assert main(command) == 0 and "2 submitted" in capsys.readouterr().out
+    lines = set(script.read_text().splitlines())
+    assert {"#SBATCH --array=0-1%2", "#SBATCH --partition=gpu", "#SBATCH --time=480", "#SBATCH --gpus-per-node=1"} <= lines
+    assert [job_of(home / name)["job"] for name in (FIRST, SECOND)] == ["7_0", "7_1"]
+    script.unlink()
+    assert main(command) == 0 and "1 pending, 1 running" in capsys.readouterr().out and not script.exists()
+
+
 # -- what a cluster is asked for -----------------------------------------------------------------
 def test_options_are_names_and_values():
     assert options_of(["partition=gpu,timeout_min=480", "exclude=a,b,exclusive=true"]) == {
@@ -165,16 +189,24 @@ def test_options_are_names_and_values():
 
 @pytest.mark.parametrize("arguments, words", [
     (["--cluster", "slurm", "--slurm", "gpu"], "must read name=value"),
-    (["--cluster", "local", "--slurm", "partitoin=gpu"], "partitoin"),
+    (["--cluster", "local", "--slurm", "partition=gpu"], "goes with --cluster slurm"),
     (["--cluster", "slurm", "--slurm", "nodes=2"], "one task on one machine"),
     (["--cluster", "slurm", "--slurm", "timeout_min=60"], "no Slurm here"),
-    (["--cluster", "local", "--jobs", "2"], "different ways"), (["--slurm", "partition=gpu"], "--cluster slurm or"),
+    (["--cluster", "local", "--jobs", "2"], "different ways"), (["--slurm", "partition=gpu"], "goes with --cluster slurm"),
     (["--point", "2"], "between 0 and 1"), (["--point", "0", "--force"], "--force has no effect"),
     (["--jobs", "0"], "must be 1 or more")])
 def test_what_a_sweep_cannot_honour_is_refused(home, tmp_path, arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(cluster.shutil, "which", lambda name: None)
     assert main(["sweep", str(tmp_path / "sweep.yaml"), *arguments]) == 2
     assert words in capsys.readouterr().err and not list(home.glob("*/job.json"))
+
+
+def test_an_option_that_slurm_has_not_is_refused(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster.shutil, "which", lambda name: name)
+    command = ["sweep", str(tmp_path / "sweep.yaml"), "--cluster", "slurm", "--slurm"]
+    assert main([*command, "partitoin=gpu,timeout_min=9"]) == 2 and "partitoin" in capsys.readouterr().err
+    assert main([*command, "partition=gpu"]) == 2 and "gets 5 minutes" in capsys.readouterr().err
+    assert not list(home.glob("*/job.json"))
 
 
 def test_an_array_script_runs_a_point_a_task(home, tmp_path, monkeypatch, capsys):
