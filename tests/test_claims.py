@@ -145,6 +145,9 @@ def test_a_healed_pair_on_smollm2():
              + " | ".join(f"{value:.2f}" for value in each)
              + f" | {row['nll_difference']:+.3f} ({row['low']:.3f}, {row['high']:.3f}) |")
         assert row["high"] < 0, "below the static plan at every budget"
+    gains = [f"{-row['nll_difference']:.2f}" for row in found["against_static"]]
+    says(f"five domains of text, by {', '.join(gains[:3])} and {gains[3]} nats")
+    assert any(row["low"] > 0 for row in found["domains"]), "not in every domain"
     for domain in {row["domain"] for row in found["domains"]}:
         cells = [f"{row['nll_difference']:+.3f} ({row['low']:.3f}, {row['high']:.3f})"
                  for row in found["domains"] if row["domain"] == domain]

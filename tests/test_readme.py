@@ -116,7 +116,7 @@ EXPECTED = {
         None, {}),                                    # tests/workbook/test_planning.py
     "torchrun --nproc-per-node 8 -m dlr train --params params/token_routing/llama3.1-8b.yaml": (
         None, {}),                                    # tests/train/test_two_processes.py
-    "python -m dlr sweep params/pareto/llama3.1-8b.yaml --cluster slurm --slurm partition=gpu": (
+    "python -m dlr sweep params/pareto/llama3.1-8b.yaml --cluster slurm --slurm timeout_min=480": (
         None, {}),                                    # tests/workbook/test_cluster.py
     "python -m dlr eval CHECKPOINT --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5": (
         refused("--data-dir"), {}),
