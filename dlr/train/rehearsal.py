@@ -175,8 +175,9 @@ def step(model, routing: Routing, config: RunConfig, policy: Policy | None = Non
     with mode or nullcontext(), count, torch.set_grad_enabled(trains):
         kept = _kept_between_steps(trained, count, config.accumulation > 1, processes > 1)
         Stages(count, routing)
-        ce, kd = losses(model, routing, inputs, policy,
-                        config.kd_temperature if config.kd_weight else None)
+        with routing.autocast():
+            ce, kd = losses(model, routing, inputs, policy,
+                            config.kd_temperature if config.kd_weight else None)
         kd = ce * 0 if kd is None else kd
         loss = (1 - config.kd_weight) * ce.mean() + config.kd_weight * kd.mean()
         loss = loss + objective.term(routing.plan)
@@ -235,8 +236,9 @@ def rehearse(shape: PretrainedConfig, config: RunConfig, policy: Policy | None =
     """One step of `config` on a model of `shape`.
 
     Two models of few layers take the step; all that it holds is affine in the number of layers, by
-    stage, so that the whole model's follows. `whole` has the whole model take it. Logits are made
-    in the smallest chunks; an accelerator takes larger ones where memory is free.
+    stage, so that the whole model's follows; a book of more plans adds a few kilobytes a token.
+    `whole` has the whole model take it. Logits are made in the smallest chunks; an accelerator
+    takes larger ones where memory is free.
 
     Args:
         policy, processes, trains: as of `step`.

@@ -130,7 +130,8 @@ def described(plan, config, processes: int, card, card_name: str | None) -> list
         lines.append(f"  of what is free, about {size(plan.for_speed)} more go into larger chunks "
                      "of logits, for speed")
     if processes > 1:
-        lines.append(f"{processes} processes: each holds all of this, and computes "
+        what = "its part of the base, and the rest," if config.shard else "all of this,"
+        lines.append(f"{processes} processes: each holds {what} and computes "
                      f"{config.batch_size // processes} of the batch's {config.batch_size} "
                      "sequences")
     epochs = "" if plan.epochs is None else f", about {plan.epochs:.2f} epochs"

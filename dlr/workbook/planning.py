@@ -21,7 +21,7 @@ from dlr.runs import from_project
 from dlr.settings import SettingsError
 from dlr.train.rehearsal import Rehearsal, rehearse
 from dlr.train.settings import RunConfig
-from dlr.workbook.peers import PEERS
+from dlr.workbook.peers import PEERS, VERSIONS, of_variant
 
 CONTEXT = 500_000_000       # bytes of an accelerator that its own libraries take
 FRAGMENTS = 0.05            # share of the peak that lies in pieces too small to be used again
@@ -60,8 +60,10 @@ def heaviest(phase: str, config: RunConfig) -> tuple[RunConfig, Policy | None]:
 
     A router that learns by gradients holds more than one that is regressed beforehand.
     """
-    if phase == "token_routing" and {"v1", "v2", "cold", *PEERS} & set(config.variants):
-        config = config.changed(warm_start=False, elastic=False)
+    if phase == "token_routing":
+        routed = [of_variant(config, name) for name in config.variants if name in VERSIONS | PEERS]
+        config = max(routed, key=lambda each: (not each.warm_start, each.kd_weight > 0),
+                     default=config)
     if phase == "stages":
         config = config.changed(router_share=config.learning_share)
     controls = phase == "baselines" or getattr(config, "point", "") == "baselines"
@@ -161,7 +163,10 @@ def step_of(phase: str, config: RunConfig, shape: PretrainedConfig,
                             f"{processes}.")
     config, policy = heaviest(phase, config)
     if trainings(phase, config):
-        return rehearse(shape, config, policy, processes)
+        step = rehearse(shape, config, policy, processes)
+        if config.shard and processes > 1:          # its layers' part, and two gathered to run
+            step.peak["base"] *= min(1, 1 / processes + 2 / shape.num_hidden_layers)
+        return step
     rows = max(2 * config.batch_size * config.eval_len, config.label_batch) // config.seq_len
     passed = config.changed(batch_size=max(1, rows))
     return rehearse(shape, passed, policy, trains=False)

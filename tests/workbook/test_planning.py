@@ -97,7 +97,10 @@ def test_the_command_says_what_to_change_first(monkeypatch, capsys):
         assert expected in capsys.readouterr().out
     assert command.main([*order, "--processes", "4", "--memory", "6GB", "--card", "h100"]) == 0
     shown = capsys.readouterr().out
-    assert "computes 1 of the batch's 4 sequences" in shown and "on 4 x h100" in shown
+    assert "holds all of this, and computes 1 of the batch's 4 sequences" in shown and "on 4 x h100" in shown
+    assert command.main([*order, "--processes", "4", "--memory", "6GB", "--set", "shard=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "its part of the base" in shown and "base               0.04 GB" in shown, "a quarter of 0.10, and two layers of 16"
 
 
 @pytest.mark.parametrize("given, message", [
@@ -115,6 +118,15 @@ def test_sizes_and_a_sweeps_points():
     points = yaml.safe_load(path.read_text())["grid"]
     configs = configs_of(SimpleNamespace(phase="pareto", params=str(path), set=[]))
     assert [config.point for _, config in configs] == [point["point"] for point in points], "seeds take the same"
+
+
+def test_the_heaviest_of_the_variants_is_rehearsed():
+    """A router that learns by gradients, with a teacher where one runs."""
+    for variants, expected in ((["DLR", "v2"], ("original", 0.5)), (["DLR without KD", "best static"], ("controlled", 0.0)),
+                               (["DLR without KD", "DLR"], ("controlled", 0.5)), (["best static"], ("controlled", 0.5))):
+        config, policy = planning.heaviest("token_routing", config_of("nano", variants=variants))
+        assert (config.objective, config.kd_weight) == expected and policy is None
+        assert config.warm_start is (expected[0] == "controlled")
 
 
 def test_preparation_is_counted_in_passes_at_full_depth():
