@@ -172,8 +172,10 @@ def test_any_subset_of_variants_is_drawn_and_told():
         plt.close("all")
     assert training({}) is None
     told = findings.token_routing(rows, 0.4, None)
-    assert "**cold**, whose router was trained end to end, at perplexity 63.5" in told
-    assert "worse than its random plan (43.8)" in told and "99.6 % (v2)" in told
+    cold, random = (next(row["perplexity"] for row in rows if row["variant"] == name)
+                    for name in ("cold", "cold, random plan"))
+    assert f"**cold**, whose router was trained end to end, at perplexity {cold:.1f}" in told
+    assert f"worse than its random plan ({random:.1f})" in told and "99.6 % (v2)" in told
 
 
 def test_findings_follow_the_numbers():

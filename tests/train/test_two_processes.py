@@ -134,7 +134,7 @@ def launch(folder: Path, work: str) -> subprocess.CompletedProcess:
     script.write_text(SCRIPT.format(paths=paths, work=work, folder=str(folder)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     places = {"DLR_RESULTS": str(folder / "results"), "DLR_CACHE": str(folder / "cache")}
-    return subprocess.run(command, timeout=300, capture_output=True, text=True, env=os.environ | places)
+    return subprocess.run(command, timeout=300, capture_output=True, text=True, env=os.environ | places | {"DLR_PRESET": ""})
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ import json, os, time
 from pathlib import Path
 
 folder = Path(os.environ["DLR_RESULTS"], "token_routing", run_name)
-(folder / "run.json").write_text(json.dumps({"settings": {"seed": seed}}))
+(folder / "run.new").write_text(json.dumps({"settings": {"seed": seed}}))
+os.replace(folder / "run.new", folder / "run.json")          # whole or not at all, as runs write it
 steps = folder / "steps.txt"
 done = steps.read_text().split() if steps.exists() else []
 with (folder / "begun.txt").open("a") as file:

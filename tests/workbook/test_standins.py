@@ -19,12 +19,12 @@ from dlr.train import prepare
 from dlr.workbook import evaluation, frontier, study, token_study
 from dlr.workbook.phases import PHASES
 from dlr.workbook.phases.evaluation import VariantSpec
-from dlr.workbook.phases.training import DepthConfig
+from dlr.workbook.phases.training import NotebookConfig
 from dlr.workbook.places import open_run
 
 SIZES = {"tinyllama-1.1b": (64, 8, 1, 176), "openllama-3b": (80, 4, 4, 216), "qwen2.5-3b": (64, 8, 1, 344),
          "qwen2.5-7b": (56, 7, 1, 296), "llama3.1-8b": (64, 8, 2, 224)}        # width, heads, key/value heads, MLP
-DEPTH = {name: value for name, value in DepthConfig.toy.items() if name not in PHASES["baselines"].schema.toy} | {
+DEPTH = {name: value for name, value in NotebookConfig.toy.items()} | {
     "router_class": "DepthRouter", "router_hidden": 16, "skip_adapter_rank": 2, "lora_prefix": False}
 WORDS = "the a cat dog house tree runs sees under over with and red blue old small water light".split()
 

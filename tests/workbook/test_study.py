@@ -15,6 +15,7 @@ from dlr.base.data import load_documents
 from dlr.base.models import NANO
 from dlr.figures.training import comparison, keep_rates, training
 from dlr.measure import evaluate
+from dlr.routing.plan import static_pair
 from dlr.routing.policy import RouterPolicy, StaticPlan
 from dlr.runs import KINDS, kind_of
 from dlr.train import prepare
@@ -157,7 +158,7 @@ def test_the_forced_share_is_that_of_the_first_tokens(bench):
     lengths = [int(n) for batch in bench.test for n in batch["attention_mask"].sum(1)]
     assert study.forced_share(bench, 4) == pytest.approx(sum(min(4, n) for n in lengths) / sum(lengths))
     assert study.forced_share(bench, 0) == 0 and study.forced_share(bench, 10**6) == 1
-    static = study.static_pair([0, 1, 2, 3], 4, 1 - study.forced_share(bench, 4), study.forced_share(bench, 4))
+    static = static_pair([0, 1, 2, 3], 4, 1 - study.forced_share(bench, 4), study.forced_share(bench, 4))
     assert static[1].sum() == 0 and static[2] == pytest.approx(1.0), "a router that closes all it can has its static twin"
 
 
