@@ -42,10 +42,12 @@ SHAPES = {
                          "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                          "original_max_position_embeddings": 8192}),
 }
-_SMOLLM2 = LlamaConfig(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5,
-    tie_word_embeddings=True)
+_KNOWN = SHAPES | {                          # SmolLM2 is at hand: no stand-in of it is timed
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, tie_word_embeddings=True),
+}
 PUBLISHED = {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama-1.1b",
              "Qwen/Qwen2.5-3B": "qwen2.5-3b", "Qwen/Qwen2.5-7B": "qwen2.5-7b",
              "meta-llama/Llama-3.1-8B": "llama3.1-8b",
@@ -59,7 +61,7 @@ def shape_of(model: str) -> PretrainedConfig:
         ConnectionError: it is neither known, nor here, nor reachable.
     """
     if model in PUBLISHED:
-        return (SHAPES | {"smollm2-135m": _SMOLLM2})[PUBLISHED[model]]
+        return _KNOWN[PUBLISHED[model]]
     source = source_of(model)
     try:
         return AutoConfig.from_pretrained(source)

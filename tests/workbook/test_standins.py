@@ -24,7 +24,7 @@ from dlr.workbook.places import open_run
 
 SIZES = {"tinyllama-1.1b": (64, 8, 1, 176), "openllama-3b": (80, 4, 4, 216), "qwen2.5-3b": (64, 8, 1, 344),
          "qwen2.5-7b": (56, 7, 1, 296), "llama3.1-8b": (64, 8, 2, 224)}        # width, heads, key/value heads, MLP
-DEPTH = {name: value for name, value in NotebookConfig.toy.items()} | {
+DEPTH = NotebookConfig.toy | {
     "router_class": "DepthRouter", "router_hidden": 16, "skip_adapter_rank": 2, "lora_prefix": False}
 WORDS = "the a cat dog house tree runs sees under over with and red blue old small water light".split()
 
