@@ -175,6 +175,8 @@ def differences(run: Run, settings: dict, data: str, inputs: dict[str, str] | No
         schema: the class of `settings`, which knows their defaults; None: all must be equal.
     """
     record = run.record
+    if not record and not run.exists:          # its job has begun anew since somebody looked
+        return {}
     if "settings" not in record:
         return {RECORD: ("missing or unreadable", "settings to compare with")}
     pairs = different_settings(record["settings"], plain(portable(settings, schema)), schema)
