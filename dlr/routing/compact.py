@@ -20,12 +20,13 @@ from threading import get_ident
 import torch
 from torch import nn
 
+from dlr.routing.attention import attend
 from dlr.routing.families import names
 from dlr.routing.intercept import InPlace, attention_function, intercepted, own_forwards
 from dlr.routing.masked import argument_names
 from dlr.routing.owed import PendingLayer, behind, by_row, pending_layer, positional
 from dlr.routing.parts import Parts, width_of
-from dlr.routing.rows import Rows, attend, selective
+from dlr.routing.rows import Rows, selective
 
 # Running a layer by rows costs as much extra time as products of so many FLOPs: 2 ms on two CPU
 # cores (measured), about 0.3 ms of kernel launches at 150 TFLOP/s on an accelerator (estimated).
@@ -42,12 +43,12 @@ class _OneLayer:
         return self.layer.update(key_states, value_states)
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a layer's run at its attention; carries what attention was given."""
 
 
 def _stop(module, query, key, value, attention_mask, **kwargs):
-    raise _Reached(query, key, value, attention_mask)
+    raise Reached(query, key, value, attention_mask)
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,14 @@ class CompactLayer(InPlace):
         if not rows.count:
             return self.routing.router.skipped(self.place, hidden)
 
+        place = kwargs.get("position_ids")
+
         def attention(module, kept, *keys_and_mask, **options):
             if self.parts.fused:
                 kept = rows.chosen(query[:, :, owed_length:])
             else:
                 kept = rows.by_sequence(kept)
-            out = attend(self.function, rows, module, kept, key, value, mask, **options)
+            out = attend(self.function, rows, module, kept, key, value, mask, place, **options)
             return rows.in_one(out), None
 
         changed = {name: rows.positions(part) for name, part in places.items()}
@@ -195,7 +198,7 @@ class CompactLayer(InPlace):
         with intercepted(self.no_query, self.attention, _stop):
             try:
                 self.own(hidden, **kwargs)
-            except _Reached as reached:
+            except Reached as reached:
                 return reached.args
         raise RuntimeError(f"{type(self.attention).__name__} never called its attention function. "
                            "Use execution='masked'.")
@@ -209,7 +212,7 @@ class CompactLayer(InPlace):
         new = Rows.last(*inputs.shape[:2], hidden.shape[1], hidden.device)
         # mask and keys are those that all of `hidden` would meet alone
         out = self.run_parts(inputs, kwargs | places, new, new,
-                             lambda own, rows, *given, **options: own(*given, **options)[0])
+                             lambda own, rows, *given, **options: own(*given[:5], **options)[0])
         output = (out[0] if self.returns_tuple else out)[:, -hidden.shape[1]:]
         return (output, *out[1:]) if self.returns_tuple else output
 
@@ -228,7 +231,7 @@ class CompactLayer(InPlace):
             if not attention.count:
                 return query.new_zeros(*shape, query.shape[1], value.shape[-1]), None
             out = attend(self.function, attention, module, attention.chosen(query), key, value,
-                         mask, **options)
+                         mask, kwargs.get("position_ids"), **options)
             scattered = attention.scatter(attention.in_one(out).flatten(2), shape)
             return scattered.view(*shape, *out.shape[2:]), None
 

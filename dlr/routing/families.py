@@ -47,6 +47,9 @@ CACHES = ("past_key_values", "cache_params")         # a decoder's argument that
 POSITIONS = ("position_embeddings", "position_ids", "cache_position")    # of a layer, by position
 PLACE_FINDERS = ("arange", "get_seq_length", "get_query_offset")   # how attention finds places
 ANY_MASK = ("sdpa", "eager")                         # attention functions that take any mask
+# causal by themselves, by row number; their masks say which keys are padding
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+FLEX = "flex_attention"                              # its masks are functions of places
 
 
 def names(column: str) -> Names:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from dlr.routing.families import ANY_MASK, PLACE_FINDERS
+from dlr.routing.families import ANY_MASK, FLASH, FLEX, PLACE_FINDERS
 
 ATTENTION_NAME = "dlr_rows"  # what attention modules find as their attention function meanwhile
 # held while stand-ins are put in place or taken away, never while they run
@@ -169,9 +169,13 @@ def attention_function(attention: nn.Module):
     """The function `attention` would call, if it can be given kept rows alone; else None."""
     config = getattr(attention, "config", None)
     name = getattr(getattr(config, "real", config), "_attn_implementation", None)
-    if name not in ANY_MASK or not _exchangeable(type(attention)):
+    if name not in (*ANY_MASK, *FLASH, FLEX) or not _exchangeable(type(attention)):
         return None
     if getattr(attention, "reorder_and_upcast_attn", False):
+        return None
+    # kept rows are given to SDPA in place of these, and it has neither soft caps nor sinks
+    own_terms = getattr(attention, "sinks", None), getattr(config, "attn_logit_softcapping", None)
+    if name in FLASH and own_terms != (None, None):
         return None
     if name == "eager":
         return getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)

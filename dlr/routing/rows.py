@@ -1,4 +1,4 @@
-"""Which rows of a forward pass a unit computes, and attention for those rows alone.
+"""Which rows of a forward pass a unit computes.
 
 Notation: b batch, s sequence, d width, U routable units, n kept rows of the b * s, m the most kept
 rows of a sequence, h query heads, e head width, k key positions.
@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dlr.routing.intercept import Standin
 
@@ -166,40 +164,6 @@ def _blocks(padded: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     needed = np.maximum.reduceat(padded.max(0), starts) + 1 if count else starts
     return tuple((start, min(start + BLOCK, count), int(keys))
                  for start, keys in zip(starts, needed))
-
-
-def attend(own, rows: Rows, module, query, key, value, attention_mask, **kwargs) -> torch.Tensor:
-    """Attention of kept rows `[b, h, m, e]` to all keys `[b, h', k, e]` by `own`: `[b, m, h, e]`.
-
-    Args:
-        attention_mask: `[b, 1, s, k]` of all rows, or None.
-    """
-    if attention_mask is None and rows.length > 1 and own is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        # without a mask SDPA is causal by row number, which is not a kept row's place
-        return _causal(rows, query, key, value, kwargs.get("scaling"))
-    if attention_mask is not None and attention_mask.shape[2] > 1:
-        attention_mask = rows.chosen(attention_mask.expand(rows.batch, -1, -1, -1))
-    return own(module, query, key, value, attention_mask, **kwargs)[0]
-
-
-def _causal(rows: Rows, query, key, value, scale: float | None) -> torch.Tensor:
-    """Causal attention of kept rows, a block at a time over the keys that block can see.
-
-    Query heads that share keys become rows of one head, so that no block copies keys for each.
-    """
-    kept = query.shape[2]
-    shared = query.shape[1] // key.shape[1]  # query heads a key head
-    query = query.unflatten(1, (-1, shared)).transpose(2, 3).contiguous()  # [b, h', m, h / h', e]
-    places = torch.arange(rows.length, device=query.device)
-    outputs = []
-    for start, stop, keys in rows.blocks:
-        last = rows.padded[:, start:stop].repeat_interleave(shared, 1)[..., None]
-        mask = (places[:keys] <= last).unsqueeze(1)
-        block = query[:, :, start:stop].flatten(2, 3)
-        outputs.append(F.scaled_dot_product_attention(
-            block, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, scale=scale))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-    return out.unflatten(2, (kept, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 def selective(module: nn.Module, rows: Rows, width: int, extras: dict):
