@@ -30,7 +30,7 @@ def attend(own, rows: Rows, module, query, key, value, attention_mask, places=No
     if name in FLASH:
         packed = places if attention_mask is None and rows.batch == 1 else None
         return _causal(rows, query, key, value, kwargs.get("scaling"), attention_mask,
-                       kwargs.get("sliding_window"), packed)
+                       kwargs.get("sliding_window"), packed, key.shape[2] - rows.length)
     if name == FLEX:
         mask = _by_place(rows, key.shape[2], attention_mask)
         return own(module, query, key, value, mask, **kwargs)[0]
@@ -48,7 +48,8 @@ def _name_of(own) -> str | None:
 
 
 def _causal(rows: Rows, query, key, value, scale: float | None, real: torch.Tensor | None = None,
-            window: int | None = None, places: torch.Tensor | None = None) -> torch.Tensor:
+            window: int | None = None, places: torch.Tensor | None = None,
+            earlier: int = 0) -> torch.Tensor:
     """Causal attention of kept rows, a block at a time over the keys that block can see.
 
     Query heads that share keys become rows of one head, so that no block copies keys for each.
@@ -57,12 +58,12 @@ def _causal(rows: Rows, query, key, value, scale: float | None, real: torch.Tens
         real: `[b, k]`, which keys are no padding.
         window: how many keys a row sees, its own the last.
         places: `[1, s]`; where they do not rise by one, another document begins.
+        earlier: how many keys stand in front of the first row's own.
     """
     kept = query.shape[2]
     shared = query.shape[1] // key.shape[1]  # query heads a key head
     query = query.unflatten(1, (-1, shared)).transpose(2, 3).contiguous()  # [b, h', m, h / h', e]
     number = torch.arange(key.shape[2], device=query.device)
-    earlier = key.shape[2] - rows.length     # keys of a cache stand in front
     document = None
     if places is not None and not earlier:
         document = (places[0].diff(prepend=places[0, :1] - 1) != 1).cumsum(0)
