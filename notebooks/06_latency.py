@@ -57,6 +57,7 @@ from dlr.workbook.runner import notebook_settings
 config = notebook_settings("latency", globals())
 
 # %% tags=["nbval-ignore-output"]
+import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -65,6 +66,7 @@ import torch
 from dlr.measure import costs
 from dlr.measure import latency
 from dlr.measure import shapes
+from dlr.measure.captured import CapturedDecode
 from dlr.figures.latency import speedups
 from dlr.base.models import load_base
 from dlr.workbook.runner import open_run
@@ -91,12 +93,14 @@ if not run.done:
     works = [latency.Prefill(subject, batch, length)
              for batch in config.batches for length in config.lengths]
     rows = [latency.measure(work, [0.0, *config.skips], repeats=config.repeats) for work in works]
-    for batch in config.decode_batches:
-        work = latency.Decode(subject, batch, config.context, config.decode_steps)
+    decodes = [latency.Decode, CapturedDecode] if config.captured else [latency.Decode]
+    for decode, batch in itertools.product(decodes, config.decode_batches):
+        work = decode(subject, batch, config.context, config.decode_steps)
         rows.append(latency.measure(work, config.skips, repeats=config.repeats))
     short = latency.Prefill(subject, 1, min(config.lengths))
     run.finish(pd.concat(rows).to_dict("records"),
                costs=costs.flops_and_memory(short, config.skips).to_dict("records"),
+               overhead=costs.rows_overhead(short),
                products=costs.row_costs(works[0], config.skips).to_dict("records"),
                profile=costs.profile_prefill(works[0], config.skips).to_dict("records"))
 
@@ -131,6 +135,13 @@ reached = same.query("system == 'compact' and part == 'layers'").set_index("skip
 products.assign(compact=products["skip"].map(reached)).round(3)
 
 # %% [markdown]
+# A layer run by rows is called twice. What that costs beside its products decides which layers are
+# left alone: `flops` as measured here, `guard` what compact execution reckons with.
+
+# %% tags=["nbval-ignore-output"]
+pd.DataFrame([metrics["overhead"]] if "overhead" in metrics else [])
+
+# %% [markdown]
 # And where the time goes, by torch's profiler: milliseconds of matrix products, attention and all
 # other operations, each beside what it would be if its time were proportional to the layers run.
 
@@ -141,7 +152,11 @@ pd.DataFrame(metrics["profile"]).round(1)
 # ## Decoding
 #
 # Seconds a step, one token a sequence; *layers* leaves out the output head, which every system runs
-# in full.
+# in full. With `captured=true`, on a CUDA device, the rows of *captured decode* follow: the host
+# launches one CUDA graph a layer that runs, and a small one for the key and value of a layer that
+# does not. Their dense baseline has the same graphs, and *compiled* is the dense model compiled whole.
+#
+#     python -m dlr run latency --params params/latency/gpu.yaml
 
 # %% tags=["nbval-ignore-output"]
 table[table["work"] != "prefill"][columns].round(3)

@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dlr.measure.flops import adapter_flops, flops_per_token, router_flops
 from dlr.measure.latency import Prefill
+from dlr.routing.compact import OVERHEAD
 from dlr.routing.device import device_of
+from dlr.routing.policy import RecordedPlan
 
 KINDS = ("products", "attention", "other")
 
@@ -90,6 +92,37 @@ def _product_seconds(product: torch.nn.Linear, counts: set[int], repeats: int) -
             product(x[:count])
             turns.append(timer() - start)
     return {0: 0.0} | {count: statistics.median(turns[1:]) for count, turns in seconds.items()}
+
+
+def rows_overhead(work: Prefill, repeats: int = 9) -> dict:
+    """What running a layer by rows costs beside its products, under a plan that skips one token.
+
+    Returns:
+        milliseconds a layer, against the dense layer in the same turns (median); flops, the
+        products that take as long here; guard, the flops that compact execution reckons with
+        (`dlr.routing.compact.OVERHEAD`).
+    """
+    routing, device = work.subject.routing, device_of(work.subject.model).type
+    gates = torch.ones(work.length, routing.units)
+    gates[0] = 0
+    guard = OVERHEAD.get(device, OVERHEAD["cuda"])
+    extra, dense = [], []
+    for turn in range(repeats + 1):
+        with torch.no_grad(), routing.at(policy=RecordedPlan(gates), execution="compact"):
+            OVERHEAD[device] = 0.0                               # else the layer is left alone
+            try:
+                by_rows = work.run()["layers"]
+            finally:
+                OVERHEAD[device] = guard
+        with torch.no_grad(), routing.disabled():
+            plain = work.run()["layers"]
+        if turn:                                                 # the first one warms up
+            extra.append((by_rows - plain) / routing.units)
+            dense.append(plain / work.subject.layers)
+    weights = sum(p.numel() for p in routing.layers[routing.first].parameters())
+    seconds = statistics.median(extra)
+    flops = 2 * weights * work.tokens * seconds / statistics.median(dense)
+    return {"milliseconds": 1e3 * seconds, "flops": flops, "guard": guard}
 
 
 def profile_prefill(work: Prefill, skips: list[float], repeats: int = 3) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from dlr.routing.device import device_of, fast_bf16
 from dlr.routing.handle import Routing
 from dlr.routing.policy import RecordedPlan
 
-SYSTEMS = ("dense", "truncation", "masked", "two-pass", "compact")
+SYSTEMS = ("dense", "compiled", "truncation", "masked", "two-pass", "compact")
 REFERENCES = ("masked", "two-pass")               # save nothing: timed in every second turn only
 
 
@@ -34,6 +34,7 @@ class Subject:
     model: torch.nn.Module
     routing: Routing
     gates: dict[float, torch.Tensor]
+    system: str = "dense"                         # which of SYSTEMS it is set up as
 
     @property
     def layers(self) -> int:
@@ -62,10 +63,11 @@ class Subject:
         """The model set up as one of SYSTEMS at one skip ratio, for work of so many tokens."""
         config = self.model.config
         depth = config.num_hidden_layers
-        routed = system not in ("dense", "truncation")
+        routed = system not in ("dense", "compiled", "truncation")
         policy = RecordedPlan(self.plan(skip, tokens)) if routed else None
         execution = "compact" if system == "compact" else "masked"
         strategy = "two_pass" if system == "two-pass" else "single_pass"
+        self.system = system
         try:
             with self.routing.at(policy=policy, execution=execution,
                                  strategy=strategy), torch.no_grad():
@@ -100,7 +102,7 @@ def subject(name: str, logits: torch.Tensor, skips: list[float], *, layers: int 
 class Prefill:
     """One pass over `length` tokens with last-token logits; its layers are timed apart."""
     label = "prefill"
-    systems = SYSTEMS
+    systems = ("dense", "truncation", *REFERENCES, "compact")
 
     @property
     def tokens(self) -> int:
@@ -157,11 +159,21 @@ class Decode:
     def _context(self, layers: int) -> DynamicCache:
         """A cache of `length` dense tokens, made once a depth and cropped back afterwards."""
         if layers not in self.caches:
-            cache = DynamicCache(config=self.subject.model.config)
+            cache = self._new_cache()
             with self.subject.routing.disabled():
                 self.subject.model(self.prompt, past_key_values=cache, logits_to_keep=1)
             self.caches[layers] = cache
         return self.caches[layers]
+
+    def _new_cache(self):
+        return DynamicCache(config=self.subject.model.config)
+
+    def _rewind(self, cache) -> None:
+        """Forgets the tokens of the steps."""
+        cache.crop(-self.steps)
+
+    def _token(self, step: int) -> torch.Tensor:
+        return self.prompt[:, step % self.length:][:, :1]
 
     def run(self) -> dict[str, float]:
         """Seconds a step by part: 'layers' (embedding to final norm) and 'end to end'."""
@@ -172,15 +184,14 @@ class Decode:
         try:
             start = timer()
             for step in range(self.steps):
-                token = self.prompt[:, step % self.length:][:, :1]
-                model(token, past_key_values=cache, logits_to_keep=1)
+                model(self._token(step), past_key_values=cache, logits_to_keep=1)
                 head += timer() - marks[-1]
             for layer in cache.layers:
                 getattr(layer, "keys", None)        # keys still owed are projected, on this clock
             seconds = timer() - start
         finally:
             hook.remove()
-        cache.crop(-self.steps)
+        self._rewind(cache)
         return {"layers": (seconds - head) / self.steps, "end to end": seconds / self.steps}
 
 
@@ -188,7 +199,7 @@ def _variants(subject: Subject, systems, skips) -> list[tuple[str, float, int]]:
     """(system, skip, depth) of every case: truncation has the depths around the active layers."""
     cases = []
     for system, skip in itertools.product(systems, skips):
-        if system == "dense":
+        if system in ("dense", "compiled"):
             cases.append((system, 0.0, subject.layers))
         elif skip == 0.0 and system != "compact":
             continue                            # only compact execution claims to be free at 0 %

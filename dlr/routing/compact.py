@@ -47,7 +47,7 @@ class Reached(Exception):
     """Ends a layer's run at its attention; carries what attention was given."""
 
 
-def _stop(module, query, key, value, attention_mask, **kwargs):
+def stop(module, query, key, value, attention_mask, **kwargs):
     raise Reached(query, key, value, attention_mask)
 
 
@@ -98,7 +98,7 @@ class CompactLayer(InPlace):
         block = get_ident(), self.attention
         if block in intercepted.begun:
             own_forwards(self.touched, everybody=False)
-            intercepted.begun.discard(block)
+            intercepted.begun.pop(block, None)
 
     def refresh(self) -> None:
         """Finds the parts again where LoRA was added, merged or removed; raises NotCompactable."""
@@ -195,7 +195,7 @@ class CompactLayer(InPlace):
         The query is zeros unless one fused projection makes it together with keys and values. A
         cache among `kwargs` has then taken the keys and values.
         """
-        with intercepted(self.no_query, self.attention, _stop):
+        with intercepted(self.no_query, self.attention, stop):
             try:
                 self.own(hidden, **kwargs)
             except Reached as reached:

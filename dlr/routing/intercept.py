@@ -188,15 +188,16 @@ class intercepted:
     A class rather than a generator: it is entered once or twice a layer and pass.
 
     Attributes:
-        begun: (thread, attention) of blocks that have not ended; an interrupt leaves some behind.
+        begun: (thread, attention) to attention's stand-in, of blocks that have not ended; an
+            interrupt leaves some behind.
     """
-    begun: ClassVar[set] = set()
+    begun: ClassVar[dict] = {}
 
     def __init__(self, forwards: dict, attention: nn.Module, attend):
         self.forwards, self.attention, self.attend = forwards, attention, attend
 
     def __enter__(self):
-        self.begun.add((get_ident(), self.attention))
+        self.begun[get_ident(), self.attention] = self.attend
         try:
             for module, forward in self.forwards.items():
                 Standin.put(module, forward)
@@ -211,7 +212,7 @@ class intercepted:
             Standin.take(module)
         if self.attend is not None:
             _Config.take(self.attention)
-        self.begun.discard((get_ident(), self.attention))
+        self.begun.pop((get_ident(), self.attention), None)
 
 
 def own_forwards(modules, everybody: bool = True) -> None:

@@ -213,6 +213,10 @@ def latency(table: pd.DataFrame) -> str:
         slow = rows.loc[rows["system"].isin(["masked", "two-pass"]), "speedup"]
         if len(slow):
             line += f" Masked and two-pass execution: {slow.min():.2f} to {slow.max():.2f}."
+        whole = table[(table["system"] == "compiled") & (table["work"] == work)
+                      & (table["batch"] == batch)]
+        if len(whole):
+            line += f" The dense model compiled whole: {whole['speedup'].iloc[0]:.2f}."
         lines.append(line)
     return _text(lines)
 

@@ -72,7 +72,7 @@ def test_row_costs_are_of_the_plans_rows(subject):
 
 def test_every_system_is_timed_in_turns_and_truncation_has_the_plans_depth(subject):
     table = latency.measure(latency.Prefill(subject, 2, 15), [0.0, 0.25, 0.5], repeats=2)
-    assert set(table["system"]) == set(latency.SYSTEMS) and set(table["part"]) == {"layers", "end to end"}
+    assert set(table["system"]) == set(latency.Prefill.systems) and set(table["part"]) == {"layers", "end to end"}
     assert (table["median"] > 0).all() and (table["q1"] <= table["q3"]).all()
     assert subject.active(0.25) == 5 and subject.bound(0.5) == 6 / 4
     assert subject.model.config.num_hidden_layers == 6
@@ -204,3 +204,17 @@ def test_tokens_a_second_the_slowest_turns_and_memory_are_recorded(subject, monk
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(seen) * 1e9)
     table = latency.measure(work, [0.5], ["dense"], repeats=2)
     assert table["peak_gb"].tolist() == [3.0, 3.0], "the most of the counted turns"
+
+
+def test_what_a_layer_costs_by_rows_is_measured_and_the_guard_stays(subject, monkeypatch):
+    """On a clock that ticks once a layer begun, running by rows costs one more beginning a layer."""
+    monkeypatch.setitem(costs.OVERHEAD, "cpu", 123.0)
+    work = latency.Prefill(subject, 1, 15)
+    calls, now = [], [0.0]
+    for layer in subject.routing.layers:
+        layer.input_layernorm.register_forward_hook(lambda *_: (calls.append(1), now.__setitem__(0, now[0] + 1.0))[0])
+    monkeypatch.setattr(latency, "timer", lambda: now[0])
+    out = costs.rows_overhead(work, repeats=1)
+    assert out["milliseconds"] == pytest.approx(1000.0) and out["guard"] == 123.0 == costs.OVERHEAD["cpu"]
+    weights = sum(p.numel() for p in subject.routing.layers[-1].parameters())
+    assert out["flops"] == pytest.approx(2 * weights * 15), "as long as the dense layer takes"

@@ -34,6 +34,7 @@ class LatencyConfig(BaseLoading, PhaseSettings):
     context: int = Field(256, ge=1)         # tokens in the cache before decoding
     decode_batches: Counts = [1]
     decode_steps: int = Field(16, ge=1)     # steps a turn
+    captured: bool = False      # also decodes by CUDA graphs, a layer each, beside a compiled model
     repeats: int = Field(9, ge=1)           # turns; medians and quartiles are taken over them
     plan_docs: int = Field(16, ge=1)        # test documents whose plan is recorded
     seed: Seed = 0
