@@ -70,12 +70,12 @@ def strided_perplexity(lm, texts: list[str], window: int = WINDOW, stride: int =
                               len(texts)).astype(int)})
 
     def per(unit: str):
-        return lambda rows: float(np.exp(rows["nll"].sum() / rows[unit].sum()))
+        return lambda sums: np.exp(sums["nll"] / sums[unit])
 
     out = {"articles": len(texts), "tokens": int(table["tokens"].sum()),
            "words": int(table["words"].sum()), "window": window, "stride": stride,
            "bits_per_byte": float(table["nll"].sum() / np.log(2) / table["bytes"].sum())}
     for name, unit in (("word_perplexity", "words"), ("token_perplexity", "tokens")):
-        out[name] = per(unit)(table)
+        out[name] = float(per(unit)(table.sum()))
         out[f"{name}_low"], out[f"{name}_high"] = bootstrap(table, per(unit))
     return out

@@ -178,7 +178,7 @@ def _intervals(table: pd.DataFrame) -> dict:
     """Mean of each measure over prompts, with `<measure>_low` and `<measure>_high` (95 %)."""
     row = {}
     for name in MEASURES:
-        low, high = bootstrap(table[name], lambda drawn: drawn.to_numpy().mean())
+        low, high = bootstrap(table[[name]], lambda sums, name=name: sums[name] / len(table))
         row |= {name: float(table[name].mean()), f"{name}_low": low, f"{name}_high": high}
     return row
 

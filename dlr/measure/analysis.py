@@ -33,7 +33,7 @@ def ratio_interval(value: np.ndarray, document: np.ndarray) -> dict:
     if not len(value):
         return {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
     sums = pd.DataFrame({"x": value, "n": 1.0}).groupby(document).sum()
-    low, high = bootstrap(sums, lambda t: float(t["x"].to_numpy().sum() / t["n"].to_numpy().sum()))
+    low, high = bootstrap(sums, lambda sums: sums["x"] / sums["n"])
     return {"mean": float(np.mean(value)), "low": low, "high": high}
 
 
@@ -168,13 +168,14 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, document: np.ndarray) -> dict
     moments = pd.DataFrame({"n": 1.0, "a": a, "b": b, "aa": a * a, "bb": b * b, "ab": a * b})
     sums = moments.groupby(document[known]).sum()
 
-    def pearson(table):
-        n, a, b, aa, bb, ab = table.to_numpy().sum(0)
-        spread = (aa - a * a / n) * (bb - b * b / n)
-        return float((ab - a * b / n) / np.sqrt(spread)) if spread > 1e-18 else float("nan")
+    def pearson(sums):
+        spread = (sums["aa"] - sums["a"]**2 / sums["n"]) * (sums["bb"] - sums["b"]**2 / sums["n"])
+        spread = np.where(np.asarray(spread) > 1e-18, spread, np.nan)
+        return (sums["ab"] - sums["a"] * sums["b"] / sums["n"]) / np.sqrt(spread)
 
     low, high = bootstrap(sums, pearson)
-    return {"correlation": pearson(sums), "low": low, "high": high, "tokens": int(known.sum())}
+    return {"correlation": float(pearson(sums.sum())), "low": low, "high": high,
+            "tokens": int(known.sum())}
 
 
 def difficulty(record: Record) -> pd.DataFrame:

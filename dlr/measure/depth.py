@@ -111,17 +111,18 @@ def depth_rows(table: pd.DataFrame) -> list[dict]:
     rows = []
     for budget, group in table.groupby("budget"):
         for name in names:
-            def kl(drawn, _name=name):
-                return drawn[_name].sum() / drawn["tokens"].sum()
+            def kl(sums, _name=name):
+                return sums[_name] / sums["tokens"]
 
-            def against(drawn, _name=name):
-                return (drawn[_name].sum() - drawn["static"].sum()) / drawn["tokens"].sum()
+            def against(sums, _name=name):
+                return (sums[_name] - sums["static"]) / sums["tokens"]
 
+            whole = group.sum()
             low, high = bootstrap(group, kl)
             below, above = bootstrap(group, against)
             room = group.assign(routed=group[name])
-            rows.append({"budget": float(budget), "plan": name, "kl": float(kl(group)), "low": low,
-                         "high": high, "difference": float(against(group)),
+            rows.append({"budget": float(budget), "plan": name, "kl": float(kl(whole)), "low": low,
+                         "high": high, "difference": float(against(whole)),
                          "difference_low": below, "difference_high": above,
                          "captured": captured(room), "documents": len(group),
                          "tokens": int(group["tokens"].sum())})

@@ -88,19 +88,32 @@ def skip_ratio(table: pd.DataFrame) -> float:
     return float(1 - keep.to_numpy().sum() / (table["tokens"].sum() * keep.shape[1]))
 
 
-def bootstrap(table: pd.DataFrame | pd.Series, statistic, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of `statistic` over documents drawn anew; NaN draws are left out."""
+def bootstrap(table: pd.DataFrame, statistic, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of `statistic` over documents drawn anew; NaN draws are left out.
+
+    Args:
+        table: one row a document.
+        statistic: of the columns' sums: it gets them as a table of one row a draw, and returns a
+            value a draw.
+    """
     generator = np.random.default_rng(seed)
-    draws = np.array([statistic(table.iloc[generator.integers(0, len(table), len(table))])
-                      for _ in range(BOOTSTRAP)])
+    count = len(table)
+    times = np.stack([np.bincount(generator.integers(0, count, count), minlength=count)
+                      for _ in range(BOOTSTRAP)])                  # that a draw holds a document
+    sums = pd.DataFrame(times @ table.to_numpy(dtype=np.float64), columns=table.columns)
+    draws = np.asarray(statistic(sums), dtype=np.float64)
     known = draws[~np.isnan(draws)]
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 
+def _nll(sums):
+    return sums["nll"] / sums["predicted"]
+
+
 def mean_nll(table: pd.DataFrame) -> float:
     """Mean negative log-likelihood a predicted token, in nats."""
-    return float(table["nll"].sum() / table["predicted"].sum())
+    return float(_nll(table[["nll", "predicted"]].sum()))
 
 
 def perplexity(table: pd.DataFrame) -> float:
@@ -111,7 +124,7 @@ def perplexity(table: pd.DataFrame) -> float:
 def summary(table: pd.DataFrame, always_run: int, units_per_layer: int = 1) -> dict:
     """Perplexity with its interval over documents, measured skip and mean active layers."""
     sums = table[["nll", "predicted"]]
-    low, high = bootstrap(sums, perplexity)
+    low, high = bootstrap(sums, lambda sums: np.exp(_nll(sums)))
     keep = table.filter(like="keep_").sum() / table["tokens"].sum()
     row = {"perplexity": perplexity(table), "perplexity_low": low, "perplexity_high": high,
            "skip": skip_ratio(table), "documents": len(table),
@@ -137,7 +150,7 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> dict:
                          f"these are of {len(first)} and {len(second)} documents.")
     differences = pd.DataFrame({"nll": first["nll"] - second["nll"],
                                 "predicted": first["predicted"]})
-    low, high = bootstrap(differences, mean_nll)
+    low, high = bootstrap(differences, _nll)
     return {"nll_difference": mean_nll(differences), "low": low, "high": high}
 
 

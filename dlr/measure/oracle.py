@@ -17,6 +17,7 @@ first tokens left out. Skip ratios here are over these n tokens, for all plans a
 losses are in nats.
 """
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -131,9 +132,13 @@ def headroom(instruments: list[Instrument], order: list[int],
 
 def captured(table: pd.DataFrame) -> float:
     """The router's share of the oracle's gain over the static plan; negative: worse than static."""
-    sums = table[["static", "routed", "oracle"]].sum()
-    room = sums["static"] - sums["oracle"]
-    return float((sums["static"] - sums["routed"]) / room) if room > 0 else float("nan")
+    return float(_captured(table[["static", "routed", "oracle"]].sum()))
+
+
+def _captured(sums) -> np.ndarray:
+    """NaN where the oracle gains nothing."""
+    room = np.asarray(sums["static"] - sums["oracle"], dtype=np.float64)
+    return (sums["static"] - sums["routed"]) / np.where(room > 0, room, np.nan)
 
 
 def headroom_rows(table: pd.DataFrame) -> list[dict]:
@@ -142,7 +147,7 @@ def headroom_rows(table: pd.DataFrame) -> list[dict]:
     for budget, group in table.groupby("budget"):
         means = {name: float(group[name].sum() / group["tokens"].sum())
                  for name in ("static", "routed", "oracle")}
-        low, high = bootstrap(group[["static", "routed", "oracle"]], captured)
+        low, high = bootstrap(group[["static", "routed", "oracle"]], _captured)
         rows.append({"budget": float(budget), "skip": float(group["skip"].iloc[0]), **means,
                      "captured": captured(group), "captured_low": low, "captured_high": high,
                      "documents": len(group), "tokens": int(group["tokens"].sum())})

@@ -81,9 +81,9 @@ def _interval(harm: np.ndarray, predicted: np.ndarray, document: np.ndarray) -> 
     columns = np.concatenate([(harm - predicted) ** 2, harm, harm**2, np.ones((len(harm), 1))], 1)
     sums = pd.DataFrame(columns).groupby(document).sum()
 
-    def mean_r2(table):
-        error, first, second, n = np.split(table.to_numpy().sum(0), [units, 2 * units, 3 * units])
-        return float((1 - error / np.maximum(second - first**2 / n, 1e-30)).mean())
+    def mean_r2(sums):
+        error, first, second, n = np.split(sums.to_numpy(), [units, 2 * units, 3 * units], axis=1)
+        return (1 - error / np.maximum(second - first**2 / n, 1e-30)).mean(1)
 
     return bootstrap(sums, mean_r2)
 

@@ -155,11 +155,13 @@ def bits_per_byte(model, tokenizer, config: BaseModelConfig) -> list[dict]:
             table = evaluate(model, routing, batches, None, describe=label)
         table["bytes"] = [len(piece.encode()) for piece in pieces]
 
-        def bits(frame):
-            return float(frame["nll"].sum() / frame["bytes"].sum() / np.log(2))
+        def bits(sums):
+            return sums["nll"] / sums["bytes"] / np.log(2)
 
-        low, high = bootstrap(table[["nll", "bytes"]], bits)
-        rows.append({"text": label, "bits_per_byte": bits(table), "low": low, "high": high,
+        columns = table[["nll", "bytes"]]
+        low, high = bootstrap(columns, bits)
+        rows.append({"text": label, "bits_per_byte": float(bits(columns.sum())),
+                     "low": low, "high": high,
                      "perplexity": perplexity(table), "tokens": int(table["predicted"].sum())})
     return rows
 

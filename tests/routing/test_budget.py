@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -217,4 +218,7 @@ def test_tables_are_a_row_a_document_and_intervals_hold_the_value():
     assert row["kl"] > 0
     same = paired_difference(table, table)
     assert same == {"nll_difference": 0.0, "low": 0.0, "high": 0.0}
-    assert bootstrap(table, perplexity) == bootstrap(table, perplexity)
+    assert bootstrap(table, lambda sums: sums["nll"]) == bootstrap(table, lambda sums: sums["nll"])
+    drawn = np.random.default_rng(0).integers(0, 12, (1000, 12))                # each draw's own documents, summed
+    means = [table["nll"].iloc[places].sum() / table["tokens"].iloc[places].sum() for places in drawn]
+    assert bootstrap(table, lambda sums: sums["nll"] / sums["tokens"]) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
