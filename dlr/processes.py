@@ -1,4 +1,4 @@
-"""Several processes of one training: who is who, what each does, and what all of them agree on.
+"""Several processes of one training or evaluation: who does what, and what all of them agree on.
 
 A launcher (torchrun, accelerate launch) starts them. In one process all of this costs nothing.
 """
@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# How long a process waits for the others: some prepare longer than the usual ten minutes.
-PATIENCE = timedelta(hours=3)
+# How long a process waits for the others. Where one dies, the launcher ends all.
+PATIENCE = timedelta(weeks=1)
 
 
 def begin() -> None:
@@ -52,6 +52,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def say(*words) -> None:
+    """Prints in the first process."""
+    if is_first():
+        print(*words, flush=True)
+
+
 def wait() -> None:
     """Returns once every process is here."""
     if count() > 1:
@@ -74,9 +80,28 @@ def gathered(value) -> list:
     return values
 
 
-def dealt(parts: list, make: Callable) -> Iterable:
-    """`make(part)` of each part, in order; each process makes its share and has all in the end."""
+def dealt(parts: list, make: Callable, show: Callable = iter) -> Iterable:
+    """`make(part)` of each part, in order; each process makes every n-th and has all in the end.
+
+    One process makes the parts as they are asked for.
+
+    Args:
+        show: gives a list's parts with a progress bar; called on this process's own.
+
+    Raises:
+        RuntimeError: another process failed; the one that did raises its own error.
+    """
     if count() == 1:
-        return map(make, parts)
-    shares = gathered([make(part) for part in parts[rank()::count()]])
-    return [shares[place % count()][place // count()] for place in range(len(parts))]
+        return map(make, show(parts))
+    made, failure = [], None
+    try:
+        made = [make(part) for part in show(parts[rank()::count()])]
+    except Exception as error:            # the others wait for these parts
+        failure = error
+    shares = gathered((made, failure and f"{type(failure).__name__}: {failure}"))
+    if failure:
+        raise failure
+    for process, (_, told) in enumerate(shares):
+        if told:
+            raise RuntimeError(f"Process {process} of {count()} failed: {told}")
+    return [shares[place % count()][0][place // count()] for place in range(len(parts))]

@@ -17,7 +17,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -25,7 +24,8 @@ from dlr.base.opened import Opened, load
 from dlr.bench.batches import Sizes, split
 from dlr.bench.metering import Meter, Watch, end_watch
 from dlr.bench.options import OPENING, checked, refuse_absent, typed
-from dlr.bench.processes import dealt, processes
+from dlr.processes import begin, dealt, gathered, is_first
+from dlr.progress import tqdm
 from dlr.routing.device import device_of
 from dlr.routing.router import ROUTER_NAME
 from dlr.routing.weights import causal_lm
@@ -81,7 +81,7 @@ class DLRLM(HFLM):
     def __init__(self, checkpoint: str | None = None, *, loaded: Opened | None = None,
                  batch_size: int | str = 16, device: str | None = None,
                  max_batch_size: int | None = None, max_length: int | None = None, **options):
-        processes()                              # each takes a card: 'cuda' is this process's own
+        begin()                                  # each takes a card: 'cuda' is this process's own
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_absent(device)
         sizes = typed({"batch_size": batch_size, "max_batch_size": max_batch_size,
@@ -160,8 +160,10 @@ class DLRLM(HFLM):
         """
         before = self.meter
         self.restart_meter()
-        parts = dealt(batches, answer, describe, quiet)
-        self.meter = sum(gather_object([self.meter]), before)
+        hidden = not is_first() or quiet and len(batches) < 20
+        bar = partial(tqdm, desc=describe, unit="batch", disable=hidden)
+        parts = list(dealt(batches, answer, bar))
+        self.meter = sum(gathered(self.meter), before)
         pairs = zip(itertools.chain(*batches), itertools.chain(*parts), strict=True)
         return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 

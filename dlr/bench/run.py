@@ -11,18 +11,18 @@ import json
 import math
 import os
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from lm_eval.evaluator import evaluate
 from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
 from lm_eval.utils import handle_non_serializable
 
 from dlr.bench import wikitext
 from dlr.bench.metering import Meter
-from dlr.bench.processes import from_first, is_first, processes
 from dlr.bench.table import headline
 from dlr.bench.tasks import PERPLEXITIES, load_tasks, notes_of
+from dlr.processes import agreed, is_first
 from dlr.progress import tqdm
 from dlr.runs import plain, write_atomically
 
@@ -106,7 +106,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
             measured skip on it.
     """
     names = list(dict.fromkeys(names))
-    with processes().main_process_first():              # which downloads what the others then find
+    with PartialState().main_process_first():            # which downloads what the others then find
         suite = load_tasks([name for name in names if name not in PERPLEXITIES], data_dir,
                            num_fewshot)
     leaves = list(suite["tasks"]) + [name for name in names if name in PERPLEXITIES]
@@ -123,7 +123,7 @@ def run_benchmark(lm, names: list[str], folder: Path, *, data_dir: str | None = 
                 met = Meter(**match[name]["meter"])
                 lm.loaded.at_skip(met.skip, met.forced_share)
                 settings["skip"] = round(met.skip, 6)
-            record = from_first(partial(stored, path, settings))
+            record = agreed(stored(path, settings) if is_first() else None)
             kept += record is not None
             if record is None:
                 notes = [] if task is None else notes_of(task, data_dir)

@@ -7,6 +7,7 @@ command itself.
 import argparse
 import json
 
+from dlr import processes
 from dlr.base.identity import begin
 from dlr.runs import Run, results_folder, slug
 from dlr.settings import PhaseSettings, validated
@@ -74,32 +75,32 @@ def evaluate_command(arguments) -> int:
     """Runs the tasks, keeps their results and prints the table; 0 where all went well."""
     from dlr.base.opened import load
     from dlr.bench.harness import DLRLM
-    from dlr.bench.processes import is_first, processes, say_first
     from dlr.bench.run import precision_of, run_benchmark
     from dlr.bench.tasks import PERPLEXITIES, manager_for
     tasks = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     _refuse(arguments, tasks)
+    processes.begin()
     # a mistyped name costs no model loading
     manager_for([name for name in tasks if name not in PERPLEXITIES])
     loaded = load(arguments.checkpoint, variant=arguments.variant, skip=arguments.skip,
                   order=arguments.order, model=arguments.model, dtype=arguments.dtype,
                   load_in_4bit=arguments.load_in_4bit, revision=arguments.revision,
-                  attn_implementation=arguments.attn_implementation, say=say_first)
+                  attn_implementation=arguments.attn_implementation, say=processes.say)
     dialled = "" if arguments.skip is None else f"-skip={arguments.skip}"
     checkpoint = loaded.checkpoint.removesuffix("/checkpoint")
     label = arguments.name or slug(f"{checkpoint}-{loaded.name}{dialled}")
     run = Run(results_folder() / "evaluation" / label)
     lm = DLRLM(loaded=loaded, batch_size=arguments.batch_size,
                max_batch_size=arguments.max_batch_size)
-    if is_first():
+    if processes.is_first():
         print(f"results in {run.folder}", flush=True)
         begin(run, {"checkpoint": loaded.checkpoint, "variant": loaded.kind, "skip": arguments.skip,
                     "digest": loaded.digest, "base": precision_of(loaded.base)}, loaded.digest)
     result = run_benchmark(lm, tasks, run.folder / loaded.name, data_dir=arguments.data_dir,
                            limit=arguments.limit, num_fewshot=arguments.num_fewshot)
-    if is_first():
+    if processes.is_first():
         _keep(run, lm, result, tasks, arguments)
-    processes().destroy_process_group()
+    processes.end()
     return 0
 
 

@@ -62,25 +62,21 @@ def train_command(arguments) -> int:
     name, is_given = name_of(phase, arguments, parameters)
     run = _started(Wanted(phase, config), name, is_given)
     if run.done:
-        _say(f"{phase}: finished before, {shown_path(run.folder)}")
+        processes.say(f"{phase}: finished before, {shown_path(run.folder)}")
         processes.end()
         return 0
-    _say(f"{phase}: {len(trainings)} variants, {processes.count()} process(es) with {share} of a "
-         f"batch's {config.batch_size} sequences each, results in {run.folder}")
+    processes.say(f"{phase}: {len(trainings)} variants, {processes.count()} process(es) with "
+                  f"{share} of a batch's {config.batch_size} sequences each, results in "
+                  f"{run.folder}")
     try:
         _train(trainings, config, run)
     except BaseException:
         if processes.is_first():
             run.forget_if_empty()
         raise
-    _say(f"trained; now {_next(arguments, phase, run)}")
+    processes.say(f"trained; now {_next(arguments, phase, run)}")
     processes.end()
     return 0
-
-
-def _say(text: str) -> None:
-    if processes.is_first():
-        print(text, flush=True)
 
 
 def _started(wanted: Wanted, name: str, is_given: bool) -> Run:
@@ -102,7 +98,7 @@ def _train(trainings: list, config, run: Run) -> None:
     from dlr.workbook.study import open_bench
     bench = None
     for training in trainings:
-        _say(f"  {training.name}")
+        processes.say(f"  {training.name}")
         bench = bench or open_bench(config)
         variant = training.run(bench, run.folder)
         if config.shard:              # the base is in pieces now; the next variant has a fresh one
