@@ -187,6 +187,26 @@ def test_smollm2_and_its_adapters():
          "with 15, 25, 40 and 50 % dropped")
 
 
+def test_smollm2_with_many_labels():
+    found = metrics("depth_router/smollm2")
+    at = {(row["plan"], row["budget"]): row for row in found["rows"]}
+
+    def listed(values: list[str]) -> str:
+        return f"{', '.join(values[:-1])} and {values[-1]}"
+
+    def each(plan: str, form) -> str:
+        return listed([form(at[plan, budget]) for budget in (0.15, 0.25, 0.4, 0.5, 0.6)])
+    assert all(row["difference_high"] < 0 for (plan, _), row in at.items() if plan == "depth router")
+    says(f"60 % skip is {each('depth router', lambda row: format(row['kl'], '.3f'))}, the static",
+         f"plan's {each('static', lambda row: format(row['kl'], '.3f'))};",
+         f"captures {each('depth router', lambda row: format(100 * row['captured'], '.0f'))} % of what",
+         f"captures {each('token alone', lambda row: format(100 * row['captured'], '.0f'))} %, position",
+         f"{found['labels']:,} labelled tokens, {at['static', 0.25]['tokens']:,} tokens of {at['static', 0.25]['documents']} test")
+    scaling = [row for row in found["scaling"] if row["budget"] == 0.25]
+    says(f"is {listed([format(row['kl'], '.3f') for row in scaling])} with "
+         f"{listed([format(row['labels'], ',') for row in scaling])} labels")
+
+
 def test_the_reported_routers_were_not_trained_by_gradients():
     """Gradients trained LoRA and adapters alone: routers keep what the regression gave them."""
     logs = sorted((ROOT / "results" / "pareto").glob("router-*/router/log.csv"))
