@@ -40,17 +40,21 @@ def spread(results: Results, places: list, shape: str = ".2f", times: float = 1.
 
 def seeds_line(intervals: list[Interval]) -> Markup:
     """The intervals of several seeds, one after the other."""
-    return Markup("; ").join(intervals)
+    return Markup("; <br>").join(intervals)
 
 
 # -- the frontier ---------------------------------------------------------------------------------
-def routed_groups(results: Results) -> dict[tuple, list[str]]:
+def routed_groups(results: Results, is_embedded: bool) -> dict[tuple, list[str]]:
     """(model, dataset, steps) to the runs of the phase pareto that hold a router, most seeds first.
+
+    Args:
+        is_embedded: those of the embedded model, or all others.
     """
     runs = {run: Run(results.root / run) for run in results.runs("pareto")
             if any(row.get("kind") == "routed" for row in results.rows(run))}
-    groups = {key: list(group) for key, group in alike(runs).items()}
-    return dict(sorted(groups.items(), key=lambda pair: (pair[0][0] != "nano", -len(pair[1]))))
+    groups = {key: list(group) for key, group in alike(runs).items()
+              if (key[0] == "nano") == is_embedded}
+    return dict(sorted(groups.items(), key=lambda pair: -len(pair[1])))
 
 
 def targets_of(results: Results, runs: list[str]) -> list[float]:
