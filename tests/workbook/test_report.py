@@ -58,6 +58,8 @@ class Reader(html.parser.HTMLParser):
 
 MADE = {"value": lambda values: values[0], "mean": statistics.fmean, "least": min, "most": max,
         "SD": statistics.stdev, "count": len, "ratio": lambda values: values[0] / values[1],
+        "mean ratio": lambda values: statistics.fmean(
+            a / b for a, b in zip(values[::2], values[1::2])),
         "gap": lambda values: abs(values[1] - values[0]),
         "widest gap": lambda values: max(abs(a - b) for a, b in zip(values[::2], values[1::2])),
         "padded": lambda values: values[0] * (1 - values[2]) + values[1] * values[2]}
@@ -206,18 +208,27 @@ def test_ratios_of_the_predecessor_are_those_of_its_own_rows():
 
 
 def test_our_rows_stand_beside_it_once_they_are_there(tmp_path):
-    rows = [{"variant": "base", "kind": "base", "seed": 42, "skip": 0.0, "perplexity": 40.0},
-            {"variant": "dense LoRA", "kind": "dense", "seed": 42, "skip": 0.0, "perplexity": 32.0},
-            {"variant": "DLR", "kind": "routed", "seed": 42, "skip": 0.25, "skip_padded": 0.18,
-             "perplexity": 36.0}]
-    folder = tmp_path / "predecessor" / "x"
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps({"rows": rows}))
+    """A run a point, as its sweep makes them; the ratio is to the dense row of the same seed."""
+    rows = {"base": {"kind": "base", "seed": 0, "skip": 0.0, "perplexity_batches": 40.0},
+            "dense LoRA": {"kind": "dense", "seed": 42, "skip": 0.0, "perplexity_batches": 32.0},
+            "dense LoRA ": {"kind": "dense", "seed": 43, "skip": 0.0, "perplexity_batches": 30.0},
+            "DLR": {"kind": "routed", "seed": 42, "skip": 0.25, "skip_padded": 0.18,
+                    "perplexity_batches": 36.0}}
+    for place, (variant, row) in enumerate(rows.items()):
+        folder = tmp_path / "predecessor" / str(place)
+        folder.mkdir(parents=True)
+        row = row | {"variant": variant.strip(), "perplexity": 35.0}
+        (folder / "metrics.json").write_text(json.dumps({"rows": [row]}))
     table = predecessor.ours(Results(tmp_path))
-    own = dict(zip(table.columns, map(page._plain, table.rows[2])))
-    assert own == {"our row": "DLR", "seed": "42", "skip of tokens": "25.0 %",
-                   "skip, padding counted": "18.0 %", "perplexity": "36.00",
-                   "over our base": "0.90", "over our dense LoRA": "1.12"}
+    own = dict(zip(table.columns, map(page._plain, table.rows[-1])))
+    assert own == {"our row": "DLR", "seeds": "1", "skip of tokens": "25.0 %",
+                   "skip, padding counted": "18.0 %", "perplexity": "35.00",
+                   "by their average": "36.00", "over our base": "0.90",
+                   "over our dense LoRA": "1.12"}
+    assert [page._plain(cell) for cell in table.rows[1]][1] == "2"
+    lists = claims.judged(Results(tmp_path))
+    assert "1.12 times the perplexity of dense LoRA at 18.0 %" in lists[claims.HOLDS][0].striptags()
+    assert "the predecessor's router has 3.13 at 18.0 %" in lists[claims.HOLDS][0].striptags()
 
 
 def test_published_numbers_name_their_source_and_no_machine():

@@ -117,7 +117,7 @@ HEADLINES = ("frontier", "domains", "benchmarks")
 
 
 def page(results: Results, bar: bool = True) -> tuple[Markup, list[Table]]:
-    """(the whole page, its tables) of a results folder; what is missing is said, and how to make it.
+    """(the whole page, its tables) of a results folder; it says what is missing, and what makes it.
     """
     parts = _Parts(results)
     bodies = [(section, parts.body(section))

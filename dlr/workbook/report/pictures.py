@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -40,19 +41,27 @@ class Picture(NamedTuple):
     draw: Callable
 
 
-def pictures(results: Results, phase: str) -> list[Picture]:
-    """The registered figures of a phase that these results can draw.
+def _figures(results: Results) -> list[tuple]:
+    """(phase, function, {file name: its arguments}) of every registered figure.
 
     This function and `replaced` are all that the report knows of the register of figures.
     """
-    found = []
+    known = []
     for entry in registered():
-        runs = {run.partition("/")[2]: Run(results.root / run) for run in results.runs(phase)}
+        runs = {run.partition("/")[2]: Run(results.root / run) for run in results.runs(entry.phase)}
         runs = {name: run for name, run in runs.items() if entry.run in (None, name)}
-        if entry.phase == phase and runs:
-            caption = " ".join((entry.draw.__doc__ or "").split("\n\n")[0].split())
-            found += [Picture(name, phase, caption, lambda entry=entry, own=own: entry.draw(*own))
-                      for name, own in entry.files(runs).items()]
+        known.append((entry.phase, entry.draw, entry.files(runs) if runs else {}))
+    return known
+
+
+def pictures(results: Results, phase: str) -> list[Picture]:
+    """The registered figures of a phase that these results can draw."""
+    found = []
+    for of, draw, files in _figures(results):
+        caption = " ".join((draw.__doc__ or "").split("\n\n")[0].split())
+        if of == phase:
+            found += [Picture(name, phase, caption, partial(draw, *own))
+                      for name, own in files.items()]
     return found
 
 

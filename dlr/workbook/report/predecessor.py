@@ -7,11 +7,12 @@ full depth.
 
 from markupsafe import Markup
 
-from dlr.runs import METRICS, kind_of
+from dlr.runs import METRICS, Run, alike, kind_of
 from dlr.workbook.report.sources import PUBLISHED, Missing, Results
-from dlr.workbook.report.tables import BLANK, Table, percent
+from dlr.workbook.report.tables import BLANK, Table, percent, spread
 
 MODELS = ("smollm2-135m", "tinyllama")
+NEAR = 0.02                          # skips that are as good as equal
 # How its rows are called here, by the word that stands for the fact.
 CAVEATS = {
     "padding": "its skip counts padded positions as well as tokens",
@@ -80,48 +81,110 @@ def larger(results: Results) -> Table:
                  "layers.", columns, lines, [])
 
 
-def _number_or_blank(results: Results, run: str, place: int, name: str, **look):
-    try:
-        number = results.metric(run, "rows", place, name, **look)
-    except Missing:
-        return BLANK
-    return _or_blank(number)
+# -- ours -----------------------------------------------------------------------------------------
+THEIRS = "perplexity_batches"        # their average: over batches of paragraphs
 
 
-def _own_ratio(results: Results, run: str, place: int, kind: str):
-    rows = results.rows(run)
-    others = [i for i, row in enumerate(rows) if kind_of(row) == kind]
+def groups(results: Results) -> dict[tuple, dict[str, list[tuple]]]:
+    """(model, dataset, steps) to variant to (run, place of its row), a pair a seed.
+
+    Raises:
+        Missing: the phase has no finished run.
+    """
+    runs = {run: Run(results.root / run) for run in results.runs("predecessor")}
+    if not runs:
+        raise Missing("predecessor/default", "finished run")
+    found = {}
+    for key, group in alike(runs).items():
+        variants = found.setdefault(key, {})
+        for run in group:
+            for place, row in enumerate(results.rows(run)):
+                variants.setdefault(row["variant"], []).append((run, place))
+    return found
+
+
+def _average(results: Results, run: str) -> str:
+    return THEIRS if THEIRS in results.rows(run)[0] else "perplexity"
+
+
+def _full(results: Results, variants: dict, kind: str) -> list[tuple]:
+    """The rows of the base, or of LoRA at full depth."""
+    pairs = [pair for pairs in variants.values() for pair in pairs]
+    return [(run, place) for run, place in pairs
+            if kind_of(row := results.rows(run)[place]) == kind and not row["skip"]]
+
+
+def ratio(results: Results, own: list[tuple], others: list[tuple]):
+    """Mean over seeds of a row's perplexity over another's of the same seed; a dash without it."""
     if not others:
         return BLANK
-    file = f"{run}/{METRICS}"
-    same = min(others, key=lambda i: rows[i].get("seed") != rows[place].get("seed"))
-    return results.made("ratio", [(file, ("rows", i, "perplexity")) for i in (place, same)], ".2f")
+    places = []
+    for run, place in own:
+        seed = results.rows(run)[place].get("seed")
+        other = min(others, key=lambda pair: results.rows(pair[0])[pair[1]].get("seed") != seed)
+        places += [(f"{each}/{METRICS}", ("rows", i, _average(results, each)))
+                   for each, i in ((run, place), other)]
+    return results.made("mean ratio", places, ".2f")
+
+
+def _over_seeds(results: Results, pairs: list[tuple], name: str, **look):
+    places = [(f"{run}/{METRICS}", ("rows", place, name)) for run, place in pairs
+              if name in results.rows(run)[place]]
+    return spread(results, places, **look) if len(places) == len(pairs) else BLANK
 
 
 SKIPS = {"skip": "skip of tokens", "skip_padded": "skip, padding counted"}
 
 
 def ours(results: Results) -> Table:
-    """Our rows of its protocol. Raises Missing: the phase has no finished run."""
-    runs = results.runs("predecessor")
-    if not runs:
-        raise Missing("predecessor", "finished run")
-    lines = []
-    for run in runs:
-        for place, _ in enumerate(results.rows(run)):
-            skips = [_number_or_blank(results, run, place, name, shape=".1f", times=100)
-                     for name in SKIPS]
+    """Our rows of its protocol, means ± SD over seeds. Raises Missing: there is none."""
+    lines, runs = [], []
+    for (model, _, steps), variants in groups(results).items():
+        for pairs in variants.values():
+            run, place = pairs[0]
+            runs += [each for each, _ in pairs]
+            skips = [_over_seeds(results, pairs, name, shape=".1f", times=100) for name in SKIPS]
+            ratios = [ratio(results, pairs, _full(results, variants, kind))
+                      for kind in ("base", "dense")]
             lines.append([results.metric(run, "rows", place, "variant"),
-                          _number_or_blank(results, run, place, "seed", shape="d"),
+                          results.made("count", [(f"{each}/{METRICS}", ("rows", i, "variant"))
+                                                 for each, i in pairs]),
                           *(skip if skip == BLANK else percent(skip) for skip in skips),
-                          results.metric(run, "rows", place, "perplexity"),
-                          *(_own_ratio(results, run, place, kind) for kind in ("base", "dense"))])
-    columns = ["our row", "seed", *SKIPS.values(), "perplexity", "over our base",
-               "over our dense LoRA"]
-    return Table("predecessor-ours", "Our rows on the predecessor's protocol.", columns, lines,
-                 runs)
+                          _over_seeds(results, pairs, "perplexity"),
+                          _over_seeds(results, pairs, THEIRS), *ratios])
+    columns = ["our row", "seeds", *SKIPS.values(), "perplexity", "by their average",
+               "over our base", "over our dense LoRA"]
+    return Table("predecessor-ours", "Our rows on the predecessor's protocol, mean ± SD over "
+                 "seeds; ratios are of perplexities by their average.", columns, lines,
+                 list(dict.fromkeys(runs)))
 
 
+def beside(results: Results):
+    """(whether our ratio to dense LoRA is the smaller, sentence) for each row of ours that skips.
+
+    Theirs is the row of its router that skips no more than ours, on the model of this size.
+    """
+    rows = results.at((PUBLISHED, (MODELS[0], "rows")))
+    place, dense = (next(i for i, row in enumerate(rows) if row["variant"].startswith(name))
+                    for name in ("token DLR", "dense"))
+    other = results.made("ratio", [(PUBLISHED, (MODELS[0], "rows", i, "perplexity"))
+                                   for i in (place, dense)], ".2f")
+    at = results.published(MODELS[0], "rows", place, "skip", shape=".1f", times=100)
+    for variants in groups(results).values():
+        others = _full(results, variants, "dense")
+        for name, pairs in variants.items():
+            row = results.rows(pairs[0][0])[pairs[0][1]]
+            key = "skip_padded" if "skip_padded" in row else "skip"
+            if kind_of(row) == "routed" and others and row[key] >= at.value - NEAR:
+                own = ratio(results, pairs, others)
+                yield own.shown < other.shown, Markup(
+                    "on the predecessor's protocol {} has {} times the perplexity of dense LoRA at "
+                    "{} % skip of all positions; the predecessor's router has {} at {} %.").format(
+                        results.metric(pairs[0][0], "rows", pairs[0][1], "variant"), own,
+                        _over_seeds(results, pairs, key, shape=".1f", times=100), other, at)
+
+
+# -- what has to be known -------------------------------------------------------------------------
 def facts(results: Results) -> list[Markup]:
     """What has to be known when the two are read side by side."""
     get = results.published
@@ -143,8 +206,8 @@ def facts(results: Results) -> list[Markup]:
                    get("recomputed", "real_share_june", shape=".0f", times=100)),
         Markup("Its “random” and stochastic rows run one fixed mask, and it has no best static "
                "plan."),
-        Markup("Its mean of {} ± {} over seeds mixes two skip weights; at one weight throughout it "
-               "is {} ± {}, at skip {}.").format(
+        Markup("Its mean of {} ± {} over seeds mixes two skip weights; at one weight throughout "
+               "it is {} ± {}, at skip {}.").format(
                    get("recomputed", "published_mean", shape=".2f"),
                    get("recomputed", "published_sd", shape=".2f"),
                    results.made("mean", values[0], ".2f"), results.made("SD", values[0], ".2f"),

@@ -41,9 +41,9 @@ MADE = {
     "most": max,
     "count": len,
     "ratio": lambda values: values[0] / values[1],
+    "mean ratio": lambda values: float(np.mean([a / b for a, b in _pairs(values)])),
     "gap": lambda values: abs(values[0] - values[1]),
     "widest gap": lambda values: max(abs(a - b) for a, b in _pairs(values)),
-    "product": lambda values: float(np.prod(values)),
     "padded": lambda values: values[0] + (values[1] - values[0]) * values[2],
 }
 

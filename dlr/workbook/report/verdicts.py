@@ -4,6 +4,7 @@ A verdict is read off the numbers as they are printed: where the table shows an 
 at zero, the sentence says that nothing can be told.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
@@ -12,6 +13,10 @@ from dlr.workbook.report.sources import Missing, Number, Results
 
 BETTER, WORSE, EVEN = "better than", "worse than", "not distinguishable from"
 MIXED = "mixed"                                   # seeds disagree
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+LIST_OF = {BETTER: HOLDS, WORSE: FAILS, EVEN: OPEN, MIXED: OPEN}
+STATIC = "the best static plan"
+Claims = Iterator[tuple[str, Markup]]             # (list that it stands in, sentence)
 SPREAD = Markup("{} ({}, {})")
 
 
@@ -125,3 +130,14 @@ def risen(values: list[Number]) -> str:
     if steps and all(step > 0 for step in steps):
         return "rises each time"
     return "falls each time" if steps and all(step < 0 for step in steps) else "does not go one way"
+
+
+def sorted_claims(words: dict[str, Markup], before: str = "", after: str = "") -> Claims:
+    """Sentences of `told`, each with the list it belongs to."""
+    for which, sentence in words.items():
+        yield LIST_OF[which], Markup("{}{}{}").format(before, sentence, Markup(after))
+
+
+def setting_of(results: Results, run: str) -> Markup:
+    """'nano on embedded', as the run records model and text."""
+    return Markup("{} on {}").format(*(results.setting(run, key) for key in ("model", "dataset")))
