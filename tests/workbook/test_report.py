@@ -82,7 +82,9 @@ def wrong(text: str, root=RECORDED) -> list:
     for number in reader.numbers:
         values = [recorded(root, *place) for place in json.loads(number["data-from"])]
         value, times = MADE[number["data-how"]](values), float(number["data-times"])
-        if not isinstance(value, str):
+        if value is None:
+            value = "–"
+        elif not isinstance(value, str):
             value = format(value * times if times != 1 else value, number["data-shape"])
         if value.replace("-", "−") != number["text"] and value != number["text"]:
             errors.append((number["text"], value, number["data-from"]))

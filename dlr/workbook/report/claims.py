@@ -35,13 +35,14 @@ def claimed(results: Results, section: str) -> list[tuple[str, Markup]]:
 
     A claim whose run is not there says nothing; the section's tables say what is missing.
     """
-    sentences = []
-    for claim in CLAIMS.get(section, []):
-        try:
-            sentences += list(claim(results))
-        except Missing:
-            continue
-    return sentences
+    return [pair for claim in CLAIMS.get(section, []) for pair in _those_of(results, claim)]
+
+
+def _those_of(results: Results, claim: Callable[[Results], Claims]) -> list[tuple[str, Markup]]:
+    try:
+        return list(claim(results))
+    except Missing:
+        return []
 
 
 def judged(results: Results) -> dict[str, list[Markup]]:
@@ -51,3 +52,10 @@ def judged(results: Results) -> dict[str, list[Markup]]:
         for where, sentence in claimed(results, section):
             lists[where].append(sentence)
     return lists
+
+
+def headlines(results: Results) -> list[tuple[str, Markup]]:
+    """What a reader in a hurry has to know: the frontiers, where they are lost, and benchmarks."""
+    found = [*claimed(results, "frontier"), *_those_of(results, trained.pretrained)]
+    lost = [pair for pair in _those_of(results, trained.domains) if pair[0] == FAILS]
+    return found + lost + claimed(results, "benchmarks")

@@ -49,7 +49,8 @@ def labels(results: Results, run: str = "depth_router/default") -> Claims:
                                      shape=".4f") for count in counts]
             way = risen(values)
             yield (HOLDS if way == "falls each time" else FAILS), Markup(
-                "With more labelled tokens ({} to {}) the KL at {} % {}, from {} to {}.").format(
+                "With more labelled tokens ({} to {}) the KL at {}\u00a0% {}, from {} to {}."
+            ).format(
                 *(results.metric(run, "scaling", {"labels": count, "budget": budget}, "labels",
                                  shape=",") for count in (counts[0], counts[-1])),
                 measures.budget_number(results, run, budget), way, values[0], values[-1])
@@ -60,30 +61,31 @@ def knowledge(results: Results) -> Claims:
     for run in results.runs("token_analysis"):
         own = interval(results, run, "shuffled")
         # shuffled less own: the plan is worth something where that is above zero
-        for which, sentence in told(results, "the router's own plan", "the same plan shuffled",
-                                    {"": [own]}, "over tokens{}", lower_is_better=False).items():
-            yield LIST_OF[which], Markup("<code>{}</code>: {} (shuffled less own: {} nats a token)"
-                                         ).format(run, sentence, own)
+        yield from sorted_claims(
+            told(results, "the router's own plan", "the same plan shuffled over tokens",
+                 {own: [own]}, "(shuffled less own: {} nats a token)", lower_is_better=False),
+            Markup("<code>{}</code>: ").format(run))
         for place, _ in enumerate(results.rows(run)):
             own = Interval(*(results.percent(run, "rows", place, name, shape=".0f") for name in
                              ("captured", "captured_low", "captured_high")))
             yield (HOLDS if own.low.shown > 0 else FAILS if own.high.shown < 0 else OPEN), Markup(
-                "On {} weights at {} % skip the router captures {} % of the oracle's gain over {}."
-            ).format(results.metric(run, "rows", place, "weights"),
+                "On {} weights at {}\u00a0% skip the router captures {}\u00a0% of the oracle's gain "
+                "over {}.").format(results.metric(run, "rows", place, "weights"),
                      results.percent(run, "rows", place, "skip"), own, STATIC)
 
 
 def benchmarks(results: Results) -> Claims:
     """The router against the static plan at its own skip, on the same items."""
     for run in results.runs("evaluation"):
-        for place, pair in enumerate(results.read(f"{run}/{METRICS}").get("against_static") or ()):
+        for place, _ in enumerate(results.read(f"{run}/{METRICS}").get("against_static") or ()):
             steps = "against_static", place
             own = interval(results, run, *steps, names=("difference", "low", "high"))
-            words = told(results, pair["routed"], pair["static"], {"": [own]}, "in mean accuracy{}",
-                         lower_is_better=False)
-            tail = Markup(" ({}, over {} tasks)").format(own, results.metric(
-                run, *steps, "tasks", shape="d"))
-            yield from sorted_claims(words, Markup("<code>{}</code>: ").format(run), tail)
+            names = (results.metric(run, *steps, name) for name in ("routed", "static"))
+            by = Markup("{}, over {} tasks").format(own, results.metric(run, *steps, "tasks",
+                                                                        shape="d"))
+            yield from sorted_claims(told(results, *names, {by: [own]}, "in mean accuracy ({})",
+                                          lower_is_better=False),
+                                     Markup("<code>{}</code>: ").format(run))
 
 
 def _beside(results: Results, run: str, work: str) -> Iterator[tuple[dict, Number, Number]]:
@@ -99,7 +101,7 @@ def _at(results: Results, run: str, case: dict) -> Markup:
     batch = measures.timed(results, run, case, "compact", "batch")
     skip = measures.timed(results, run, case, "compact", "skip")
     batch.shape, skip.shape, skip.times = "d", ".0f", 100
-    return Markup("batch {}, {} % skip").format(batch, skip)
+    return Markup("batch {}, {}\u00a0% skip").format(batch, skip)
 
 
 def speeds(results: Results) -> Claims:

@@ -69,7 +69,8 @@ def _missed(results: Results, run: str, variant: str) -> tuple[str, Markup]:
     row = "rows", {"variant": variant}
     places = [(f"{run}/{METRICS}", (*row, key)) for key in ("skip", "target_skip")]
     miss = results.made("gap", places, ".1f", 100)
-    words = Markup("{} skips {} % where {} % was asked for, and has perplexity {}.").format(
+    words = Markup("{} skips {}\u00a0% where {}\u00a0% was asked for, and has perplexity {}."
+                   ).format(
         variant, results.percent(run, *row, "skip"),
         results.percent(run, *row, "target_skip", shape=".0f"),
         results.metric(run, *row, "perplexity"))
@@ -106,7 +107,7 @@ def sequence(results: Results, run: str = "sequence_routing/default") -> Claims:
         skips = [results.percent(run, "rows", place, "skip") for place in priced]
         way = risen(skips)
         yield (HOLDS if way == "rises each time" else FAILS), Markup(
-            "A sequence router under a price alone: skip {} with the price ({} %).").format(
+            "A sequence router under a price alone: skip {} with the price ({}\u00a0%).").format(
                 way, listed(skips))
 
 

@@ -135,9 +135,9 @@ def surroundings(results: Results, runs: list[str]) -> Table:
                       Markup("<time>{}</time>").format(results.at((file, ("started",)))[:10]),
                       Markup("{} / {} / {}").format(*versions),
                       Markup("<code>{}</code>").format(
-                          results.at((file, ("git_commit",)))[:10] or BLANK),
+                          results.at((file, ("git_commit",)))[:7] or BLANK),
                       Markup("<code>{}</code>").format(
-                          results.at((file, ("data_hash",))).partition("-")[0]),
+                          results.at((file, ("data_hash",)))[:8] or BLANK),
                       results.metric(run, "seconds", shape=",.0f")])
     columns = ["run", "machine", "begun", "Python / torch / transformers", "commit", "data",
                "seconds"]

@@ -30,7 +30,7 @@ TEMPLATES = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=
                         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome",
             "microsoft-edge", "msedge")
-PATIENCE = 90                        # seconds that a browser has to print
+PATIENCE = 180                       # seconds that a browser has to print
 # Signs that mean something to LaTeX, and those it has other ones for.
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
@@ -51,7 +51,7 @@ def _prose(results: Results, name: str) -> Markup:
     """The words of a section, which may read the results; empty where it has none."""
     names = {"setting": results.setting, "metric": results.metric, "percent": results.percent,
              "published": results.published, "made": results.made, "METRICS": METRICS,
-             "citations": json.loads((HERE / "citations.json").read_text(encoding="utf-8")),
+             "works": json.loads((HERE / "citations.json").read_text(encoding="utf-8")),
              "facts": partial(predecessor.facts, results), "caveats": predecessor.CAVEATS}
     module = TEMPLATES.get_template("method.html" if name == "method" else "prose.html")
     macro = getattr(module.make_module(names), name, None)
@@ -113,9 +113,6 @@ class _Parts:
         return Markup("\n").join([*blocks, *map(self._picture, shown)])
 
 
-HEADLINES = ("frontier", "domains", "benchmarks")
-
-
 def page(results: Results, bar: bool = True) -> tuple[Markup, list[Table]]:
     """(the whole page, its tables) of a results folder; it says what is missing, and what makes it.
     """
@@ -123,8 +120,7 @@ def page(results: Results, bar: bool = True) -> tuple[Markup, list[Table]]:
     bodies = [(section, parts.body(section))
               for section in tqdm(sections.SECTIONS, desc="report", unit="section",
                                   disable=not bar)]
-    headlines = [pair for name in HEADLINES for pair in claims.claimed(results, name)]
-    whole = _render("report.html", sections=bodies, headlines=headlines,
+    whole = _render("report.html", sections=bodies, headlines=claims.headlines(results),
                     style=Markup(TEMPLATES.get_template("report.css").render()))
     return whole, parts.tables
 

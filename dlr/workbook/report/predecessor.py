@@ -179,7 +179,8 @@ def beside(results: Results):
                 own = ratio(results, pairs, others)
                 yield own.shown < other.shown, Markup(
                     "on the predecessor's protocol {} has {} times the perplexity of dense LoRA at "
-                    "{} % skip of all positions; the predecessor's router has {} at {} %.").format(
+                    "{}\u00a0% skip of all positions; the predecessor's router has {} at "
+                    "{}\u00a0%.").format(
                         results.metric(pairs[0][0], "rows", pairs[0][1], "variant"), own,
                         _over_seeds(results, pairs, key, shape=".1f", times=100), other, at)
 
@@ -194,12 +195,12 @@ def facts(results: Results) -> list[Markup]:
              for seed in (42, 43, 44)]
     values = [[(file, (*steps, name)) for file, steps in seeds] for name in ("perplexity", "skip")]
     return [
-        Markup("Its skip is a mean over all positions, padding included ({} % of them in its "
+        Markup("Its skip is a mean over all positions, padding included ({}\u00a0% of them in its "
                "September evaluation). If padding keeps every layer, its {} is {} of the tokens."
                ).format(pads, get("recomputed", "real_skip_from", shape=".3f"),
                         get("recomputed", "real_skip_to", shape=".2f")),
-        Markup("Its June models were read on paragraphs padded to a fixed length, where {} % of "
-               "the positions are tokens. A router that runs everything on tokens and the kept "
+        Markup("Its June models were read on paragraphs padded to a fixed length, where {}\u00a0% "
+               "of the positions are tokens. A router that runs everything on tokens and the kept "
                "layers alone on padding shows the depth of the last table's last column. Where "
                "that is the depth reported, a score said to be at that depth is one near full "
                "depth.").format(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from dlr.workbook.report import commands, measures, predecessor, tables
-from dlr.workbook.report.pictures import ORIGINAL, replaced
+from dlr.workbook.report.pictures import replaced
 from dlr.workbook.report.sources import Missing, Results
 from dlr.workbook.report.tables import Table, headed
 
@@ -45,9 +45,9 @@ def _groups(results: Results, is_embedded: bool) -> list[tuple[tuple, list[str]]
 def _frontiers(results: Results, is_embedded: bool) -> Tables:
     for (model, dataset, steps), runs in _groups(results, is_embedded):
         name = f"frontier-{headed(f'{model}-{dataset}-{steps}')}"
-        caption = Markup("{} on {}, {} steps: perplexity, mean ± SD over seeds; below the skip "
-                         "asked for stands the one measured. Differences in nats a token, with "
-                         "paired 95 % intervals over documents, a line a seed.").format(
+        caption = Markup("{} on {}, {} steps: perplexity, mean ± SD over seeds. Differences "
+                         "in nats a token, with paired 95 % intervals over documents, a line a "
+                         "seed.").format(
             results.setting(runs[0], "model"), results.setting(runs[0], "dataset"),
             results.setting(runs[0], "steps"))
         yield lambda runs=runs, name=name, caption=caption: tables.frontier(
@@ -109,7 +109,7 @@ def _harm(results: Results) -> Tables:
         number = measures.budget_number(results, ranked[0], budget)
         yield lambda: measures.ranks(
             results, ranked, "adapter-ranks", Markup("What a rank of skip adapters buys on {}, at "
-            "{} % skip: KL from the dense model, nats a token.").format(
+            "{}\u00a0% skip: KL from the dense model, nats a token.").format(
                 results.setting(ranked[0], "model"), number), budget)
 
 
@@ -162,13 +162,12 @@ def _beside(results: Results) -> Tables:
 
 def figures_table(names: list[str]) -> Table:
     """The predecessor's figures, and ours in the place of each."""
-    lines = [[str(i + 1), Markup("<code>{}</code>").format(file), shows,
+    lines = [[Markup("<code>{}</code>").format(file), shows,
               Markup(", ").join(Markup("<code>{}</code>").format(name) for name in ours)
               or "not drawn from these results"]
-             for i, (file, shows, ours) in enumerate(replaced(names))]
-    assert len(lines) == len(ORIGINAL)
+             for file, shows, ours in replaced(names)]
     return Table("figures", "The predecessor's figures, and ours in the place of each.",
-                 ["", "its figure", "shows", "ours"], lines, [])
+                 ["its figure", "shows", "ours"], lines, [])
 
 
 SECTIONS = [

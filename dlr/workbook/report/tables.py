@@ -27,7 +27,7 @@ class Table(NamedTuple):
 
 def percent(number) -> Markup:
     """A number with the sign for per cent."""
-    return Markup("{} %").format(number)
+    return Markup("{}\u00a0%").format(number)
 
 
 def spread(results: Results, places: list, shape: str = ".2f", times: float = 1.0):

@@ -97,16 +97,17 @@ def _counted(results: Results, seeds: list[Interval], lower_is_better: bool) -> 
     return listed(parts)
 
 
-def told(results: Results, subject: str, other: str, cells: dict, where: str = "at {} skip",
+def told(results: Results, subject, other, cells: dict, where: str = "at {} skip",
          lower_is_better: bool = True) -> dict[str, Markup]:
     """A sentence a side on which differences lie: side to sentence.
 
     Args:
+        subject, other: names, texts or as the results have them.
         cells: place (a number or a name) to the intervals of its seeds, subject minus other.
         where: how the list of places is said.
     """
     if not cells or not all(cells.values()):
-        raise Missing("results", f"difference between {subject} and {other}")
+        raise Missing("results", f"difference between {subject!s} and {other!s}")
     words = {}
     for which, places in by_side(cells, lower_is_better).items():
         here = Markup(where).format(listed(places))
