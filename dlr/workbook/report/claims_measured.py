@@ -69,8 +69,8 @@ def knowledge(results: Results) -> Claims:
             own = Interval(*(results.percent(run, "rows", place, name, shape=".0f") for name in
                              ("captured", "captured_low", "captured_high")))
             yield (HOLDS if own.low.shown > 0 else FAILS if own.high.shown < 0 else OPEN), Markup(
-                "On {} weights at {}\u00a0% skip the router captures {}\u00a0% of the oracle's gain "
-                "over {}.").format(results.metric(run, "rows", place, "weights"),
+                "On {} weights at {}\u00a0% skip the router captures {}\u00a0% of the oracle's "
+                "gain over {}.").format(results.metric(run, "rows", place, "weights"),
                      results.percent(run, "rows", place, "skip"), own, STATIC)
 
 

@@ -21,7 +21,7 @@ from dlr.progress import tqdm
 from dlr.runs import METRICS, project_root, results_folder, write_atomically
 from dlr.workbook.report import claims, predecessor, sections
 from dlr.workbook.report.commands import command_of, making
-from dlr.workbook.report.pictures import data_uri, pictures, png
+from dlr.workbook.report.pictures import Picture, data_uri, pictures, png, undrawn
 from dlr.workbook.report.sources import Missing, Results
 from dlr.workbook.report.tables import Table
 
@@ -64,12 +64,12 @@ def _table(results: Results, table: Table) -> Markup:
 
 
 class _Parts:
-    """What a report is put together from: its sections in HTML, tables, names of figures."""
+    """What a report is put together from: its sections in HTML, tables and figures."""
 
     def __init__(self, results: Results):
         self.results = results
         self.tables: list[Table] = []
-        self.figures: list[str] = []
+        self.figures: list[Picture] = []
 
     def protected(self, make) -> Markup:
         """What `make` gives, or the note that says which run is not there."""
@@ -94,7 +94,7 @@ class _Parts:
         content = png(picture)
         if content is None:
             return Markup("")
-        self.figures.append(picture.name)
+        self.figures.append(picture)
         return _render("figure.html", picture=picture, address=data_uri(content))
 
     def body(self, section) -> Markup:
@@ -105,6 +105,7 @@ class _Parts:
             blocks += self._tables(section)
         if section.name == "figures":
             blocks.append(self._table(lambda: sections.figures_table(self.figures)))
+            blocks.append(_render("undrawn.html", figures=undrawn(results)))
         if section.name == "verdict":
             blocks.append(_render("verdict.html", lists=claims.judged(results)))
         blocks.append(_render("claims.html", claims=claims.claimed(results, section.name)))

@@ -12,7 +12,8 @@ from dlr.figures.register import registered
 from dlr.runs import Run
 from dlr.workbook.report.sources import Results
 
-# The predecessor's figures: its file, what it shows, and the beginnings of the names of ours.
+# The predecessor's figures: its file, what it shows, and the beginnings of the names of ours that
+# stand for it where the register does not say so.
 ORIGINAL = [
     ("validation_loss_convergence", "validation loss by step", ["validation"]),
     ("validation_loss_final_bar", "last validation loss", ["baselines", "token_routing"]),
@@ -33,41 +34,65 @@ ORIGINAL = [
     ("exp7_efficiency_scatter", "accuracy by active layers", ["evaluation"])]
 
 
-class Picture(NamedTuple):
-    """A figure that can be drawn: its name, its phase, what it shows, and what draws it."""
-    name: str
-    phase: str
-    caption: str
-    draw: Callable
+class Registered(NamedTuple):
+    """What the report knows of a registered figure.
 
-
-def _figures(results: Results) -> list[tuple]:
-    """(phase, function, {file name: its arguments}) of every registered figure.
-
-    This function and `replaced` are all that the report knows of the register of figures.
+    Attributes:
+        phase: the first whose runs it reads. files: file name to the arguments of `draw`; none
+            where its data is missing. command: makes its data. replaces: the predecessor's figures
+            that it stands for; None where the register does not say.
     """
-    known = []
-    for entry in registered():
+    phase: str
+    draw: Callable
+    files: dict[str, tuple]
+    command: str
+    replaces: tuple[str, ...] | None
+
+
+def figures_of(results: Results) -> list[Registered]:
+    """Every registered figure. Nothing else in the report reads the register of figures."""
+    known, entries = [], registered()
+    if isinstance(entries, dict):                # a register that knows sources, by name
+        return [Registered(entry.phases[0], entry.draw, entry.files_of(results.root),
+                           entry.command, entry.replaces) for entry in entries.values()]
+    for entry in entries:
         runs = {run.partition("/")[2]: Run(results.root / run) for run in results.runs(entry.phase)}
         runs = {name: run for name, run in runs.items() if entry.run in (None, name)}
-        known.append((entry.phase, entry.draw, entry.files(runs) if runs else {}))
+        known.append(Registered(entry.phase, entry.draw, entry.files(runs) if runs else {},
+                                f"python -m dlr run {entry.phase}", None))
     return known
+
+
+class Picture(NamedTuple):
+    """A figure that can be drawn: its name, what it shows, what draws it, what it stands for."""
+    name: str
+    caption: str
+    draw: Callable
+    replaces: tuple[str, ...] | None = None
+
+
+def _caption(draw: Callable) -> str:
+    return " ".join((draw.__doc__ or draw.__name__).split("\n\n")[0].split())
 
 
 def pictures(results: Results, phase: str) -> list[Picture]:
     """The registered figures of a phase that these results can draw."""
-    found = []
-    for of, draw, files in _figures(results):
-        caption = " ".join((draw.__doc__ or "").split("\n\n")[0].split())
-        if of == phase:
-            found += [Picture(name, phase, caption, partial(draw, *own))
-                      for name, own in files.items()]
-    return found
+    return [Picture(name, _caption(figure.draw), partial(figure.draw, *own), figure.replaces)
+            for figure in figures_of(results) if figure.phase == phase
+            for name, own in figure.files.items()]
 
 
-def replaced(names: list[str]) -> list[tuple[str, str, list[str]]]:
-    """(the predecessor's figure, what it shows, ours among `names`), for each of its figures."""
-    return [(file, shows, [name for name in names if name.startswith(tuple(beginnings))])
+def undrawn(results: Results) -> list[tuple[str, str]]:
+    """(what it would show, command that makes its data) of each figure that is not drawn."""
+    return [(_caption(figure.draw), figure.command) for figure in figures_of(results)
+            if not figure.files]
+
+
+def replaced(drawn: list[Picture]) -> list[tuple[str, str, list[str]]]:
+    """(the predecessor's figure, what it shows, the names of ours), for each of its figures."""
+    return [(file, shows, [picture.name for picture in drawn
+                           if (picture.name.startswith(tuple(beginnings))
+                               if picture.replaces is None else file in picture.replaces)])
             for file, shows, beginnings in ORIGINAL]
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from dlr.workbook.report import commands, measures, predecessor, tables
-from dlr.workbook.report.pictures import replaced
+from dlr.workbook.report.pictures import Picture, replaced
 from dlr.workbook.report.sources import Missing, Results
 from dlr.workbook.report.tables import Table, headed
 
@@ -160,12 +160,12 @@ def _beside(results: Results) -> Tables:
     yield lambda: predecessor.larger(results)
 
 
-def figures_table(names: list[str]) -> Table:
+def figures_table(drawn: list[Picture]) -> Table:
     """The predecessor's figures, and ours in the place of each."""
     lines = [[Markup("<code>{}</code>").format(file), shows,
               Markup(", ").join(Markup("<code>{}</code>").format(name) for name in ours)
               or "not drawn from these results"]
-             for file, shows, ours in replaced(names)]
+             for file, shows, ours in replaced(drawn)]
     return Table("figures", "The predecessor's figures, and ours in the place of each.",
                  ["its figure", "shows", "ours"], lines, [])
 
