@@ -50,7 +50,8 @@ def judged(results: Results) -> dict[str, list[Markup]]:
     lists: dict[str, list[Markup]] = {HOLDS: [], FAILS: [], OPEN: []}
     for section in CLAIMS:
         for where, sentence in claimed(results, section):
-            lists[where].append(sentence)
+            if where in lists:                       # all but controls
+                lists[where].append(sentence)
     return lists
 
 

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from dlr.runs import METRICS
 from dlr.workbook.report import measures, tables
 from dlr.workbook.report.sources import Number, Results
-from dlr.workbook.report.verdicts import (BETTER, FAILS, HOLDS, LIST_OF, OPEN, STATIC, Claims,
+from dlr.workbook.report.verdicts import (CONTROL, FAILS, HOLDS, LIST_OF, OPEN, STATIC, Claims,
                                           Interval, interval, listed, risen, setting_of,
                                           sorted_claims, told)
 
@@ -16,9 +16,8 @@ def harms(results: Results, run: str = "depth_router/default") -> Claims:
     """Before healing: the plans of each predictor against the best mixture of static ones."""
     for plan in ("depth router", "token alone", "position alone"):
         for which, sentence in _harm(results, run, plan).items():
-            # a control that gains nothing fails nobody
-            kept = which == BETTER or plan == "depth router"
-            yield LIST_OF[which] if kept else OPEN, Markup("before healing, {}").format(sentence)
+            where = LIST_OF[which] if plan == "depth router" else CONTROL
+            yield where, Markup("before healing, {}").format(sentence)
 
 
 def _harm(results: Results, run: str, plan: str) -> dict[str, Markup]:
@@ -30,30 +29,37 @@ def _harm(results: Results, run: str, plan: str) -> dict[str, Markup]:
 
 
 def ranks(results: Results) -> Claims:
-    """The depth router against the static plan at each rank of the skip adapters."""
+    """The depth router against the static plan, by rank of the skip adapters; alike ones together.
+    """
     ranked = [run for run in results.runs("depth_router") if "skip_adapter_rank=" in run]
+    alike: dict[tuple, list] = {}
     for run in sorted(ranked, key=lambda run: results.setting(run, "skip_adapter_rank").value):
-        rank = results.setting(run, "skip_adapter_rank")
         for which, sentence in _harm(results, run, "depth router").items():
-            yield LIST_OF[which], Markup("{}, rank {}, before healing: {}").format(
-                setting_of(results, run), rank, sentence)
+            alike.setdefault((which, sentence.striptags()), []).append((run, sentence))
+    for (which, _), same in alike.items():
+        numbers = [results.setting(run, "skip_adapter_rank") for run, _ in same]
+        yield LIST_OF[which], Markup("{}, before healing, with adapters of rank {}: {}").format(
+            setting_of(results, same[0][0]), listed(numbers), same[0][1])
 
 
 def labels(results: Results, run: str = "depth_router/default") -> Claims:
     """Whether more labels still help."""
     rows = results.rows(run, "scaling")
+    ways: dict[str, list] = {}
     for budget in sorted({row["budget"] for row in rows}):
         counts = sorted({row["labels"] for row in rows if row["budget"] == budget})
         if len(counts) > 1:
-            values = [results.metric(run, "scaling", {"labels": count, "budget": budget}, "kl",
-                                     shape=".4f") for count in counts]
-            way = risen(values)
-            yield (HOLDS if way == "falls each time" else FAILS), Markup(
-                "With more labelled tokens ({} to {}) the KL at {}\u00a0% {}, from {} to {}."
-            ).format(
-                *(results.metric(run, "scaling", {"labels": count, "budget": budget}, "labels",
-                                 shape=",") for count in (counts[0], counts[-1])),
-                measures.budget_number(results, run, budget), way, values[0], values[-1])
+            ends = [("scaling", {"labels": count, "budget": budget}) for count in counts]
+            values = [results.metric(run, *end, "kl", shape=".4f") for end in ends]
+            said = Markup("{}\u00a0% (from {} to {})").format(
+                measures.budget_number(results, run, budget), values[0], values[-1])
+            ways.setdefault(risen(values), []).append((said, ends))
+    for way, found in ways.items():
+        ends = found[0][1]
+        yield (HOLDS if way == "falls each time" else FAILS), Markup(
+            "With more labelled tokens, {} to {}, the KL of the chosen plans {} at {}.").format(
+                *(results.metric(run, *end, "labels", shape=",") for end in (ends[0], ends[-1])),
+                way, listed([said for said, _ in found]))
 
 
 def knowledge(results: Results) -> Claims:

@@ -97,7 +97,7 @@ def versions(results: Results, run: str = "token_routing/default") -> Claims:
         own = interval(results, run, "against_static")
         asked = results.percent(run, "rows", {"variant": "DLR"}, "target_skip", shape=".0f")
         yield from sorted_claims(told(results, "DLR", STATIC, {tables.percent(asked): [own]}),
-                           "beside the other versions: ")
+                           "beside its other versions: ")
 
 
 def sequence(results: Results, run: str = "sequence_routing/default") -> Claims:

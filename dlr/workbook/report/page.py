@@ -21,7 +21,7 @@ from dlr.progress import tqdm
 from dlr.runs import METRICS, project_root, results_folder, write_atomically
 from dlr.workbook.report import claims, predecessor, sections
 from dlr.workbook.report.commands import command_of, making
-from dlr.workbook.report.pictures import Picture, data_uri, pictures, png, undrawn
+from dlr.workbook.report.pictures import Picture, data_uri, is_tall, pictures, png, undrawn
 from dlr.workbook.report.sources import Missing, Results
 from dlr.workbook.report.tables import Table
 
@@ -95,7 +95,8 @@ class _Parts:
         if content is None:
             return Markup("")
         self.figures.append(picture)
-        return _render("figure.html", picture=picture, address=data_uri(content))
+        return _render("figure.html", picture=picture, address=data_uri(content),
+                       is_tall=is_tall(content))
 
     def body(self, section) -> Markup:
         """A section: words, tables, what they say, figures."""

@@ -107,6 +107,12 @@ def png(picture: Picture) -> bytes | None:
     return file.getvalue()
 
 
+def is_tall(content: bytes) -> bool:
+    """Whether a PNG file is so much higher than it is wide that it takes a page of its own."""
+    width, height = (int.from_bytes(content[at:at + 4]) for at in (16, 20))
+    return height > 1.25 * width
+
+
 def data_uri(content: bytes) -> str:
     """A PNG file as an address that holds it."""
     return "data:image/png;base64," + base64.b64encode(content).decode()

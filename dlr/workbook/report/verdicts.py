@@ -14,6 +14,7 @@ from dlr.workbook.report.sources import Missing, Number, Results
 BETTER, WORSE, EVEN = "better than", "worse than", "not distinguishable from"
 MIXED = "mixed"                                   # seeds disagree
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+CONTROL = "control"                               # of a control: said, but in no list
 LIST_OF = {BETTER: HOLDS, WORSE: FAILS, EVEN: OPEN, MIXED: OPEN}
 STATIC = "the best static plan"
 Claims = Iterator[tuple[str, Markup]]             # (list that it stands in, sentence)
