@@ -5,6 +5,7 @@ worse does not, and what seeds or intervals leave open cannot be told.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from markupsafe import Markup
 
@@ -38,6 +39,7 @@ def claimed(results: Results, section: str) -> list[tuple[str, Markup]]:
     return [pair for claim in CLAIMS.get(section, []) for pair in _those_of(results, claim)]
 
 
+@lru_cache(maxsize=256)
 def _those_of(results: Results, claim: Callable[[Results], Claims]) -> list[tuple[str, Markup]]:
     try:
         return list(claim(results))

@@ -51,6 +51,7 @@ def _by_eval(results: Results, run: str) -> str:
     return " ".join(words)
 
 
+@lru_cache(maxsize=1024)
 def command_of(results: Results, run: str) -> tuple[str, list[str]]:
     """(the command that makes a run, settings whose values today are others).
 

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -49,6 +49,7 @@ class Registered(NamedTuple):
     replaces: tuple[str, ...] | None
 
 
+@lru_cache(maxsize=4)
 def figures_of(results: Results) -> list[Registered]:
     """Every registered figure. Nothing else in the report reads the register of figures."""
     known, entries = [], registered()
