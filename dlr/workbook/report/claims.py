@@ -9,11 +9,13 @@ from functools import lru_cache
 
 from markupsafe import Markup
 
+from dlr.runs import METRICS
 from dlr.workbook.report import claims_measured as measured
 from dlr.workbook.report import claims_trained as trained
 from dlr.workbook.report import predecessor
 from dlr.workbook.report.sources import Missing, Results
-from dlr.workbook.report.verdicts import FAILS, HOLDS, OPEN, Claims
+from dlr.workbook.report.tables import routed_groups
+from dlr.workbook.report.verdicts import FAILS, HOLDS, OPEN, Claims, listed, setting_of
 
 
 def beside(results: Results) -> Claims:
@@ -62,3 +64,16 @@ def headlines(results: Results) -> list[tuple[str, Markup]]:
     found = [*claimed(results, "frontier"), *_those_of(results, trained.pretrained)]
     lost = [pair for pair in _those_of(results, trained.domains) if pair[0] == FAILS]
     return found + lost + claimed(results, "benchmarks")
+
+
+def seeded(results: Results) -> Markup:
+    """Which comparisons rest on several seeds."""
+    groups = [runs for is_embedded in (True, False)
+              for runs in routed_groups(results, is_embedded).values()]
+    several = [Markup("{} ({} seeds)").format(setting_of(results, runs[0]), results.made(
+        "count", [(f"{run}/{METRICS}", ("rows", 0, "seed")) for run in runs]))
+        for runs in groups if len(runs) > 1]
+    if not several:
+        return Markup("Every table is of one seed.")
+    return Markup("Of the frontiers, those of several seeds are: {}. Where a table names no seeds, "
+                  "it is one run.").format(listed(several))

@@ -52,7 +52,8 @@ def _prose(results: Results, name: str) -> Markup:
     names = {"setting": results.setting, "metric": results.metric, "percent": results.percent,
              "published": results.published, "made": results.made, "METRICS": METRICS,
              "works": json.loads((HERE / "citations.json").read_text(encoding="utf-8")),
-             "facts": partial(predecessor.facts, results), "caveats": predecessor.CAVEATS}
+             "facts": partial(predecessor.facts, results), "caveats": predecessor.CAVEATS,
+             "seeds": partial(claims.seeded, results)}
     module = TEMPLATES.get_template("method.html" if name == "method" else "prose.html")
     macro = getattr(module.make_module(names), name, None)
     return Markup("") if macro is None else Markup(macro())

@@ -59,12 +59,12 @@ def published(results: Results, model: str) -> Table:
     columns = ["its row", "seed", "steps", "skip weight", "skip, as it counts", "perplexity",
                "over its base", "over its dense LoRA", "tokens a second", "caveats"]
     name = results.published(model, "model")
-    return Table(f"predecessor-{model}", Markup("The predecessor's published results on {}, "
-                 "rows at full depth first.").format(name), columns, lines, [])
+    caption = Markup("The predecessor's published results on {}.").format(name)
+    return Table(f"predecessor-{model}", caption, columns, lines, [])
 
 
 def larger(results: Results) -> Table:
-    """Its June rows: the depth it reports, and the depth that padding alone would show."""
+    """Its June rows: the depth it reports, and the depth if tokens ran all and padding least."""
     lines = []
     for place, row in enumerate(results.at((PUBLISHED, ("larger",)))):
         steps = "larger", place
@@ -76,7 +76,7 @@ def larger(results: Results) -> Table:
                         for name in ("base", "dense", "routed", "shown_layers")),
                       results.made("padded", padded, ".1f"), ", ".join(row["caveats"])])
     columns = ["its model", "layers", "base", "dense LoRA", "routed", "layers it reports",
-               "layers if every token ran all and padding the kept ones", "caveats"]
+               "layers that padding alone would show", "caveats"]
     return Table("predecessor-larger", "The predecessor's larger models: perplexity, and active "
                  "layers.", columns, lines, [])
 
@@ -162,7 +162,7 @@ def ours(results: Results) -> Table:
 def beside(results: Results):
     """(whether our ratio to dense LoRA is the smaller, sentence) for each row of ours that skips.
 
-    Theirs is the row of its router that skips no more than ours, on the model of this size.
+    Theirs is the row of its router on the smaller model; ours are those that skip as much or more.
     """
     rows = results.at((PUBLISHED, (MODELS[0], "rows")))
     place, dense = (next(i for i, row in enumerate(rows) if row["variant"].startswith(name))
