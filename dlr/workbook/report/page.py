@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dlr.progress import tqdm
-from dlr.runs import METRICS, project_root, results_folder, write_atomically
+from dlr.runs import METRICS, project_root, results_folder, shown_path, write_atomically
 from dlr.workbook.report import claims, predecessor, sections
 from dlr.workbook.report.commands import command_of, making
 from dlr.workbook.report.pictures import Picture, data_uri, is_tall, pictures, png, undrawn
@@ -156,7 +156,7 @@ def browser() -> str | None:
 def print_pdf(page_file: Path, pdf: Path, program: str) -> bool:
     """Prints a page; False where the browser does not manage to."""
     root = getattr(os, "geteuid", lambda: 1)() == 0             # has no sandbox to be put in
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         printed = Path(folder) / "report.pdf"
         command = [program, "--headless", *(["--no-sandbox"] if root else []), "--disable-gpu",
                    f"--user-data-dir={folder}/profile", "--no-pdf-header-footer",
@@ -194,13 +194,14 @@ def write_report(results: Path | None = None, out: Path | None = None, pdf: bool
     target = Path(out) if out else results_folder() / "report"
     whole, tables = page(Results(root), bar)
     path = write_atomically(target / "report.html", whole)
-    say(f"{path}")
+    say(shown_path(path))
     for table in tables:
         write_atomically(target / "tables" / f"{table.name}.tex", latex(table))
-    say(f"{target / 'tables'}: {len(tables)} tables for LaTeX (booktabs)")
+    say(f"{shown_path(target / 'tables')}: {len(tables)} tables for LaTeX (booktabs)")
+    (target / "report.pdf").unlink(missing_ok=True)            # of other results, perhaps
     program = browser() if pdf else None
     if program and print_pdf(path, target / "report.pdf", program):
-        say(f"{target / 'report.pdf'}")
+        say(shown_path(target / "report.pdf"))
     elif pdf:
         say("No report.pdf: no browser here prints it. Open report.html and print it.")
     return path
