@@ -1,5 +1,6 @@
 """The report: every number is what its file holds, nothing is fetched, what is missing is said."""
 
+import functools
 import html.parser
 import json
 import re
@@ -65,9 +66,14 @@ MADE = {"value": lambda values: values[0], "mean": statistics.fmean, "least": mi
         "padded": lambda values: values[0] * (1 - values[2]) + values[1] * values[2]}
 
 
+@functools.lru_cache
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def recorded(root, file: str, steps: list):
     """What a file holds at a place, read apart from the code that wrote the page."""
-    content = json.loads(((ROOT if file.startswith("dlr/") else root) / file).read_text())
+    content = read((ROOT if file.startswith("dlr/") else root) / file)
     for step in steps:
         if isinstance(step, dict):
             content, = [row for row in content if step.items() <= row.items()]
