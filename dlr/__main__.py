@@ -1,5 +1,5 @@
 """Command line of the workbook: `python -m dlr run`, `train`, `sweep`, `plan`, `explore`, `eval`,
-`mixture` and `notebooks`.
+`mixture`, `report` and `notebooks`.
 """
 
 import argparse
@@ -10,7 +10,8 @@ import traceback
 from pathlib import Path
 
 from dlr.explore import serve
-from dlr.workbook import evalcommand, mixturecommand, plancommand, sweepcommand, traincommand
+from dlr.workbook import (evalcommand, mixturecommand, plancommand, reportcommand, sweepcommand,
+                          traincommand)
 from dlr.workbook.phase_run import run_phase
 from dlr.workbook.phases import PHASES
 from dlr.workbook.runner import checked_parameters, name_of
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
   python -m dlr explore "Any text."                       what every token costs; --serve: browser
   python -m dlr eval nano-router --tasks blimp            tasks of lm-evaluation-harness
   python -m dlr mixture DATA_DIR OUT                      a dataset of five domains
+  python -m dlr report                                    one document of all results
   python -m dlr notebooks 03                              execute a committed notebook in place
 
 DLR_RESULTS and DLR_CACHE name other folders for results and derived data. DLR_DEBUG=1 is --debug
@@ -60,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     commands.choices["mixture"].set_defaults(call=mixturecommand.mixture_command)
     plancommand.add_parser(commands)
     commands.choices["plan"].set_defaults(call=plancommand.plan_command)
+    reportcommand.add_parser(commands)
+    commands.choices["report"].set_defaults(call=reportcommand.report_command)
     command = commands.add_parser("notebooks", **SHAPE,
                                   help="execute committed notebooks anew, in place")
     command.set_defaults(call=notebooks)
