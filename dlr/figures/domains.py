@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 
 from dlr.figures.register import figure
-from dlr.figures.style import COLOURS, drawn
+from dlr.figures.style import COLOURS, DOUBLE, SINGLE, drawn, legend
 from dlr.runs import Run, alike, slug
 
 
@@ -43,7 +43,7 @@ def domains_against_static(rows: list[dict], title: str = ""):
     turn = table.assign(target=targets).sort_values("target", kind="stable").groupby(
         "domain").cumcount()
     lines = int(turn.max()) + 1
-    picture, axes = plt.subplots(figsize=(6, 0.9 + len(names) * (0.3 + 0.08 * lines)))
+    picture, axes = plt.subplots(figsize=(DOUBLE, 0.9 + len(names) * (0.22 + 0.07 * lines)))
     for budget, colour in zip(budgets, colours):
         part = table[targets == budget]
         places = [names.index(name) for name in part["domain"]]
@@ -56,5 +56,5 @@ def domains_against_static(rows: list[dict], title: str = ""):
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set(xlabel="DLR - best static (nats a token, 95 % interval over documents)", title=title)
     if budgets[0] >= 0:
-        axes.legend(frameon=False, fontsize=8)
+        legend(picture)
     return picture
