@@ -12,24 +12,25 @@ from dlr.measure.record import Record
 from dlr.runs import Run
 
 
-def _record(run: Run) -> Record:
+def record_of(run: Run) -> Record:
+    """The token record that an analysis has saved."""
     return Record.load(run.folder / "record")
 
 
 def _layers(run: Run) -> tuple[int, int]:
     """Layers always kept, and units a layer."""
-    meta = _record(run).meta
+    meta = record_of(run).meta
     return meta["always_keep"], meta["units_per_layer"]
 
 
-def _shipped(name: str, reads):
+def shipped(name: str, reads):
     """Registers a figure of the shipped router's run; `reads` gives its arguments from the run."""
     return figure("token_analysis", run="nano", reads=("metrics.json", "record.*"), command=(
         "python -m dlr run token_analysis --params params/token_analysis/nano.yaml"),
         files=lambda runs: {f"token_analysis_{name}": reads(run) for run in runs.values()})
 
 
-@_shipped("category_depth", lambda run: (run.metrics["categories"], *_layers(run)))
+@shipped("category_depth", lambda run: (run.metrics["categories"], *_layers(run)))
 @drawn
 def category_depth(rows: list[dict], always_keep: int = 4, units_per_layer: int = 1):
     """Mean active layers a category with 95 % intervals, and its keep rates layer by layer."""
@@ -57,7 +58,7 @@ def category_depth(rows: list[dict], always_keep: int = 4, units_per_layer: int 
 CONTENDERS = {"static": "best static plan", "routed": "router", "oracle": "per-token oracle"}
 
 
-@_shipped("headroom", lambda run: (run.rows,))
+@shipped("headroom", lambda run: (run.rows,))
 @drawn
 def headroom(rows: list[dict]):
     """KL of static plan, router and oracle against skip, and the headroom the router captures."""
@@ -88,7 +89,7 @@ def _unit_ticks(axes, count: int, always_keep: int, units_per_layer: int) -> Non
     axes.set_xticks(range(count), names, rotation=90 * (units_per_layer - 1))
 
 
-@_shipped("predictability", lambda run: (run.metrics["probes"], *_layers(run)))
+@shipped("predictability", lambda run: (run.metrics["probes"], *_layers(run)))
 @drawn
 def predictability(rows: list[dict], always_keep: int, units_per_layer: int = 1):
     """R² of harm by depth of the probe, and unit by unit at the router's own input."""
@@ -110,13 +111,14 @@ def predictability(rows: list[dict], always_keep: int, units_per_layer: int = 1)
     return picture
 
 
-@_shipped("difficulty",
+@shipped("difficulty",
           lambda run: (run.metrics["difficulty"], run.metrics["benefit"], *_layers(run)))
 @drawn
 def difficulty(rows: list[dict], by_unit: list[dict], always_keep: int = 4,
                units_per_layer: int = 1):
     """Rank correlations of depth with difficulty, and of each gate with its own unit's benefit."""
-    picture, (left, right) = plt.subplots(1, 2, figsize=(DOUBLE, 2.6), width_ratios=[1, 2], sharey=True)
+    picture, (left, right) = plt.subplots(1, 2, figsize=(DOUBLE, 2.6), sharey=True,
+                                          width_ratios=[1, 2])
     units = [row for row in by_unit if row["measure"].startswith("unit")]
     summed = [row | {"measure": "benefit"} for row in by_unit if row["measure"] == "all units"]
     whole = rows + summed
@@ -131,7 +133,7 @@ def difficulty(rows: list[dict], by_unit: list[dict], always_keep: int = 4,
     return picture
 
 
-@_shipped("position", lambda run: (run.metrics["position"],))
+@shipped("position", lambda run: (run.metrics["position"],))
 @drawn
 def position(rows: list[dict]):
     """Active layers by place in the text."""
@@ -148,7 +150,7 @@ def position(rows: list[dict]):
 SIGNS = str.maketrans({" ": "\u00b7", "\n": r"\n", "\t": r"\t", "$": r"\$"})
 
 
-@_shipped("words", lambda run: (_record(run), run.metrics["least"]))
+@shipped("words", lambda run: (record_of(run), run.metrics["least"]))
 @drawn
 def words(record: Record, least: int = 10, shown: int = 30):
     """Depth of frequent tokens in their different contexts: quartiles and mean, deepest first."""

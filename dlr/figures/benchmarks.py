@@ -143,7 +143,8 @@ def agreements(rows: list[dict], title: str = ""):
     shown = [row for row in reversed(rows) if row.get("agreement")]
     if not shown:
         return None
-    picture, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(DOUBLE, 1 + 0.22 * len(shown)))
+    picture, (left, right) = plt.subplots(1, 2, sharey=True,
+                                          figsize=(DOUBLE, 1 + 0.22 * len(shown)))
     panels = [(left, "agreed_tokens", "full"), (right, "kl", "full"),
               (right, "kl_own_text", "none")]
     for place, row in enumerate(shown):

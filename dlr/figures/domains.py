@@ -14,7 +14,7 @@ from dlr.runs import Run, alike, slug
 
 
 def domain_records(runs: dict[str, Run]) -> list[dict]:
-    """The rows by domain of all runs that have them, each with its run's target skip."""
+    """The rows by domain of all runs that have them, each with its target skip."""
     return [{"target_skip": run.record.get("settings", {}).get("target_skip")} | row
             for run in runs.values() for row in run.metrics.get("domains") or ()]
 
@@ -57,4 +57,31 @@ def domains_against_static(rows: list[dict], title: str = ""):
     axes.set(xlabel="DLR - best static (nats a token, 95 % interval over documents)", title=title)
     if budgets[0] >= 0:
         legend(picture)
+    return picture
+
+
+@figure("pareto", lambda runs: {
+    slug(f"depth_domains_{model}_{dataset}_{steps}"): (rows,)
+    for (model, dataset, steps), group in alike(runs).items()
+    if (rows := [row for row in domain_records(group) if "skip" in row])},
+    command="python -m dlr sweep params/pareto/smollm2-cpu.yaml --force")
+@drawn
+def depth_by_domain(rows: list[dict], title: str = ""):
+    """Share of the routable layers that the router runs in each domain, at one price for all.
+
+    Args:
+        rows: domain, target_skip, skip; a line a target, of several seeds their mean.
+    """
+    skips = pd.DataFrame(rows).groupby(["target_skip", "domain"])["skip"].mean()
+    table = 100 * (1 - skips.unstack())
+    table = table[table.mean().sort_values().index]
+    picture, axes = plt.subplots(figsize=(SINGLE, 2.6))
+    for (budget, depths), colour in zip(table.iterrows(),
+                                        sns.color_palette("viridis_r", len(table))):
+        axes.plot(depths, range(len(depths)), "o-", ms=4, color=colour,
+                  label=f"{100 * budget:.0f} % asked")
+    axes.set_yticks(range(table.shape[1]), table.columns)
+    axes.set_ylim(-0.5, table.shape[1] - 0.5)
+    axes.set(xlabel="routable layers that run (%)", title=title)
+    legend(picture, columns=2)
     return picture
