@@ -64,23 +64,23 @@ def headroom(rows: list[dict]):
     """KL of static plan, router and oracle against skip, and the headroom the router captures."""
     table = pd.DataFrame(rows)
     picture, (left, right) = plt.subplots(1, 2, figsize=(DOUBLE, 3))
-    for weights, line, marker in (("checkpoint", "-", "o"), ("base", "--", "s")):
+    for weights, line, marker, fill in (("checkpoint", "-", "o", None), ("base", "--", "s", "w")):
         group = table[table["weights"] == weights].sort_values("skip")
         if not len(group):
             continue
         skip = 100 * group["skip"]
         for kind, label in CONTENDERS.items():
-            left.plot(skip, group[kind], line, marker=marker, ms=4, color=COLOURS[kind],
+            left.plot(skip, group[kind], line, marker=marker, ms=4, mfc=fill, color=COLOURS[kind],
                       label=f"{label}, {weights} weights")
         intervals(right, skip, group, "captured", "captured_low", "captured_high", factor=100,
-                  fmt=marker + line, label=f"{weights} weights")
+                  fmt=marker + line, mfc=fill, ms=4, label=f"{weights} weights")
     left.set_ylabel("KL from the dense model\n(nats a token)")
     right.axhline(0, color=COLOURS["static"], lw=1)
     right.axhline(100, color=COLOURS["oracle"], lw=1)
     right.set_ylabel("captured headroom (%)\n0 static plan, 100 oracle")
     for axes in (left, right):
         axes.set_xlabel("measured skip (%)")
-    legend(picture, [left], columns=2)
+    legend(picture, [left], columns=2, handlelength=2.6)
     return picture
 
 
@@ -141,7 +141,7 @@ def position(rows: list[dict]):
     intervals(axes, np.arange(len(rows)), pd.DataFrame(rows), "mean", fmt="o-")
     names = [f"{row['first']}-{row['last']}" if row["first"] < row["last"] else str(row["first"])
              for row in rows]
-    axes.set_xticks(range(len(rows)), names)
+    axes.set_xticks(range(len(rows)), names, rotation=45)
     axes.set(xlabel="position in the text", ylabel="active layers")
     return picture
 

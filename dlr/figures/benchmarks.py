@@ -58,7 +58,8 @@ def bars(rows: list[dict], title: str = ""):
             axes.axvline(chance, **CHANCE)
             ends.append(1.1 * chance)
         axes.set_xlim(0, max(ends))
-        axes.set_xlabel(f"{task}: {part['metric'].iloc[0]} (95 % interval; dotted: chance)")
+        marks = "95 % interval" + "; dotted: chance" * pd.notna(chance)
+        axes.set_xlabel(f"{task}: {part['metric'].iloc[0]} ({marks})")
     picture.suptitle(title)
     return picture
 

@@ -44,6 +44,7 @@ def calibration(table: pd.DataFrame):
         lower.plot(100 * part["asked"], 100 * (part["skip"] - part["asked"]), **look)
     ends = 0, 105 * table[["asked", "skip"]].to_numpy().max()
     upper.plot(ends, ends, "--", color="black", lw=0.8)
+    lower.margins(y=0.2)
     lower.axhline(0, color="black", lw=0.8, ls="--")
     upper.set_ylabel("measured skip (%)")
     lower.set(xlabel="skip asked for (%)", ylabel="difference\n(points)")

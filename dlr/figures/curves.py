@@ -1,10 +1,10 @@
 """Figures of training, step by step, from each run's log.csv: losses, temperature, depth."""
 
+import itertools
 import re
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 
 from dlr.figures.register import figure
 from dlr.figures.style import COLOURS, DOUBLE, drawn, legend
@@ -15,12 +15,18 @@ PHASES = {"baselines": "Baselines", "sequence_routing": "Sequence-level routing"
           "token_routing": "Token-level routing", "pareto": "Frontier"}
 LOSSES = {"ce": ("cross-entropy", COLOURS["routed"]), "kd": ("distillation", COLOURS["mean"]),
           "budget": ("budget term", COLOURS["static"])}
-SPAN = 5                          # steps over which a training loss is averaged, with less weight
+SPAN = 10                         # steps of the exponentially weighted mean of a training loss
+NAMES = {"router": "DLR", "static": "best static", "dense": "dense LoRA",
+         "stochastic": "stochastic depth"}
+KNOWN = {"DLR": "routed", "best static": "static", "dense LoRA": "dense",
+         "stochastic depth": "stochastic"}
+OTHERS = "#56B4E9", "#009E73", "#E69F00", "#999999", "#882255", "#117733"
 
 
 def variants(run: Run) -> dict[str, pd.DataFrame]:
     """The log of each variant that a run trained, by the variant's folder, as people call it."""
-    return {path.parent.name.replace("lambda-", "\u03bb = ").replace("-", " "): pd.read_csv(path)
+    return {NAMES.get(path.parent.name, path.parent.name.replace("lambda-", "\u03bb = "))
+            .replace("-", " "): pd.read_csv(path)
             for path in sorted(run.folder.glob("*/log.csv"))}
 
 
@@ -30,17 +36,22 @@ def lines_of(group: dict[str, Run], column: str) -> dict[str, dict[str, pd.Serie
     Args:
         group: runs by phase/name.
     """
-    panels: dict[str, dict[str, list]] = {}
+    panels: dict[str, dict[tuple[str, str], list]] = {}
     for name, run in group.items():
         phase, _, its = name.partition("/")
-        beside = re.sub(r"(router|baselines|default)?-?(seed=\d+)?$", "", its)
+        its = re.sub(r"[,-]?seed=\d+|[,-]?(router|baselines)$", "", its)
         for variant, log in variants(run).items():
             if column in log and log[column].notna().any():
-                label = f"{variant}, {beside}" if beside else variant
                 series = log.set_index("step")[column].dropna()
-                panels.setdefault(PHASES[phase], {}).setdefault(label, []).append(series)
-    return {phase: {label: pd.concat(several, axis=1).mean(axis=1)
-                    for label, several in lines.items()} for phase, lines in panels.items()}
+                lines = panels.setdefault(PHASES[phase], {})
+                lines.setdefault((variant, its), []).append(series)
+    named = {}
+    for phase, lines in panels.items():
+        one = len({its for _, its in lines}) == 1
+        named[phase] = {variant if one else f"{variant}, {its}":
+                        pd.concat(several, axis=1).mean(axis=1)
+                        for (variant, its), several in lines.items()}
+    return named
 
 
 def convergence_files(stem: str, column: str):
@@ -58,11 +69,10 @@ def convergence_files(stem: str, column: str):
 def _convergence(panels: dict[str, dict[str, pd.Series]], title: str, label: str):
     picture, grid = plt.subplots(1, len(panels), figsize=(DOUBLE, 3.3), sharey=True, squeeze=False)
     for axes, (phase, lines) in zip(grid[0], panels.items()):
-        colours = sns.color_palette("colorblind", max(len(lines), 3))
-        dashes = ("-", "--", ":", "-.")
-        for place, (name, line) in enumerate(lines.items()):
-            axes.plot(line.index, line, dashes[place % len(dashes)], label=name,
-                      color=colours[place % len(colours)])
+        others = itertools.cycle(zip(OTHERS, ("--", ":", "-.") * 2))
+        for name, line in lines.items():
+            look = (COLOURS[KNOWN[name]], "-") if name in KNOWN else next(others)
+            axes.plot(line.index, line, label=name, color=look[0], ls=look[1])
         axes.set(xlabel="step", title=phase)
         # Below its own panel, since each has its own lines.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=1 + (len(lines) > 4),
@@ -103,10 +113,11 @@ def training_loss(panels: dict[str, dict[str, pd.Series]], title: str = ""):
 
 
 def _panels(count: int, height: float = 1.6):
-    """A grid of `count` panels, four in a row, and the panels."""
-    columns = min(4, count)
-    picture, grid = plt.subplots(-(-count // columns), columns, squeeze=False, sharex=True,
-                                 figsize=(DOUBLE, 0.8 + height * -(-count // columns)))
+    """A grid of `count` panels, up to four in a row, and the panels."""
+    lines = -(-count // 4)
+    columns = -(-count // lines)
+    picture, grid = plt.subplots(lines, columns, squeeze=False, sharex=True,
+                                 figsize=(DOUBLE, 0.8 + height * lines))
     for axes in grid.flat[count:]:
         axes.set_visible(False)
     for axes in grid.flat[max(0, count - columns):count]:
@@ -138,6 +149,8 @@ def loss_breakdown(logs: dict[str, pd.DataFrame], title: str = "", always_keep: 
                 axes.plot(log["step"], log[column].ewm(span=SPAN).mean(), color=colour, label=label)
         if log["budget"].max() > 10:
             axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.08 * log[list(LOSSES)].max(axis=None))
         axes.set_title(name)
     panels[0].set_ylabel("nats a token")
     legend(picture)

@@ -1,5 +1,6 @@
 """Figures of the depth router's start: KL by budget and plan, and by number of labels."""
 
+import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -81,7 +82,7 @@ def rank_rows(runs: dict[str, Run]) -> list[dict]:
                                       for rows in [rank_rows(runs)] if rows},
         command="python -m dlr sweep params/depth_router/ranks.yaml")
 @drawn
-def adapter_ranks(rows: list[dict], title: str = "SmolLM2 on the embedded corpus, not healed"):
+def adapter_ranks(rows: list[dict], title: str = "SmolLM2 on the embedded corpus"):
     """KL of the static plan (dashed) and the depth router (solid) by rank, one colour a budget."""
     table = pd.DataFrame(rows)
     ranks = sorted(table["rank"].unique())
@@ -94,7 +95,11 @@ def adapter_ranks(rows: list[dict], title: str = "SmolLM2 on the embedded corpus
                       ms=3, color=colour, label=f"{budget:.0%}" if line == "-" else None)
     axes.set_xticks(range(len(ranks)), [str(rank) if rank else "none" for rank in ranks])
     axes.set_yscale("log")
-    axes.set(xlabel="rank of the skip adapters", title=title,
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    picture.suptitle(title)
+    axes.set(xlabel="rank of the skip adapters",
              ylabel="KL from the dense model\n(nats a token; dashed: static)")
     legend(picture, columns=5, title="skipped")
     return picture

@@ -69,6 +69,7 @@ def penalties(table: pd.DataFrame, title: str = ""):
     left.plot(table.index, table["active_layers"], "o-", ms=4, color=COLOURS["routed"],
               label="active layers (left)")
     left.set_ylim(0, 1.1 * table["active_layers"].max())
+    left.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     left.set_ylabel("active layers")
     right = left.twinx()
     right.spines["right"].set_visible(True)

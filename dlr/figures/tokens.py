@@ -2,10 +2,14 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 
 from dlr.figures.analysis import SIGNS, record_of, shipped
 from dlr.figures.style import DOUBLE, drawn, unit_names
 from dlr.measure.record import Record
+
+TAKEN = {"is skipped": "#E3DFC8", "runs": "#2F4B7C"}
 
 
 def passage(record: Record, length: int) -> slice:
@@ -32,12 +36,14 @@ def token_map(record: Record, length: int = 48):
     picture, (upper, lower) = plt.subplots(2, 1, figsize=(DOUBLE, 3.4), sharex=True,
                                            height_ratios=[1, 3])
     places = np.arange(len(gates))
-    upper.bar(places, record.active_layers[chosen].numpy(), color="#56789a", width=0.8)
+    upper.bar(places, record.active_layers[chosen].numpy(), color=TAKEN["runs"], width=0.8)
     upper.set_ylabel("active\nlayers")
-    lower.imshow(gates.T, aspect="auto", cmap="cividis_r", vmin=0, vmax=1, origin="lower",
-                 interpolation="nearest")
+    lower.imshow(gates.T, aspect="auto", cmap=ListedColormap(TAKEN.values()), vmin=0, vmax=1,
+                 origin="lower", interpolation="nearest")
     lower.set_yticks(range(gates.shape[1]), unit_names(gates.shape[1], keep, units))
     tokens = [token.translate(SIGNS) for token in record.tokens[chosen]]
     lower.set_xticks(places, tokens, rotation=90, fontsize=6.5)
-    lower.set(ylabel="layer", xlabel="token read")
+    lower.set(ylabel="layer", xlabel="token read (\u00b7 is a space)")
+    picture.legend(handles=[Patch(color=colour, label=label) for label, colour in TAKEN.items()],
+                   loc="outside upper center", ncol=2)
     return picture

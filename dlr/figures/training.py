@@ -126,7 +126,7 @@ def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
     lower.set_xlabel("measured skip on the test split (%)")
     _lines(upper, table)
     upper.set_title(title)
-    legend(picture, [upper])
+    legend(picture, [upper], columns=5)
     return picture
 
 
