@@ -33,6 +33,8 @@ def variants(run: Run) -> dict[str, pd.DataFrame]:
 def lines_of(group: dict[str, Run], column: str) -> dict[str, dict[str, pd.Series]]:
     """Column by step of every variant that has it, a panel a phase; the mean over seeds.
 
+    A phase's default run stands for it, where that has the column.
+
     Args:
         group: runs by phase/name.
     """
@@ -47,6 +49,8 @@ def lines_of(group: dict[str, Run], column: str) -> dict[str, dict[str, pd.Serie
                 lines.setdefault((variant, its), []).append(series)
     named = {}
     for phase, lines in panels.items():
+        default = {key: several for key, several in lines.items() if key[1] == "default"}
+        lines = default or lines
         one = len({its for _, its in lines}) == 1
         named[phase] = {variant if one else f"{variant}, {its}":
                         pd.concat(several, axis=1).mean(axis=1)
@@ -83,8 +87,7 @@ def _convergence(panels: dict[str, dict[str, pd.Series]], title: str, label: str
 
 
 @figure(tuple(PHASES), convergence_files("validation_loss", "val_ce"), reads=("*/log.csv",),
-        command="python -m dlr run baselines sequence_routing token_routing --set eval_steps=5 "
-                "--force",
+        command="python -m dlr run baselines sequence_routing token_routing --set eval_steps=5",
         replaces=("validation_loss_convergence", "all_experiments_val_loss"))
 @drawn
 def validation_loss(panels: dict[str, dict[str, pd.Series]], title: str = ""):

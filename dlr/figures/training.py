@@ -76,8 +76,10 @@ def _lines(axes, table: pd.DataFrame) -> None:
                       lw=2 if kind in ("routed", "static") else 1,
                       ls="-" if len(points) > 1 else "none")
     axes.set_yscale("log")
+    few = table["perplexity"].max() < 10 * table["perplexity"].min()
+    if not few:                                  # else the finer ones would run into one another
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    few = table["perplexity"].max() < 10 * table["perplexity"].min()     # else they would overlap
     axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter() if few
                                    else matplotlib.ticker.NullFormatter())
     axes.set_ylabel("test perplexity")
@@ -157,6 +159,7 @@ def layer_harm(harm: list[float], title: str = ""):
     picture, axes = plt.subplots(figsize=(SINGLE, 2.2))
     axes.bar(range(len(harm)), harm, color=COLOURS["routed"])
     axes.set(xlabel="layer skipped", ylabel="loss added (nats a token)", title=title)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     if max(harm) > 20 * max(sorted(harm)[len(harm) // 2], 1e-6):
         axes.set_yscale("log")
     return picture
