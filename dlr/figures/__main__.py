@@ -50,11 +50,15 @@ def main(argv: list[str] | None = None) -> int:
         command.error(f"--results {arguments.results} is no folder; give one that holds "
                       "<phase>/<run>/metrics.json")
     try:
-        if arguments.list:
-            listed(chosen(arguments.only))
-            return 0
+        figures = chosen(arguments.only)
+    except ValueError as error:
+        command.error(str(error))
+    if arguments.list:
+        listed(figures)
+        return 0
+    try:
         paths = redraw(arguments.run, arguments.out, only=arguments.only, results=arguments.results)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         command.error(str(error))
     for path in paths:
         print(shown_path(path))

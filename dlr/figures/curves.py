@@ -134,8 +134,9 @@ def _routed(phase: str, stem: str, replaces: str):
     def files(runs):
         logs = {name: log for run in runs.values() for name, log in variants(run).items()
                 if log["skip"].any()}
-        kept = {row.get("always_keep", 4) for run in runs.values() for row in run.rows}
-        return {f"{stem}_{phase}": (logs, PHASES[phase], max(kept))} if logs else {}
+        kept = [row["always_keep"] for run in runs.values() for row in run.rows
+                if "always_keep" in row] or [4]
+        return {f"{stem}_{phase}": (logs, PHASES[phase], kept[0])} if logs else {}
     return figure(phase, files, "default", reads=("metrics.json", "*/log.csv"),
                   replaces=(replaces,))
 

@@ -83,5 +83,5 @@ def depth_by_domain(rows: list[dict], title: str = ""):
     axes.set_yticks(range(table.shape[1]), table.columns)
     axes.set_ylim(-0.5, table.shape[1] - 0.5)
     axes.set(xlabel="routable layers that run (%)", title=title)
-    legend(picture, columns=2)
+    legend(picture)
     return picture

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from dlr.figures.register import figure
-from dlr.figures.style import DOUBLE, SINGLE, drawn, legend
+from dlr.figures.style import DOUBLE, drawn, legend
 from dlr.runs import Run
 
 SYSTEMS = {"truncation": "#999999", "masked": "#E69F00", "two-pass": "#CC79A7",
@@ -55,9 +55,8 @@ def speedups(rows: list[dict], title: str = "", part: str = "end to end"):
     table = pd.DataFrame(rows)
     table = table[(table["part"] == part) & (table["system"] != "dense") & (table["skip"] > 0)]
     panels = list(table.groupby(["work", "batch", "length"], sort=False))
-    rows, columns = -(-len(panels) // 3), min(3, len(panels))
-    width = SINGLE if len(panels) == 1 else DOUBLE
-    picture, grid = plt.subplots(rows, columns, figsize=(width, 0.7 + 2.1 * rows), sharey=True,
+    lines, columns = -(-len(panels) // 3), min(3, len(panels))
+    picture, grid = plt.subplots(lines, columns, figsize=(DOUBLE, 0.7 + 2.1 * lines), sharey=True,
                                  squeeze=False)
     for place, ((work, batch, length), group) in enumerate(panels):
         _bars(grid.flat[place], group, first=not place)

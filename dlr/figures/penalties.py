@@ -56,7 +56,7 @@ def _penalty_axis(axes, penalties) -> None:
 @figure(SWEPT, lambda runs: {
     slug(f"penalties_{model}_{level}"): (part, f"{model}: {level} routed under a penalty")
     for (model, level), part in _series(penalised(runs)).items()},
-    command="python -m dlr run sequence_routing",
+    reads=("metrics.json", "run.json"), command="python -m dlr run sequence_routing",
     replaces=("pareto_dual_axis", "pareto_sweep_bar"))
 @drawn
 def penalties(table: pd.DataFrame, title: str = ""):
@@ -85,7 +85,8 @@ def penalties(table: pd.DataFrame, title: str = ""):
 
 @figure(SWEPT, lambda runs: {"phase_transition": (series,)
                              for series in [_series(penalised(runs))] if series},
-        command=COMMAND, replaces=("phase_transition_comparison",))
+        reads=("metrics.json", "run.json"), command=COMMAND,
+        replaces=("phase_transition_comparison",))
 @drawn
 def phase_transition(series: dict[tuple[str, str], pd.DataFrame]):
     """Share of the routable layers that run, by penalty: a line a model and level of routing."""
@@ -96,5 +97,5 @@ def phase_transition(series: dict[tuple[str, str], pd.DataFrame]):
                   label=f"{model}, {level}")
     _penalty_axis(axes, sorted({penalty for part in series.values() for penalty in part.index}))
     axes.set(ylabel="routable layers that run (%)", ylim=(0, 104))
-    legend(picture, columns=2)
+    legend(picture)
     return picture

@@ -36,17 +36,19 @@ def drawn(function):
     return styled
 
 
-def legend(picture, axes=None, columns: int = 4, place: str = "lower center", **options):
+def legend(picture, axes=None, columns: int = 0, place: str = "lower center", **options):
     """One legend outside of all axes, where it covers no data; a label that recurs stands once.
 
     Args:
         axes: those whose labels it shows; by default all of the figure.
+        columns: labels in a row; 0: four, or two in a figure of a single column.
         place: of 'upper', 'center', 'lower' with 'left', 'center', 'right', as matplotlib's.
     """
     handles = {}
     for part in picture.axes if axes is None else axes:
         for handle, label in zip(*part.get_legend_handles_labels()):
             handles.setdefault(label, handle)
+    columns = columns or (4 if picture.get_figwidth() > 5 else 2)
     return picture.legend(handles.values(), handles.keys(), loc=f"outside {place}", ncol=columns,
                           **options)
 

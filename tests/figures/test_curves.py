@@ -102,6 +102,13 @@ def test_a_loss_is_broken_down_into_the_terms_that_it_has():
     assert [axes.get_yscale() for axes in picture.axes] == ["linear", "log", "linear"]
 
 
+@pytest.mark.parametrize("name", ["token_routing_loss_breakdown", "token_routing_temperature"])
+def test_variants_that_skip_nothing_are_not_broken_down(name, tmp_path):
+    trained(tmp_path / "token_routing/default", {"DLR": log(3), "dense": log(3, skip=0.0)})
+    ((logs, _, always_keep),) = registered()[name].files_of(tmp_path).values()
+    assert list(logs) == ["DLR"] and always_keep == 2
+
+
 def test_temperature_and_depth_stand_on_their_own_axes():
     logs = {"noisy": log(3, temperature=1 / STEPS), "still": log(3)}
     picture = curves.temperature(logs, always_keep=2)

@@ -111,8 +111,7 @@ def test_one_figure_is_drawn_from_a_folder_of_results_into_another(tmp_path, cap
     assert command.main(["--only", "phase_transition", *options]) == 1
     assert "phase_transition: python -m dlr run sequence_routing" in capsys.readouterr().out
     assert command.main([str(tmp_path / "base_model/mine")]) == 0
-    assert (tmp_path / "base_model/mine/base_model_layers.png").is_file() or (
-        tmp_path / "base_model/mine/layers.png").is_file()
+    assert (tmp_path / "base_model/mine/layers.png").is_file()
 
 
 def test_what_is_missing_is_listed_with_its_command(tmp_path, capsys):
