@@ -12,20 +12,17 @@ from dlr.figures.register import figure
 from dlr.figures.style import COLOURS, DOUBLE, SINGLE, drawn, legend
 from dlr.runs import Run, alike, slug
 
-
 def domain_records(runs: dict[str, Run]) -> list[dict]:
     """The rows by domain of all runs that have them, each with its target skip."""
     return [{"target_skip": run.record.get("settings", {}).get("target_skip")} | row
             for run in runs.values() for row in run.metrics.get("domains") or ()]
 
 
-@figure("token_routing", lambda runs: {
-    f"token_routing_{name}_domains": (records,) for name, run in runs.items()
-    if (records := domain_records({name: run}))})
 @figure("pareto", lambda runs: {
     slug(f"pareto_domains_{model}_{dataset}_{steps}"): (records,)
     for (model, dataset, steps), group in alike(runs).items()
-    if (records := domain_records(group))})
+    if (records := domain_records(group))}, reads=("metrics.json", "run.json"),
+    command="python -m dlr sweep params/pareto/smollm2-cpu.yaml")
 @drawn
 def domains_against_static(rows: list[dict], title: str = ""):
     """Nats a token against the best static plan, with 95 % intervals: a line a domain.
@@ -64,7 +61,8 @@ def domains_against_static(rows: list[dict], title: str = ""):
     slug(f"depth_domains_{model}_{dataset}_{steps}"): (rows,)
     for (model, dataset, steps), group in alike(runs).items()
     if (rows := [row for row in domain_records(group) if "skip" in row])},
-    command="python -m dlr sweep params/pareto/smollm2-cpu.yaml --force")
+    reads=("metrics.json", "run.json"),
+    command="python -m dlr run pareto --set point=router --set dataset=mixture --name mixture")
 @drawn
 def depth_by_domain(rows: list[dict], title: str = ""):
     """Share of the routable layers that the router runs in each domain, at one price for all.

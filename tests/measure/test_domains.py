@@ -105,11 +105,11 @@ def test_runs_that_have_domains_are_drawn_and_others_are_not(tmp_path):
     runs["mixed"].finish([{"variant": "base"}], domains=rows_of(0.0))
     (tmp_path / "mixed" / "run.json").write_text(
         '{"settings": {"target_skip": 0.25, "model": "nano", "dataset": "mixture", "steps": 7}}')
-    entries = {entry.phases[0]: entry for entry in registered().values() if entry.draw is domains_against_static}
+    entry = registered()["pareto_domains_against_static"]
     expected = [{"target_skip": 0.25, **row} for row in rows_of(0.0)]
-    assert entries["pareto"].files(runs) == {"pareto_domains_nano_mixture_7": (expected,)}
-    assert entries["token_routing"].files(runs) == {"token_routing_mixed_domains": (expected,)}
-    assert not any(entry.files({"plain": runs["plain"]}) for entry in entries.values())
+    assert entry.draw is domains_against_static
+    assert entry.files(runs) == {"pareto_domains_nano_mixture_7": (expected,)}
+    assert not entry.files({"plain": runs["plain"]})
 
 
 def test_depth_by_domain_is_drawn_where_the_skip_is_known():
