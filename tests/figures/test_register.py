@@ -16,8 +16,8 @@ from dlr.runs import Run, project_root
 
 ROOT = project_root()
 RESULTS = ROOT / "results"
-# Lines, points with intervals, an image with words and signs, bars on several panels.
-SEVERAL = ["pareto_frontier", "pareto_calibration", "token_analysis_token_map", "base_model_layer_harm"]
+# Points and lines, an image with words and signs, bars on a logarithmic axis.
+SEVERAL = ["pareto_calibration", "token_analysis_token_map", "base_model_layer_harm"]
 
 
 @pytest.fixture(autouse=True)

