@@ -120,10 +120,15 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> Path:
 
 
 def save_figure(picture, folder: Path, name: str) -> Path:
-    """Writes a matplotlib figure as name.png and name.pdf; returns the PNG's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.savefig(folder / f"{name}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
-    picture.savefig(folder / f"{name}.png", bbox_inches="tight")
+    """Writes a matplotlib figure as name.png and name.pdf; returns the PNG's path.
+
+    Neither holds a date or a version, so that the same figure is the same file.
+    """
+    nameless = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+                "png": {"Software": None}}
+    for ending, metadata in nameless.items():
+        with atomic_file(folder / f"{name}.{ending}") as new:
+            picture.savefig(new, format=ending, metadata=metadata)
     return folder / f"{name}.png"
 
 

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from dlr.figures.register import figure
-from dlr.figures.style import COLOURS, drawn, heat
+from dlr.figures.style import COLOURS, DOUBLE, SINGLE, drawn, heat, legend
 from dlr.runs import KINDS
 
 Z = 1.96                                      # standard errors in half a 95 % interval
@@ -30,20 +30,24 @@ def _scores(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _compared(ending: str, title: str):
-    """Registers a figure of the rows of every run that compares variants."""
+COMMAND = "python -m dlr run evaluation --params params/evaluation/nano.yaml --set data_dir=DIR"
+
+
+def _compared(ending: str, title: str, measured: str = "variant", replaces: tuple[str, ...] = ()):
+    """Registers a figure of every run that compares variants, one of which has `measured`."""
     return figure("evaluation", lambda runs: {
-        f"evaluation_{name}_{ending}": (run.rows, title.format(name))
-        for name, run in runs.items() if len(run.rows) > 1})
+        f"evaluation_{name}_{ending}": (run.rows, title.format(name)) for name, run in runs.items()
+        if len(run.rows) > 1 and any(row.get(measured) for row in run.rows)},
+        command=COMMAND, replaces=replaces)
 
 
-@_compared("bars", "Benchmarks: {}")
+@_compared("bars", "Benchmarks: {}", replaces=("exp7_benchmark_accuracy",))
 @drawn
 def bars(rows: list[dict], title: str = ""):
     """Score of every variant on every task with 95 % intervals; a dotted line marks chance."""
     tasks = list(_scores(rows).groupby("task", sort=False))
-    height = 0.9 + len(tasks) * (0.7 + 0.28 * len(rows))
-    picture, grid = plt.subplots(len(tasks), 1, figsize=(7, height), squeeze=False)
+    height = 0.5 + len(tasks) * (0.6 + 0.19 * len(rows))
+    picture, grid = plt.subplots(len(tasks), 1, figsize=(DOUBLE, height), squeeze=False)
     for axes, (task, part) in zip(grid[:, 0], tasks):
         part = part.iloc[::-1]
         axes.barh(part["variant"], part["score"], xerr=part[["low", "high"]].to_numpy().T,
@@ -54,28 +58,32 @@ def bars(rows: list[dict], title: str = ""):
             axes.axvline(chance, **CHANCE)
             ends.append(1.1 * chance)
         axes.set_xlim(0, max(ends))
-        axes.set_xlabel(f"{task}: {part['metric'].iloc[0]} (95 % interval; dotted: chance)")
+        marks = "95 % interval" + "; dotted: chance" * pd.notna(chance)
+        axes.set_xlabel(f"{task}: {part['metric'].iloc[0]} ({marks})")
     picture.suptitle(title)
     return picture
 
 
-@_compared("scatter", "Benchmarks: {}")
+@_compared("scatter", "Benchmarks: {}", replaces=("exp7_efficiency_scatter",))
 @drawn
 def scatter(rows: list[dict], title: str = ""):
     """Score against the skip ratio measured on the scored tokens of the task, one panel a task."""
     tasks = list(_scores(rows).groupby("task", sort=False))
-    picture, grid = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), squeeze=False)
-    for axes, (task, part) in zip(grid[0], tasks):
+    lines, columns = -(-len(tasks) // 3), min(3, len(tasks))
+    picture, grid = plt.subplots(lines, columns, figsize=(SINGLE if columns == 1 else DOUBLE,
+                                                          0.5 + 2.3 * lines), squeeze=False)
+    for axes in grid.flat[len(tasks):]:
+        axes.set_visible(False)
+    for axes, (task, part) in zip(grid.flat, tasks):
         for row in part.itertuples():
-            axes.errorbar(100 * row.skip, row.score, yerr=[[row.low], [row.high]], fmt="o",
+            axes.errorbar(100 * row.skip, row.score, yerr=[[row.low], [row.high]], fmt="o", ms=4,
                           capsize=2, color=COLOURS[row.kind], label=KINDS[row.kind])
         chance = part["chance"].iloc[0]
         if pd.notna(chance):
             axes.axhline(chance, **CHANCE)
         axes.set_xlabel("measured skip on scored tokens (%)")
         axes.set_ylabel(f"{task}: {part['metric'].iloc[0]}")
-        handles = dict(zip(*axes.get_legend_handles_labels()[::-1]))
-        axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
+    legend(picture)
     picture.suptitle(title)
     return picture
 
@@ -87,7 +95,8 @@ def groups(rows: list[dict]) -> list[str]:
 
 @figure("evaluation", lambda runs: {
     f"evaluation_{name}_{group}": (run.rows, run.metrics["harness"], group)
-    for name, run in runs.items() if len(run.rows) > 1 for group in groups(run.rows)})
+    for name, run in runs.items() if len(run.rows) > 1 for group in groups(run.rows)},
+    command=COMMAND)
 @drawn
 def group_tasks(rows: list[dict], harness: dict, group: str):
     """Every task of a group, sorted by the first row's score: one dot a variant; dotted: chance.
@@ -100,7 +109,7 @@ def group_tasks(rows: list[dict], harness: dict, group: str):
     first = harness[rows[0]["variant"]]
     leaves = sorted(first["group_subtasks"][group], key=lambda leaf: first["results"][leaf][metric])
     common = group + "_" if all(leaf.startswith(group + "_") for leaf in leaves) else ""
-    picture, axes = plt.subplots(figsize=(7.5, 0.19 * len(leaves) + 1.4))
+    picture, axes = plt.subplots(figsize=(DOUBLE, 0.125 * len(leaves) + 1.1))
     for row, marker in zip(rows, "|o^sDvP*X"):
         results = [harness[row["variant"]]["results"][leaf] for leaf in leaves]
         errors = [Z * result[metric.replace(",", "_stderr,")] for result in results]
@@ -110,16 +119,16 @@ def group_tasks(rows: list[dict], harness: dict, group: str):
     if whole["chance"] is not None:
         axes.axvline(whole["chance"], **CHANCE)
     names = [leaf.removeprefix(common) for leaf in leaves]
-    axes.set_yticks(range(len(leaves)), names, fontsize=6.5)
+    axes.set_yticks(range(len(leaves)), names, fontsize=6)
     axes.set_ylim(-0.8, len(leaves) - 0.2)
     axes.grid(axis="y", lw=0.3)
     axes.set_xlabel(f"{metric.split(',')[0]} (95 % interval; dotted: chance)")
-    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    legend(picture, columns=5)
     axes.set_title(group)
     return picture
 
 
-@_compared("layers", "Layers skipped: {}")
+@_compared("layers", "Layers skipped: {}", "keep_rate")
 @drawn
 def layer_skips(rows: list[dict], title: str = "", always_keep: int = 4):
     """Share of scored tokens that skip each unit, a line a variant that skips any; or None."""
@@ -128,14 +137,15 @@ def layer_skips(rows: list[dict], title: str = "", always_keep: int = 4):
     return heat(rates, skipping[0], always_keep, "skip rate", title) if rates else None
 
 
-@_compared("agreement", "Greedy text beside the base model's: {}")
+@_compared("agreement", "Greedy text beside the base model's: {}", "agreement")
 @drawn
 def agreements(rows: list[dict], title: str = ""):
     """Equal tokens in front, and KL along both texts, with 95 % intervals; or None."""
     shown = [row for row in reversed(rows) if row.get("agreement")]
     if not shown:
         return None
-    picture, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(8, 1.1 + 0.35 * len(shown)))
+    picture, (left, right) = plt.subplots(1, 2, sharey=True,
+                                          figsize=(DOUBLE, 1 + 0.22 * len(shown)))
     panels = [(left, "agreed_tokens", "full"), (right, "kl", "full"),
               (right, "kl_own_text", "none")]
     for place, row in enumerate(shown):

@@ -1,11 +1,12 @@
 """Figures of the depth router's start: KL by budget and plan, and by number of labels."""
 
+import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
 from dlr.figures.register import figure
-from dlr.figures.style import COLOURS, drawn
+from dlr.figures.style import COLOURS, DOUBLE, SINGLE, drawn, legend
 from dlr.runs import Run
 
 _MORE = sns.color_palette("colorblind", 10)
@@ -32,7 +33,7 @@ def depth_kl(rows: list[dict], title: str = ""):
     """Above, KL from the dense model by skip; below, the difference from the best static plan."""
     table = pd.DataFrame(rows)
     plans = {plan: colour for plan, colour in PLANS.items() if plan in set(table["plan"])}
-    picture, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 6.4), sharex=True)
+    picture, (upper, lower) = plt.subplots(2, 1, figsize=(DOUBLE, 5), sharex=True)
     for plan, colour in plans.items():
         part = table[table["plan"] == plan].sort_values("budget")
         skip = 100 * part["budget"]
@@ -44,7 +45,7 @@ def depth_kl(rows: list[dict], title: str = ""):
     lower.axhline(0, color=COLOURS["static"], lw=1)
     upper.set(ylabel="KL from the dense model\n(nats a token)", title=title)
     lower.set(xlabel="skip of routable layers (%)", ylabel="difference from static\n(nats a token)")
-    upper.legend(frameon=False, fontsize=8)
+    legend(picture, [upper])
     return picture
 
 
@@ -54,7 +55,7 @@ def depth_kl(rows: list[dict], title: str = ""):
 def label_scaling(scaling: list[dict], title: str = ""):
     """KL of the chosen plans by number of labelled tokens, one line a budget."""
     table = pd.DataFrame(scaling)
-    picture, axes = plt.subplots(figsize=(6.4, 3.6))
+    picture, axes = plt.subplots(figsize=(SINGLE, 2.9))
     budgets = sorted(table["budget"].unique())
     for budget, colour in zip(budgets, sns.color_palette("viridis", len(budgets))):
         part = table[table["budget"] == budget].sort_values("labels")
@@ -67,7 +68,7 @@ def label_scaling(scaling: list[dict], title: str = ""):
              if following > 1.5 * count]
     axes.set_xticks(apart, [f"{count / 1000:.3g}k" for count in apart])
     axes.set(xlabel="labelled tokens", ylabel="KL of the chosen plans\n(nats a token)", title=title)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(picture, columns=3)
     return picture
 
 
@@ -78,14 +79,15 @@ def rank_rows(runs: dict[str, Run]) -> list[dict]:
 
 
 @figure("depth_router", lambda runs: {"adapter_ranks": (rows,)
-                                      for rows in [rank_rows(runs)] if rows})
+                                      for rows in [rank_rows(runs)] if rows},
+        command="python -m dlr sweep params/depth_router/ranks.yaml")
 @drawn
-def adapter_ranks(rows: list[dict], title: str = "SmolLM2 on the embedded corpus, not healed"):
+def adapter_ranks(rows: list[dict], title: str = "SmolLM2 on the embedded corpus"):
     """KL of the static plan (dashed) and the depth router (solid) by rank, one colour a budget."""
     table = pd.DataFrame(rows)
     ranks = sorted(table["rank"].unique())
     budgets = sorted(table["budget"].unique())
-    picture, axes = plt.subplots(figsize=(6.4, 3.6))
+    picture, axes = plt.subplots(figsize=(SINGLE, 2.9))
     for budget, colour in zip(budgets, sns.color_palette("viridis_r", len(budgets))):
         for plan, line in (("static", "--"), ("depth router", "-")):
             part = table[(table["plan"] == plan) & (table["budget"] == budget)].sort_values("rank")
@@ -93,8 +95,11 @@ def adapter_ranks(rows: list[dict], title: str = "SmolLM2 on the embedded corpus
                       ms=3, color=colour, label=f"{budget:.0%}" if line == "-" else None)
     axes.set_xticks(range(len(ranks)), [str(rank) if rank else "none" for rank in ranks])
     axes.set_yscale("log")
-    axes.set(xlabel="rank of the skip adapters", title=title,
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    picture.suptitle(title)
+    axes.set(xlabel="rank of the skip adapters",
              ylabel="KL from the dense model\n(nats a token; dashed: static)")
-    axes.legend(frameon=False, fontsize=8, title="skipped", loc="center left",
-                bbox_to_anchor=(1, 0.5))
+    legend(picture, columns=5, title="skipped")
     return picture

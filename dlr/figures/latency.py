@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from dlr.figures.register import figure
-from dlr.figures.style import drawn
+from dlr.figures.style import DOUBLE, drawn, legend
 from dlr.runs import Run
 
 SYSTEMS = {"truncation": "#999999", "masked": "#E69F00", "two-pass": "#CC79A7",
@@ -43,7 +43,8 @@ def _title(run: Run) -> str:
 
 
 @figure("latency", lambda runs: {f"latency_{name}": (run.rows, _title(run))
-                                 for name, run in runs.items()})
+                                 for name, run in runs.items()}, reads=("metrics.json", "run.json"),
+        replaces=("inference_speedup_bar",))
 @drawn
 def speedups(rows: list[dict], title: str = "", part: str = "end to end"):
     """Speed-up over dense by system and skip ratio, one panel a kind of work.
@@ -54,13 +55,16 @@ def speedups(rows: list[dict], title: str = "", part: str = "end to end"):
     table = pd.DataFrame(rows)
     table = table[(table["part"] == part) & (table["system"] != "dense") & (table["skip"] > 0)]
     panels = list(table.groupby(["work", "batch", "length"], sort=False))
-    picture, grid = plt.subplots(1, len(panels), figsize=(1.2 + 3.6 * len(panels), 3.4),
-                                 sharey=True, squeeze=False)
+    lines, columns = -(-len(panels) // 3), min(3, len(panels))
+    picture, grid = plt.subplots(lines, columns, figsize=(DOUBLE, 0.7 + 2.1 * lines), sharey=True,
+                                 squeeze=False)
     for place, ((work, batch, length), group) in enumerate(panels):
-        _bars(grid[0, place], group, first=not place)
-        grid[0, place].set_title(f"{work}, batch {batch}, {length} tokens", fontsize=9)
-    grid[0, 0].set_ylabel("speed-up over dense")
-    picture.legend(frameon=False, fontsize=8, ncol=5, loc="lower center",
-                   bbox_to_anchor=(0.5, -0.06))
+        _bars(grid.flat[place], group, first=not place)
+        grid.flat[place].set_title(f"{work}, batch {batch}, {length} tokens")
+    for axes in grid.flat[len(panels):]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("speed-up over dense")
+    legend(picture, columns=5)
     picture.suptitle(title)
     return picture

@@ -5,7 +5,7 @@ import pandas as pd
 import seaborn as sns
 
 from dlr.figures.register import figure
-from dlr.figures.style import COLOURS, drawn
+from dlr.figures.style import COLOURS, DOUBLE, drawn, legend
 
 STAGES = ("closed form", "regressed", "in context", "healed", "end to end")
 
@@ -19,7 +19,7 @@ def stage_gains(gains: list[dict], title: str = ""):
     table = pd.DataFrame(gains)
     stages = [stage for stage in STAGES if stage in set(table["stage"])]
     budgets = sorted(table["target_skip"].unique())
-    picture, axes = plt.subplots(figsize=(6.4, 3.4))
+    picture, axes = plt.subplots(figsize=(DOUBLE, 3))
     colours = sns.color_palette("viridis_r", len(budgets))
     for number, (budget, colour) in enumerate(zip(budgets, colours)):
         part = table[table["target_skip"] == budget]
@@ -31,5 +31,5 @@ def stage_gains(gains: list[dict], title: str = ""):
     axes.axhline(0, color=COLOURS["static"], lw=1)
     axes.set_xticks(range(len(stages)), stages)
     axes.set(ylabel="less the stage before\n(nats a token, 95 % interval)", title=title)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(picture)
     return picture

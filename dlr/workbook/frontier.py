@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dlr.base.data import load_documents
 from dlr.base.opened import load
+from dlr.measure.domains import by_domain as split_by_domain
 from dlr.measure.domains import domain_differences
 from dlr.measure.evaluate import paired_difference, router_logits, skip_ratio
 from dlr.measure.static import evaluate_static
@@ -92,11 +93,18 @@ def differences(bench: Bench, routed: str, static: str, skips: list[float]) -> l
 
 
 def by_domain(bench: Bench, routed: str, static: str, skips: list[float]) -> list[dict]:
-    """The same for each domain of the test split, one row a budget and domain; [] without any."""
+    """The same for each domain of the test split, one row a budget and domain; [] without any.
+
+    `skip` is the routed row's in the domain.
+    """
     domains = load_documents(bench.config.dataset, "test").domains
-    return [{"target_skip": asked, **row} for asked in skips if domains
-            for row in domain_differences(bench.tables[named(routed, asked)],
-                                          bench.tables[named(static, asked)], domains)]
+    rows = []
+    for asked in skips if domains else ():
+        table = bench.tables[named(routed, asked)]
+        parts = split_by_domain(table, domains)
+        rows += [{"target_skip": asked, "skip": skip_ratio(parts[row["domain"]]), **row}
+                 for row in domain_differences(table, bench.tables[named(static, asked)], domains)]
+    return rows
 
 
 def measure_router(bench: Bench, config, run) -> dict:

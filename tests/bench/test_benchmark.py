@@ -116,7 +116,7 @@ def test_a_group_is_drawn_task_by_task_best_on_top(comparison):
 def test_every_row_is_in_the_figures(comparison):
     rows, _ = comparison
     assert [bar.get_width() for bar in bars(rows).axes[0].patches] == [0.6, 0.7]
-    assert {text.get_text() for text in scatter(rows).axes[0].get_legend().get_texts()} == {"base", "DLR"}
+    assert {text.get_text() for text in scatter(rows).legends[0].get_texts()} == {"base", "DLR"}
     heat = layer_skips(rows, always_keep=4).axes[0]
     assert [label.get_text() for label in heat.get_xticklabels()] == ["4", "5"]
     plt.close("all")

@@ -1,6 +1,5 @@
 """Statistics of token records: limits where the right answer is known."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,12 +7,9 @@ import torch
 from scipy.stats import entropy
 from test_categories import of_text
 
-from dlr.figures import register as figures_register
 from dlr.figures.analysis import category_depth
-from dlr.figures.register import figure, redraw, registered
 from dlr.measure import analysis
 from dlr.measure.record import Record
-from dlr.runs import Run
 
 RNG = np.random.default_rng(0)
 
@@ -153,22 +149,3 @@ def test_records_reload_and_are_drawn_without_a_model(varied, tmp_path):
                                   analysis.by_category(varied, categories(varied)))
     figure = category_depth(analysis.by_category(again, categories(again)))
     assert len(figure.axes) == 3
-    with pytest.raises(FileNotFoundError, match="not finished"):
-        redraw(tmp_path)
-
-
-@pytest.mark.parametrize("only, names", [(None, ["mine_a", "mine_b"]), ("b", ["mine_b"]), ("c", [])])
-def test_a_figure_registers_itself_and_is_drawn_of_the_runs_it_names(tmp_path, monkeypatch, only, names):
-    for name, height in (("a", 1), ("b", 2)):
-        Run(tmp_path / "x" / name).finish([{"height": height}])
-    assert {entry.phase for entry in registered()} >= {"pareto", "latency", "evaluation", "token_analysis", "base_model"}
-    monkeypatch.setenv("DLR_RESULTS", str(tmp_path))
-    monkeypatch.setattr(figures_register, "FIGURES", [])
-
-    @figure("x", lambda runs: {f"mine_{name}": (run.rows[0]["height"],) for name, run in runs.items()}, only)
-    def mine(height):
-        return plt.figure(figsize=(1, height)) if height else None
-
-    assert [path.stem for path in redraw(folder=tmp_path / "figures")] == names
-    assert [path.name for path in redraw(tmp_path / "x" / "a")] == ["mine_a.png"]
-    assert (tmp_path / "x" / "a" / "mine_a.pdf").is_file() and not plt.get_fignums()

@@ -86,7 +86,7 @@ def test_the_figure_has_a_point_with_its_interval_for_every_row():
     rows = [{"target_skip": target, **row} for target in (0.25, 0.4) for row in rows_of(10 * target)]
     (axes,) = domains_against_static(rows).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["sums", "prose", "code"], "read from above"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["25 % asked", "40 % asked"]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["25 % asked", "40 % asked"]
     drawn = []
     for container in axes.containers:
         points, _, (bars,) = container.lines
@@ -96,7 +96,7 @@ def test_the_figure_has_a_point_with_its_interval_for_every_row():
     expected = [(names.index(row["domain"]), row["nll_difference"], row["low"], row["high"]) for row in rows]
     np.testing.assert_allclose(sorted(drawn), sorted(expected))
     (alone,) = domains_against_static(rows_of(0)).axes
-    assert alone.get_legend() is None
+    assert not alone.figure.legends
 
 
 def test_runs_that_have_domains_are_drawn_and_others_are_not(tmp_path):
@@ -105,8 +105,19 @@ def test_runs_that_have_domains_are_drawn_and_others_are_not(tmp_path):
     runs["mixed"].finish([{"variant": "base"}], domains=rows_of(0.0))
     (tmp_path / "mixed" / "run.json").write_text(
         '{"settings": {"target_skip": 0.25, "model": "nano", "dataset": "mixture", "steps": 7}}')
-    entries = {entry.phase: entry for entry in registered() if entry.draw is domains_against_static}
+    entry = registered()["pareto_domains_against_static"]
     expected = [{"target_skip": 0.25, **row} for row in rows_of(0.0)]
-    assert entries["pareto"].files(runs) == {"pareto_domains_nano_mixture_7": (expected,)}
-    assert entries["token_routing"].files(runs) == {"token_routing_mixed_domains": (expected,)}
-    assert not any(entry.files({"plain": runs["plain"]}) for entry in entries.values())
+    assert entry.draw is domains_against_static
+    assert entry.files(runs) == {"pareto_domains_nano_mixture_7": (expected,)}
+    assert not entry.files({"plain": runs["plain"]})
+
+
+def test_depth_by_domain_is_drawn_where_the_skip_is_known():
+    entry = registered()["pareto_depth_by_domain"]
+    rows = [{"target_skip": target, "skip": target + shift, **row} for target in (0.25, 0.4) for seed_shift in (-0.02, 0.02)
+            for row, shift in zip(rows_of(0.0), (0.1 + seed_shift, seed_shift, -0.1 + seed_shift))]
+    (axes,) = entry.draw(rows).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["code", "prose", "sums"]
+    lines = {line.get_label(): line.get_xdata().tolist() for line in axes.lines}
+    assert lines["25 % asked"] == pytest.approx([65, 75, 85]) and lines["40 % asked"] == pytest.approx([50, 60, 70])

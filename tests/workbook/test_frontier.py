@@ -1,5 +1,7 @@
 """One depth router at every budget beside healed static plans; adapters, order and labels are made once."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -202,3 +204,18 @@ def test_a_router_that_is_there_is_measured_and_not_trained(bench, rows, place, 
             assert found[row["variant"]]["perplexity"] == pytest.approx(row["perplexity"], rel=1e-4), row["variant"]
     with pytest.raises(ValueError, match="give both"):
         ParetoConfig(point="checkpoint")
+
+
+def test_a_domain_has_its_difference_and_the_skip_of_the_router_there(monkeypatch):
+    """What a domain skips differs at one price; weighted by tokens it is the whole's."""
+    domains = ["prose", "code", "prose", "code"]
+    tokens = [10, 20, 10, 40]
+    routed = pd.DataFrame({"doc": range(4), "nll": [20.0, 30, 20, 60], "predicted": tokens, "tokens": tokens,
+                           "keep_0": [10, 5, 10, 10], "keep_1": [5, 5, 5, 10]})
+    tables = {"DLR at 40%": routed, "best static at 40%": routed.assign(nll=routed["nll"] + tokens)}
+    bench = SimpleNamespace(config=SimpleNamespace(dataset="x"), tables=tables)
+    monkeypatch.setattr(frontier, "load_documents", lambda *_: Documents("x", "test", [""] * 4, "", domains))
+    rows = {row["domain"]: row for row in frontier.by_domain(bench, "DLR", "best static", [0.4])}
+    assert {name: row["skip"] for name, row in rows.items()} == pytest.approx({"prose": 0.25, "code": 0.75})
+    assert all(row["nll_difference"] == pytest.approx(-1.0) and row["target_skip"] == 0.4 for row in rows.values())
+    assert (20 * 0.25 + 60 * 0.75) / 80 == pytest.approx(frontier.skip_ratio(routed))

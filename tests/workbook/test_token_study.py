@@ -59,7 +59,7 @@ def test_figures_of_committed_runs_are_drawn_from_their_records_alone(tmp_path, 
     monkeypatch.setattr(token_study, "open_study", None)
     for name in runs:
         made = redraw(project_root() / "results" / "token_analysis" / name, tmp_path)
-        assert {p.stem for p in made} == {"category_depth", "headroom", "predictability", "difficulty", "position", "words"}
+        assert {p.stem for p in made} == {"category_depth", "headroom", "predictability", "difficulty", "position", "words", "token_map"}
         for row in runs[name]["metrics"]["rows"]:
             room = row["static"] - row["oracle"]
             assert room > 0.3 * row["static"], "the oracle's own plan, not the static one in its stead"
