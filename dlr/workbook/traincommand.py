@@ -26,8 +26,10 @@ EXAMPLES = """examples:
   python -m dlr train pareto --params FILE --set point=baselines    one process will do
 
 batch_size is the whole batch, which the processes share equally: tables do not change with the
-machine. The same command, with as many processes, goes on where a killed one stopped. Do not use
-accelerate launch --cpu, which starts one process whatever it is told: torchrun works without a GPU.
+machine. The same command, with as many processes, goes on where a killed one stopped, and with
+--fresh begins anew. SIGTERM has all processes save the step in progress and exit with 75. Do not
+use accelerate launch --cpu, which starts one process whatever it is told: torchrun works without a
+GPU.
 """
 
 
@@ -43,6 +45,7 @@ def add_parser(commands) -> None:
     add("--set", action="append", default=[], metavar="name=value",
         help="one setting; may be repeated")
     add("--name", help="name of the run's folder, as with 'run'")
+    add("--fresh", action="store_true", help="begin anew what was begun and is not finished")
 
 
 def train_command(arguments) -> int:
@@ -60,7 +63,7 @@ def train_command(arguments) -> int:
     processes.begin()
     share = share_of_batch(config.batch_size, processes.count())
     name, is_given = name_of(phase, arguments, parameters)
-    run = _started(Wanted(phase, config), name, is_given)
+    run = _started(Wanted(phase, config), name, is_given, arguments.fresh)
     if run.done:
         _say(f"{phase}: finished before, {shown_path(run.folder)}")
         processes.end()
@@ -83,12 +86,14 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _started(wanted: Wanted, name: str, is_given: bool) -> Run:
+def _started(wanted: Wanted, name: str, is_given: bool, fresh: bool) -> Run:
     """The run, begun by the first process; what keeps it from that is raised in all of them."""
     outcome = None
     if processes.is_first():
         try:
             run = named(wanted, name) if is_given else beside(wanted, name)
+            if fresh and not run.done:
+                run.clear()
             outcome = (run if run.done else wanted.start(run)).folder
         except (OSError, ValueError) as error:
             outcome = error
