@@ -132,7 +132,7 @@ def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Pa
             language="python", progress_bar=False, log_output=False,
             kernel_manager_class=SamePython, **streams)
 
-    asked = []
+    asked, SamePython.newest = [], None
 
     def pass_on():
         asked.append(True)

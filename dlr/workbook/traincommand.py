@@ -11,6 +11,7 @@ from pathlib import Path
 from dlr import processes
 from dlr.runs import Run, shown_path
 from dlr.settings import SettingsError
+from dlr.train.stopping import Stopped, heeding
 from dlr.workbook.phases import PHASES
 from dlr.workbook.places import Wanted, beside, named
 from dlr.workbook.runner import checked_parameters, effective_of, name_of
@@ -71,7 +72,8 @@ def train_command(arguments) -> int:
     _say(f"{phase}: {len(trainings)} variants, {processes.count()} process(es) with {share} of a "
          f"batch's {config.batch_size} sequences each, results in {run.folder}")
     try:
-        _train(trainings, config, run)
+        with heeding(_stop):             # a training's own answer takes the place of this one
+            _train(trainings, config, run)
     except BaseException:
         if processes.is_first():
             run.forget_if_empty()
@@ -79,6 +81,10 @@ def train_command(arguments) -> int:
     _say(f"trained; now {_next(arguments, phase, run)}")
     processes.end()
     return 0
+
+
+def _stop() -> None:
+    raise Stopped("the same command goes on from what is saved")
 
 
 def _say(text: str) -> None:
