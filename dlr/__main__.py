@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from dlr.explore import serve
+from dlr.train.stopping import EXIT, Stopped
 from dlr.workbook import (evalcommand, mixturecommand, plancommand, reportcommand, sweepcommand,
                           traincommand)
 from dlr.workbook.phase_run import run_phase
@@ -32,7 +33,8 @@ EXAMPLES = """examples:
   python -m dlr notebooks 03                              execute a committed notebook in place
 
 DLR_RESULTS and DLR_CACHE name other folders for results and derived data. DLR_DEBUG=1 is --debug
-for every command.
+for every command. A run or training that SIGTERM asks to end saves its step and exits with 75: the
+same command goes on from there, and with --fresh from the start.
 """
 TOUR = """\
 This fits skip adapters to the embedded base, finds its best static order, labels tokens with the
@@ -88,7 +90,11 @@ def _add_run(commands) -> None:
     command.add_argument("--name", help="name of the run's folder (default: the params file's, or "
                          "'default'; where that is another run, a name that says what differs)")
     command.add_argument("--force", action="store_true",
-                         help="run again what is finished; with --name, replace what is there")
+                         help="run again what is finished; with --name, replace what is there, "
+                         "whatever its settings")
+    command.add_argument("--fresh", action="store_true",
+                         help="begin a run anew that was begun and is not finished, from its first "
+                         "step; what is finished stays (--force begins that anew too)")
 
 
 # -- the commands -----------------------------------------------------------------------
@@ -103,7 +109,7 @@ def run(arguments) -> int:
     if is_tour:
         print(TOUR, flush=True)
     for plan in plans:
-        run_phase(*plan, force=arguments.force)
+        run_phase(*plan, force=arguments.force, fresh=arguments.fresh)
     return 0
 
 
@@ -145,6 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Stopped as stop:
+        print(f"\nstopped as asked: {stop}", file=sys.stderr)
+        return EXIT
     except Exception as error:
         sentence = _sentence(error)
         if arguments.debug or sentence is None:

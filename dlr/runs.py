@@ -1,8 +1,9 @@
 """Run folders: settings, provenance and, once the measurements are done, metrics.json.
 
 results/<phase>/<run>/   run.json (settings, versions, seed, hardware, data hash, git commit),
-                         log.csv, checkpoint/, the executed notebook, metrics.json, and the table
-                         and figures drawn from it
+                         log.csv, checkpoint/ (best/ beside it, where an earlier step was
+                         better), the executed notebook, metrics.json, and the table and figures
+                         drawn from it
 """
 
 import contextlib
@@ -30,8 +31,8 @@ TO_RESUME = ("*/trainer", "*/harm-*.safetensors")
 # What a run writes: all that a forced run removes before it starts.
 LEFT_BEHIND = (METRICS, RECORD, "log.csv", "table.md", "notebook.ipynb", "output.txt",
                "record.json", "record.safetensors", "frequencies.safetensors",
-               "oracle.safetensors", "tasks", "checkpoint", "trainer", "*/log.csv", "*/checkpoint",
-               *TO_RESUME)
+               "oracle.safetensors", "tasks", "checkpoint", "best", "trainer", "*/log.csv",
+               "*/checkpoint", "*/best", *TO_RESUME)
 
 
 def project_root() -> Path:

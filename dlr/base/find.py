@@ -1,8 +1,9 @@
 """Finding a checkpoint: in a folder, in a run, or the newest of a phase.
 
-Order: the folder itself; its `best`, then the finished `checkpoint`, then the `last` state of its
-training; and for a phase the same in its newest complete run. Half-written checkpoints are skipped
-with a warning.
+Order: the folder itself; its finished `checkpoint`, which results are measured on; its `best`, of
+an earlier step; then the `last` state of its training; and for a phase the same in its newest
+complete run. `best` is so never compared with another variant's last state unless it is named.
+Half-written checkpoints are skipped with a warning.
 """
 
 import json
@@ -16,7 +17,7 @@ from dlr.runs import METRICS, from_project, results_folder
 
 EMBEDDED = "embedded router"            # its label; on a command line it is 'nano-router'
 SMOLLM2 = "SmolLM2 router"              # the same; 'smollm2-router'
-_BEST = ("best", "checkpoint-best", "checkpoint")
+_MADE = ("checkpoint", "best", "checkpoint-best")
 _LAST = ("last", "checkpoint-last")
 
 
@@ -31,7 +32,8 @@ def checkpoints(root: Path | None = None) -> dict[str, Path]:
     root = root or results_folder()
     for pattern in (f"*/*/{METRICS}", f"scratch/*/*/{METRICS}"):
         for metrics in sorted(root.glob(pattern)):
-            for config in sorted(metrics.parent.glob(f"**/{CONFIG}")):
+            found = sorted(metrics.parent.glob(f"**/{CONFIG}"))
+            for config in sorted(found, key=lambda path: path.parent.name == "best"):
                 folder = config.parent
                 named = folder.parent if folder.name == "checkpoint" else folder
                 folders[str(named.relative_to(root))] = folder
@@ -62,7 +64,7 @@ def _candidates(folder: Path) -> list[tuple[str, Path]]:
         tail = path.name.rsplit("-", 1)[-1]
         return int(tail) if tail.isdigit() else -1
 
-    named = [("best", folder / name) for name in _BEST]
+    named = [(name, folder / name) for name in _MADE]
     named += [("half-written", path) for path in folder.glob(".checkpoint.*.tmp")]
     named += [("last", folder / name) for name in _LAST]
     named += [("last", path) for path in
@@ -76,7 +78,7 @@ def _best_in(folder: Path) -> tuple[str, Path] | None:
                    if path.is_dir() and not path.name.startswith("."))
     inner.sort(key=lambda path: path.name not in ("router", "DLR"))    # before its controls
     named = [pair for place in (folder, *inner) for pair in _candidates(place)]
-    named.sort(key=lambda pair: pair[0] == "last")                     # any best before any last
+    named.sort(key=lambda pair: pair[0] == "last")                     # any made before any last
     for said, path in named:
         problem = missing_part(path)
         if problem is None:
@@ -136,7 +138,7 @@ def find_checkpoint(where: str | Path | None = None, say=print) -> Path:
     best = _best_in(folder)
     if best is None:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no complete checkpoint: looked for {', '.join(_BEST + _LAST)} "
+            f"{str(folder)!r} holds no complete checkpoint: looked for {', '.join(_MADE + _LAST)} "
             "and trainer/checkpoint-*, here and one folder down.")
     say(f"checkpoint: {best[0]} of {folder.name}: {best[1]}")
     return best[1]

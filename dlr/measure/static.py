@@ -123,6 +123,12 @@ def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
     return sorted(range(len(keep_rate)), key=keep_rate.__getitem__)
 
 
+def forced_share(batches: list[dict], keep_first_tokens: int) -> float:
+    """Share of the batches' tokens that run every layer because they open a document."""
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
+    return float(lengths.clamp(max=keep_first_tokens).sum() / lengths.sum())
+
+
 def evaluate_static(model, routing: Routing, batches: list[dict], order: list[int], skip: float,
                     forced: float) -> pd.DataFrame:
     """The document table of the static plan along `order` at exactly `skip`: mean of two plans."""

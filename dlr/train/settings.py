@@ -24,8 +24,9 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
     toy: ClassVar = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_len": 32,
                      "calibration_docs": 4, "eval_docs": 4, "adapter_tokens": 64,
                      "order_tokens": 64, "candidates": 2, "label_tokens": 64, "visits": 512,
-                     "context_tokens": 0, "save_steps": 2, "bf16": False}
-    # of `dataset`, as part of a run's identity
+                     "context_tokens": 0, "save_steps": 2, "eval_steps": 1, "validation_docs": 2,
+                     "bf16": False}
+    # of `dataset`, as part of a run's identity; what a training is validated on changes no result
     splits: ClassVar = ("train", "calibration", "test")
     # settings of records that are gone, and had no say in a depth router's run
     retired: ClassVar = ("warm_tokens", "warm_background", "warm_rounds", "warm_epochs",
@@ -104,6 +105,11 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
     # of several processes: each holds a part of the base's layers (FSDP2); None: all of it (DDP)
     shard: Annotated[bool | None, MachineDecides()] = None
     save_steps: int = Field(50, ge=1)
+    # held-out loss (val_ce in log.csv): every so many steps, and after the last; 0: never
+    eval_steps: int = Field(20, ge=0)
+    validation_docs: int = Field(32, ge=1)      # of the validation split, which nothing else reads
+    # training ends early after so many of them in a row without a better val_ce; 0: it does not
+    patience: int = Field(0, ge=0)
     seed: Seed = 0
 
     @field_validator("objective")
@@ -120,6 +126,13 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
         if self.elastic and not (self.reads_book and self.warm_start):
             raise ValueError("elastic draws prices from a calibrated router: set "
                              "router_class='DepthRouter' and warm_start=true, or elastic=false.")
+        if self.patience and not self.eval_steps:
+            raise ValueError("patience waits for a better val_ce, and eval_steps=0 measures none: "
+                             "give eval_steps, or leave patience out.")
+        if self.patience and not OBJECTIVES[self.objective].calibrates:
+            raise ValueError(f"patience compares val_ce from step to step, which objective="
+                             f"{self.objective!r} lowers by skipping less: leave patience out, or "
+                             "take an objective that holds its budget (controlled).")
         if self.shard and self.load_in_4bit:
             raise ValueError("shard=true spreads unpacked weights over processes, and a 4-bit base "
                               "is small enough for each of them; leave shard out.")

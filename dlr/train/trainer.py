@@ -1,39 +1,34 @@
 """Training on transformers.Trainer: one step's loss, log and objective, and exact resumption."""
 
-import json
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
-from safetensors.torch import load_file
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
-from dlr.base.checkpoint import CONFIG, WEIGHTS, refuse_unsaveable, write_router
+from dlr.base.checkpoint import refuse_unsaveable, write_router
 from dlr.measure.likelihood import predicted
 from dlr.processes import begin, count
-from dlr.progress import tqdm
-from dlr.routing.config import Calibration
 from dlr.routing.decoder import routing_of
 from dlr.routing.elastic import ElasticRouter
 from dlr.routing.plan import gate_entropy
 from dlr.routing.policy import Policy, RouterPolicy
 from dlr.routing.router import ROUTER_NAME
-from dlr.runs import write_atomically
+from dlr.train.fitting import train_as_fits
 from dlr.train.losses import losses
 from dlr.train.objectives import OBJECTIVES, SLOPE, Objective
-from dlr.train.resume import finished, newest
+from dlr.train.resume import finished, load_router, load_state, newest, steps_of
 from dlr.train.settings import RunConfig
 from dlr.train.several import average_gradients, begin_alike, shard, share_of_batch
+from dlr.train.steps import StepEnd, write_log
+from dlr.train.stopping import Stopped, heeding
+from dlr.train.validation import Patience, ValidatingTrainer, Validation
 
 # Share of the router's steps in which noise fades. A plan is noise-free where it is used, and a
 # model that met random plans alone is worse under that one than under random ones.
 NOISELESS_FROM = 0.75
 # As transformers names them: its 'constant' has no warm-up.
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-# Of log.csv; the keep rate of each unit follows.
-LOG_COLUMNS = ("step", "ce", "kd", "budget", "skip", "goal", "threshold", "gate_entropy",
-               "temperature", "lr", "tokens_per_second")
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -52,7 +47,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class DLRTrainer(Trainer):
+class DLRTrainer(ValidatingTrainer):
     """Trains LoRA of a routed PEFT model and, for as many steps as its objective says, the router.
 
     Several processes, started by a launcher, train one model together; `batch_size` is the whole
@@ -61,6 +56,7 @@ class DLRTrainer(Trainer):
     Args:
         policy: None trains the router's own plan. Under a fixed one (static, stochastic depth,
             dense) LoRA alone is trained.
+        validation: batches to validate on every `eval_steps` steps; None: none are.
 
     Raises:
         ValueError: the processes cannot share `batch_size` equally.
@@ -70,7 +66,7 @@ class DLRTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, config: RunConfig, dataset, folder: Path,
-                 policy: Policy | None = None):
+                 policy: Policy | None = None, validation: list[dict] | None = None):
         self.config = config
         self.routing = routing_of(model)
         self.folder = Path(folder)
@@ -80,9 +76,9 @@ class DLRTrainer(Trainer):
         own = ElasticRouter if config.elastic else RouterPolicy
         self.policy = policy or own(training=True, noise=config.gumbel_noise)
         objective = OBJECTIVES[config.objective] if self.learns_routing else Objective
-        self.objective = objective(config)
-        self._sums: dict[str, float] = {}
-        self._clock = time.perf_counter()
+        self._objective_class, self.is_stopping, self._asked_to_stop = objective, False, False
+        if validation and config.eval_steps:
+            self.validation = Validation(validation, policy, config, self.routing)
         begin()
         arguments = TrainingArguments(
             output_dir=str(self.folder / "trainer"), max_steps=config.steps, seed=config.seed,
@@ -94,15 +90,26 @@ class DLRTrainer(Trainer):
             use_cpu=not torch.cuda.is_available(), remove_unused_columns=False,
             activation_checkpointing=config.gradient_checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": False},
-            fsdp=True if config.shard and count() > 1 else None)
+            fsdp=True if config.shard and count() > 1 else None,
+            **self.validation_arguments(config) if self.validation else {})
         arguments.per_device_train_batch_size = share_of_batch(config.batch_size, count())
         arguments._n_gpu = min(arguments.n_gpu, 1)     # one process takes one GPU, whatever it sees
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
-        super().__init__(model, arguments, train_dataset=dataset, data_collator=collate)
+        super().__init__(model, arguments, train_dataset=dataset, data_collator=collate,
+                         eval_dataset=validation)
         self.model_accepts_loss_kwargs = True          # Trainer then counts all accumulated labels
         self.remove_callback(PrinterCallback)          # log.csv and the progress bar say more
-        self.add_callback(_StepEnd(self))
+        self.add_callback(StepEnd(self))
+        if self.validation and config.patience:
+            self.add_callback(Patience(config.patience))
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is counted from the first step of a try on, or from the one it goes on with."""
+        self.objective = self._objective_class(self.config)
+        self._sums: dict[str, float] = {}
+        self._clock = time.perf_counter()
 
     # -- one step ----------------------------------------------------------------------------------
     def training_step(self, *args, **options):
@@ -171,20 +178,20 @@ class DLRTrainer(Trainer):
 
     def _means(self) -> tuple[dict[str, float], float]:
         """Means over the step's tokens on all processes, and their number; the sums begin anew."""
-        sums, self._sums = self._sums, {}
+        sums, self._sums = self._sums | {"stops": float(self._asked_to_stop)}, {}
         totals = torch.tensor(list(sums.values()), dtype=torch.float64)
         if self.accelerator.num_processes > 1:   # every process must move the one threshold alike
             totals = self.accelerator.reduce(totals.to(self.accelerator.device), "sum").cpu()
         totals = dict(zip(sums, totals.tolist()))
         means = {name: totals[name] / totals[f"{name} weight"] for name in sums
                  if f"{name} weight" in sums}
+        self.is_stopping = totals["stops"] > 0       # of all processes, at the same step
         return means, totals["tokens"]
 
     def step_done(self, step: int) -> dict:
         """Tells the objective that `step` (1 = first) is done, and logs it; returns its row.
 
-        The row holds means over the step's tokens of all accumulated batches and processes. log.csv
-        is Trainer's own history, which a resumed run has from its checkpoint.
+        The row holds means over the step's tokens of all accumulated batches and processes.
         """
         row, tokens = self._means()
         now = time.perf_counter()
@@ -193,15 +200,18 @@ class DLRTrainer(Trainer):
                 "threshold": self.routing.calibration.threshold,
                 "temperature": self.policy.temperature if is_sampled else None,
                 "lr": self.lr_scheduler.get_last_lr()[0],
-                "tokens_per_second": tokens / (now - self._clock)}
+                "tokens_per_second": tokens / (now - self._clock),
+               "rows": self.args.per_device_train_batch_size}
         self._clock = now
         self.objective.after_step(self.routing, step, row)
         self.log(row)
-        if self.args.should_save:
-            columns = [*LOG_COLUMNS, *(name for name in row if name.startswith("keep_"))]
-            log = pd.DataFrame(self.state.log_history).reindex(columns=columns)
-            write_atomically(self.folder / "log.csv", log.to_csv(index=False, float_format="%.6g"))
+        self.write_log()
         return row
+
+    def write_log(self) -> None:
+        """Writes log.csv as it is now."""
+        if self.args.should_save:
+            write_log(self.state.log_history, self.folder / "log.csv")
 
     # -- optimizer, checkpoints --------------------------------------------------------------------
     def create_optimizer(self, model=None):
@@ -229,38 +239,46 @@ class DLRTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_router(Path(resume_from_checkpoint))
+        load_router(self.routing, Path(resume_from_checkpoint))
 
-    def _load_router(self, folder: Path) -> None:
-        self.routing.router.load_weights(load_file(folder / WEIGHTS))
-        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        self.routing.calibration = Calibration(record["threshold"], record["calibrated_skip"],
-                                               record["curve"])
-
-    def fit(self) -> None:
+    def fit(self) -> int:
         """Trains, from the newest complete checkpoint in the run's folder where there is one.
 
         A training that is finished is taken as it is, however many processes it had.
 
+        Returns:
+            The steps done: `config.steps`, or fewer where patience was at an end.
+
         Raises:
             ValueError: that checkpoint was written by another number of processes; or `shard` is
-                set and there is one process; or the launcher shards and `shard` is not set.
+                set and there is one process; or the launcher shards and `shard` is not set; or
+                memory does not hold one sequence.
+            Stopped: the process was asked to end; the step that was in progress is saved.
         """
         output = Path(self.args.output_dir)
         end = finished(output, self.args.max_steps)       # Trainer itself would take one step more
         if end is not None:
-            self.model.load_adapter(str(end), self.model.active_adapter, is_trainable=True)
-            self._load_router(end)
+            load_state(self.model, self.routing, end)
         else:
             self._refuse_sharding()
-            with self.accelerator.main_process_first():      # one process tidies up, others wait
-                last = newest(output, count())
             begin_alike(self.routing)
             if self.is_fsdp_enabled:
                 shard(self.accelerator, self.routing)
-            self.train(resume_from_checkpoint=last and str(last))
+            with heeding(self._stop):
+                train_as_fits(self, self.routing, self._newest, self._begin)
+            if self.is_stopping:
+                raise Stopped(f"step {self.state.global_step} of {self.args.max_steps} is saved; "
+                              "the same command goes on from there")
         self.routing.policy = RouterPolicy()
         self.model.eval()
+        return steps_of(end) if end is not None else self.state.global_step
+
+    def _newest(self) -> Path | None:
+        with self.accelerator.main_process_first():      # one process tidies up, others wait
+            return newest(Path(self.args.output_dir), count())
+
+    def _stop(self) -> None:
+        self._asked_to_stop = True
 
     def _refuse_sharding(self) -> None:
         if self.config.shard and count() == 1:
@@ -269,26 +287,3 @@ class DLRTrainer(Trainer):
         if self.is_fsdp_enabled and not self.config.shard:
             raise ValueError("The launcher's own configuration asks for FSDP, and this run does "
                              "not: add --set shard=true, or take FSDP out of that configuration.")
-
-
-class _StepEnd(TrainerCallback):
-    """The trainer's own end of each optimizer step, and the progress bar."""
-
-    def __init__(self, trainer: DLRTrainer):
-        self.trainer = trainer
-        self.bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if args.world_size > 1:      # each process draws gates of its own; the data has its order
-            torch.manual_seed(args.seed + args.process_index)
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training",
-                        unit="step", disable=not state.is_world_process_zero)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        row = self.trainer.step_done(state.global_step)
-        self.bar.set_postfix(ce=f"{row['ce']:.3f}", skip=f"{row['skip']:.0%}", refresh=False)
-        self.bar.update()
-        control.should_save |= state.global_step == state.max_steps    # for a run's next variants
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()

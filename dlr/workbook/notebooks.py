@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from jupyter_client.kernelspec import KernelSpec
 
 from dlr.runs import atomic_file, project_root
 from dlr.settings import SettingsError
+from dlr.train.stopping import Stopped, heeding
 from dlr.workbook.phases import PHASES
 
 _BAR = re.compile(r"\d+%\|")                                   # a tqdm bar, whatever it counts
@@ -73,7 +75,29 @@ def cell_defaults(notebook) -> dict:
 
 # -- execution -----------------------------------------------------------------------
 class SamePython(AsyncKernelManager):
-    """Starts this very Python, whatever kernel is registered as 'python3'."""
+    """Starts this very Python, whatever kernel is registered as 'python3'.
+
+    Attributes:
+        newest: the one that was made last, whose kernel a signal is passed on to.
+    """
+    newest = None
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        SamePython.newest = self
+
+    @classmethod
+    def pass_on(cls) -> None:
+        """Asks the kernel to end: a training in it saves its step, and all else ends at once.
+
+        Raises:
+            Stopped: there is none yet.
+        """
+        pid = getattr(getattr(cls.newest, "provisioner", None), "pid", None)
+        if pid is None:
+            raise Stopped("nothing was begun")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
     @property
     def kernel_spec(self):
@@ -87,9 +111,11 @@ def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Pa
     """Executes a notebook through papermill into `target`, which is kept, tidied, if a cell fails.
 
     The kernel runs under this Python, in notebooks/. One that does not start is tried once more.
+    Where this process is asked to end, so is the kernel, and this waits for it.
 
     Raises:
         SettingsError: this Python has no ipykernel.
+        Stopped: this process, or the kernel, was asked to end.
     """
     if importlib.util.find_spec("ipykernel") is None:
         raise SettingsError(f"{sys.executable} has no ipykernel, which runs the notebooks. Install "
@@ -105,13 +131,26 @@ def execute(notebook, target: Path, parameters: dict, quiet: bool = False) -> Pa
             notebook, str(target), parameters=parameters, cwd=str(folder()), kernel_name="python3",
             language="python", progress_bar=False, log_output=False,
             kernel_manager_class=SamePython, **streams)
+
+    asked, SamePython.newest = [], None
+
+    def pass_on():
+        asked.append(True)
+        SamePython.pass_on()
+
     try:
-        try:
-            attempt()
-        except (RuntimeError, TimeoutError) as error:
-            if "Kernel" not in str(error):
-                raise
-            attempt()
+        with heeding(pass_on):
+            try:
+                attempt()
+            except (RuntimeError, TimeoutError) as error:
+                if asked or "Kernel" not in str(error):
+                    raise
+                attempt()
+    except Exception as error:
+        if asked or getattr(error, "ename", "") == Stopped.__name__:
+            raise Stopped(getattr(error, "evalue", "the same command goes on from what is saved")
+                          ) from error
+        raise
     finally:
         if target.is_file():
             write(tidied(nbformat.read(target, as_version=4)), target)

@@ -12,11 +12,14 @@ from dlr.workbook.places import Wanted, beside, named, provenance
 from dlr.workbook.runner import effective_of
 
 
-def run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: bool) -> None:
+def run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: bool,
+              fresh: bool = False) -> None:
     """Runs one phase's notebook, unless that is finished.
 
     Args:
         name: of the run's folder; where nobody gave it, another run that holds it is left alone.
+        force: whatever is there is removed first, trainer's states too.
+        fresh: so is what is not finished.
     """
     from dlr.workbook import notebooks  # late: its libraries take a second
     notebook = notebooks.read_pair(PHASES[phase].notebook)
@@ -26,7 +29,7 @@ def run_phase(phase: str, parameters: dict, name: str, is_given: bool, force: bo
         print(f"{phase}: finished before, {provenance(place)}; --force runs it again, --name keeps "
               f"both. {shown_path(place.folder)}")
         return
-    if force:
+    if force or fresh:
         place.clear()
     started = time.time()
     print(f"{phase}: running notebook, results in {place.folder}", flush=True)

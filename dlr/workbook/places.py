@@ -89,11 +89,12 @@ def _recorded(phase: str) -> list[Run]:
     return [run for run in runs if run.done]
 
 
-def open_run(phase: str, config: Settings, say=print) -> Run:
+def open_run(phase: str, config: Settings, say=print, fresh: bool = False) -> Run:
     """The run of a notebook, begun, or a finished one that is only to be shown (`run.done`).
 
     Args:
         say: is told which run it is, and where.
+        fresh: what is there of a run that is not finished is removed first.
 
     Raises:
         SettingsError: `config.run_name` is a run of other settings or data.
@@ -110,7 +111,10 @@ def open_run(phase: str, config: Settings, say=print) -> Run:
         say(f"{shown_path(run.folder)} holds this run, {provenance(run)}: shown from there. Give "
             "run_name a name of your own to run it here.")
         return run
-    begun = ", where this run was begun before: it goes on" if run.exists else ""
+    if fresh:
+        run.clear()
+    begun = ", where this run was begun before: it goes on (open_run(..., fresh=True) begins it " \
+            "anew)" if run.exists else ""
     say(f"Results go to {shown_path(run.folder)}{begun}.")
     return wanted.start(run)
 

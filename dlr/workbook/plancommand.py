@@ -140,6 +140,8 @@ def described(plan, config, processes: int, card, card_name: str | None) -> list
                  f"{plan.tokens / 1e6:.2f} M tokens each{epochs}")
     lines += [f"  {name:<18}{count / 1e6:>9.2f} M tokens at full depth, once a base"
               for name, count in plan.preparation.items()]
+    if plan.validation:
+        lines.append(f"  {'validation':<18}{plan.validation / 1e6:>9.2f} M tokens, all trainings")
     lines.append(f"FLOPs: {plan.flops:.2e}, evaluation not counted")
     if card:
         hours = plan.flops / (card.flops * UTILISATION * processes) / 3600

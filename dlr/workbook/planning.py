@@ -85,7 +85,8 @@ class Forecast:
         logits: of the whole batch of a pass, how many.
         trainings: how many models are trained. tokens: that one of them sees.
         preparation: kind of pass to the tokens it runs, in passes at full depth.
-        flops: of all training and preparation, on all processes.
+        validation: tokens that run at full depth in all trainings, at most.
+        flops: of all training, preparation and validation, on all processes.
         downloads: what to bytes; None where nobody knows.
         epochs: times that one training sees the data set; None where its size is not known.
     """
@@ -95,6 +96,7 @@ class Forecast:
     trainings: int
     tokens: int
     preparation: dict[str, float]
+    validation: float
     flops: float
     downloads: dict[str, float | None]
     epochs: float | None
@@ -146,11 +148,13 @@ def forecast(phase: str, config: RunConfig, processes: int = 1,
     tokens = passes * config.batch_size * config.seq_len
     preparation = prepared_tokens(phase, config, shape)
     dense = flops_per_token(shape, shape.num_hidden_layers, config.seq_len / 2)
-    flops = sum(preparation.values()) * dense + count * passes * processes * step.flops
+    validation = count * validated_tokens(config)
+    flops = (sum(preparation.values()) + validation) * dense
+    flops += count * passes * processes * step.flops
     characters, _ = TEXTS.get(config.dataset, (None, None))
     epochs = characters and tokens / (characters / CHARACTERS)
     logits = config.batch_size // processes * config.seq_len * shape.vocab_size
-    return Forecast(step, memory, logits, count, tokens, preparation, flops,
+    return Forecast(step, memory, logits, count, tokens, preparation, validation, flops,
                     downloads_of(config, step), epochs)
 
 
@@ -191,6 +195,12 @@ def prepared_tokens(phase: str, config: RunConfig, shape: PretrainedConfig) -> d
             1 - count / (per_layer * depth) for count in dropped)
         found["labels in context"] = 2 * config.context_tokens
     return {name: tokens for name, tokens in found.items() if tokens}
+
+
+def validated_tokens(config: RunConfig) -> int:
+    """Tokens of held-out text that one training runs, where no document is short."""
+    times = -(-config.steps // config.eval_steps) if config.eval_steps else 0
+    return times * config.validation_docs * config.eval_len
 
 
 def downloads_of(config: RunConfig, step: Rehearsal) -> dict[str, float | None]:

@@ -9,9 +9,10 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from dlr.base.checkpoint import save_control, save_pretrained
+from dlr.base.checkpoint import save_pretrained
 from dlr.base.data import load_documents, packed, padded_batches
 from dlr.base.models import add_lora, load_base
+from dlr.measure import static
 from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, summary
 from dlr.measure.flops import added_weights
 from dlr.measure.static import evaluate_static, order_of_mean_plan
@@ -21,11 +22,13 @@ from dlr.routing.handle import Routing
 from dlr.routing.policy import LayerDrop, Policy, RandomPlan, RouterPolicy, ShuffledPlan
 from dlr.runs import KINDS
 from dlr.train.controls import meets_target, static_policy, stochastic_policy
+from dlr.train.kept import keep_control, kept_states
 from dlr.train.prepare import Preparation, context_batches, prepare
 from dlr.train.regress import start
 from dlr.train.resume import finished, keep_notes, read_notes
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
+from dlr.train.validation import validation_batches
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Variant:
     routing: Routing
     notes: dict = field(default_factory=dict)
     bench: Bench | None = None
+    steps: int | None = None            # that were trained; None: as `config` says
 
     def close(self) -> None:
         """Takes router and LoRA off the base again."""
@@ -122,7 +126,8 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     start and `router_share=0` (the defaults) gradients train LoRA and skip adapters alone: the
     router is regressed on harm labels (see `regress`) and stays as it is. After an error or an
     interrupt the base model is as it was before. Without `keep` calibration and saving are left to
-    another call.
+    another call. The last state is what the variant has and what `checkpoint` holds; `best` beside
+    it holds that of least held-out loss, where that was an earlier one.
     """
     done = agreed(finished(folder / "trainer", config.steps) is not None)
     warm = policy is None and config.warm_start
@@ -150,13 +155,15 @@ def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None, ke
     """Training, calibration and checkpoint of a variant."""
     config, model, routing = variant.config, variant.model, variant.routing
     set_seed(config.seed)
-    trainer = DLRTrainer(model, config, bench.blocks(config), folder, policy)
-    trainer.fit()
+    trainer = DLRTrainer(model, config, bench.blocks(config), folder, policy,
+                         validation_batches(config, bench.tokenizer))
+    variant.steps = trainer.fit()
     if policy is None and keep:
-        if trainer.objective.calibrates:
-            calibrate_router(model, routing, bench.calibration, config.target_skip)
+        for name in kept_states(model, routing, folder, config.steps):
+            if trainer.objective.calibrates:
+                calibrate_router(model, routing, bench.calibration, config.target_skip)
+            save_pretrained(model, folder / name)
         variant.notes["threshold"] = routing.calibration.threshold
-        save_pretrained(model, folder / "checkpoint")
 
 
 def measure(bench: Bench, variant: Variant, label: str, policy: Policy | None,
@@ -183,7 +190,8 @@ def row_of(bench: Bench, variant: Variant, label: str, table: pd.DataFrame, kind
         notes["causal"] = False          # its gates have seen the tokens that it is to predict
     return {"variant": label, "kind": kind, "of": variant.name, "unit": routing.config.unit,
             "always_keep": routing.first, "seed": config.seed, "target_skip": config.target_skip,
-            "steps": config.steps, "attention": bench.base.config._attn_implementation,
+            "steps": variant.steps or config.steps,
+            "attention": bench.base.config._attn_implementation,
             **summary(table, always, routing.units_per_layer),
             **added_weights(routing.router, kind), **notes}
 
@@ -206,8 +214,7 @@ def best_static_order(bench: Bench, config: RunConfig | None = None) -> list[int
 
 def forced_share(bench: Bench, keep_first_tokens: int) -> float:
     """Share of the test split's tokens that run every layer because they open a document."""
-    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in bench.test])
-    return float(lengths.clamp(max=keep_first_tokens).sum() / lengths.sum())
+    return static.forced_share(bench.test, keep_first_tokens)
 
 
 def routed_rows(bench: Bench, variant: Variant, name: str = "", **notes) -> list[dict]:
@@ -257,7 +264,7 @@ def train_static(bench: Bench, name: str, config: RunConfig, folder: Path, order
     """
     forced = forced_share(bench, config.keep_first_tokens)
     variant = train(bench, name, config, folder, static_policy(config, order, skip, forced))
-    save_control(variant.model, variant.routing, folder / "checkpoint", "static", order, skip,
+    keep_control(variant.model, variant.routing, folder, config.steps, "static", order, skip,
                  forced)
     return variant
 
@@ -265,7 +272,7 @@ def train_static(bench: Bench, name: str, config: RunConfig, folder: Path, order
 def dense_row(bench: Bench, config: RunConfig, folder: Path) -> dict:
     """LoRA at full depth with the same steps and data."""
     with closing(train(bench, "dense LoRA", config, folder, LayerDrop(0.0))) as variant:
-        save_control(variant.model, variant.routing, folder / "checkpoint", "dense")
+        keep_control(variant.model, variant.routing, folder, config.steps, "dense")
         return measure(bench, variant, "dense LoRA", None, "dense")
 
 
@@ -281,8 +288,8 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
     policy = stochastic_policy(config)
     of = "stochastic depth" if config.drop_level == "sequence" else "random token plans"
     with closing(train(bench, of, config, folder, policy)) as variant:
-        save_control(variant.model, variant.routing, folder / "checkpoint", "stochastic",
-                     skip=config.layer_drop)
+        keep_control(variant.model, variant.routing, folder, config.steps, "stochastic", None,
+                     config.layer_drop)
         rows = [measure(bench, variant, f"{of}, full", None, "stochastic")]
         forced = forced_share(bench, config.keep_first_tokens)
         for skip in skips:

@@ -11,6 +11,7 @@ from pathlib import Path
 from dlr import processes
 from dlr.runs import Run, shown_path
 from dlr.settings import SettingsError
+from dlr.train.stopping import Stopped, heeding
 from dlr.workbook.phases import PHASES
 from dlr.workbook.places import Wanted, beside, named
 from dlr.workbook.runner import checked_parameters, effective_of, name_of
@@ -26,8 +27,10 @@ EXAMPLES = """examples:
   python -m dlr train pareto --params FILE --set point=baselines    one process will do
 
 batch_size is the whole batch, which the processes share equally: tables do not change with the
-machine. The same command, with as many processes, goes on where a killed one stopped. Do not use
-accelerate launch --cpu, which starts one process whatever it is told: torchrun works without a GPU.
+machine. The same command, with as many processes, goes on where a killed one stopped, and with
+--fresh begins anew. SIGTERM has all processes save the step in progress and exit with 75. Do not
+use accelerate launch --cpu, which starts one process whatever it is told: torchrun works without a
+GPU.
 """
 
 
@@ -43,6 +46,7 @@ def add_parser(commands) -> None:
     add("--set", action="append", default=[], metavar="name=value",
         help="one setting; may be repeated")
     add("--name", help="name of the run's folder, as with 'run'")
+    add("--fresh", action="store_true", help="begin anew what was begun and is not finished")
 
 
 def train_command(arguments) -> int:
@@ -60,7 +64,7 @@ def train_command(arguments) -> int:
     processes.begin()
     share = share_of_batch(config.batch_size, processes.count())
     name, is_given = name_of(phase, arguments, parameters)
-    run = _started(Wanted(phase, config), name, is_given)
+    run = _started(Wanted(phase, config), name, is_given, arguments.fresh)
     if run.done:
         processes.say(f"{phase}: finished before, {shown_path(run.folder)}")
         processes.end()
@@ -69,7 +73,8 @@ def train_command(arguments) -> int:
                   f"{share} of a batch's {config.batch_size} sequences each, results in "
                   f"{run.folder}")
     try:
-        _train(trainings, config, run)
+        with heeding(_stop):             # a training's own answer takes the place of this one
+            _train(trainings, config, run)
     except BaseException:
         if processes.is_first():
             run.forget_if_empty()
@@ -79,12 +84,18 @@ def train_command(arguments) -> int:
     return 0
 
 
-def _started(wanted: Wanted, name: str, is_given: bool) -> Run:
+def _stop() -> None:
+    raise Stopped("the same command goes on from what is saved")
+
+
+def _started(wanted: Wanted, name: str, is_given: bool, fresh: bool) -> Run:
     """The run, begun by the first process; what keeps it from that is raised in all of them."""
     outcome = None
     if processes.is_first():
         try:
             run = named(wanted, name) if is_given else beside(wanted, name)
+            if fresh and not run.done:
+                run.clear()
             outcome = (run if run.done else wanted.start(run)).folder
         except (OSError, ValueError) as error:
             outcome = error

@@ -24,6 +24,7 @@ from dlr.routing.policy import LayerDrop, RouterPolicy
 from dlr.settings import Settings, SettingsError, validated
 from dlr.train.objectives import OBJECTIVES, GlobalPenalty, Objective, Original
 from dlr.train.settings import RunConfig
+from dlr.train.stopping import EXIT, heeding
 from dlr.train.trainer import DLRTrainer, collate
 
 SETTINGS = {"always_keep": 2, "steps": 2, "bf16": False, "warm_start": False, "target_skip": 0.5, "lr": 1e-2,
@@ -70,7 +71,7 @@ def test_two_passes_and_checkpointing_give_the_same_loss_and_gradients(other):
     assert any("dlr_router" in n and g.abs().max() > 0 for n, g in gradients.items())
 
 
-def trained(tmp_path, data, ready=None, **changes):
+def trained(tmp_path, data, ready=None, validation=None, **changes):
     """Trained LoRA and router; `ready(model, routing)` changes them before."""
     set_seed(0)
     config = RunConfig(**{**SETTINGS, **changes})
@@ -78,7 +79,7 @@ def trained(tmp_path, data, ready=None, **changes):
     routing = dlr.attach(model, config.router())
     if ready:
         ready(model, routing)
-    trainer = DLRTrainer(model, config.changed(gumbel_noise=0.0), data, tmp_path)
+    trainer = DLRTrainer(model, config.changed(gumbel_noise=0.0), data, tmp_path, None, validation)
     trainer.fit()
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -304,7 +305,12 @@ def step_done(self, step):
     time.sleep({pause})
     return row
 T.DLRTrainer.step_done = step_done
-weights = T.trained(Path({folder!r}), T.Rows(equal=True), batch_size=2, steps=12, save_steps=3)
+from dlr.train.stopping import EXIT, Stopped
+try:
+    weights = T.trained(Path({folder!r}), T.Rows(equal=True), batch_size=2, steps=12, save_steps=3)
+except Stopped as stop:
+    print(stop, flush=True)
+    sys.exit(EXIT)
 from safetensors.torch import save_file
 save_file(weights, {folder!r} + "/end.safetensors")
 """
@@ -324,24 +330,59 @@ def uninterrupted(tmp_path_factory):
     return load_file(folder / "end.safetensors")
 
 
+def _cut(folder, after, number):
+    """(exit status, what it said last) of a run that gets a signal in its step `after`; it then goes on to its end."""
+    process = _start(folder, 0.15)
+    for line in process.stdout:
+        if line.strip() == f"step {after}":
+            time.sleep(0.05)
+            os.kill(process.pid, number)
+            break
+    said = process.communicate(timeout=60)[0].strip().splitlines()
+    kept = sorted(path.name for path in (folder / "trainer").glob("checkpoint-*"))
+    assert not (folder / "end.safetensors").exists()
+    assert _start(folder, 0).wait(120) == 0
+    assert list(pd.read_csv(folder / "log.csv")["step"]) == list(range(1, 13))
+    return process.returncode, said[-1:], kept
+
+
+def _assert_same(whole, resumed):
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_after", [2, 7])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, uninterrupted, kill_after):
     """kill -9 before the first checkpoint or after the second, then resume: bitwise what an uninterrupted run ends with."""
-    process = _start(tmp_path / "killed", 0.15)
-    for line in process.stdout:
-        if line.strip() == f"step {kill_after}":
-            time.sleep(0.05)
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    assert process.wait(60) == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "end.safetensors").exists()
-    assert _start(tmp_path / "killed", 0).wait(120) == 0
-    whole, resumed = uninterrupted, load_file(tmp_path / "killed" / "end.safetensors")
-    assert whole.keys() == resumed.keys()
-    for name in whole:
-        assert torch.equal(whole[name], resumed[name]), name
-    assert list(pd.read_csv(tmp_path / "killed" / "log.csv")["step"]) == list(range(1, 13))
+    status, _, _ = _cut(tmp_path / "killed", kill_after, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    _assert_same(uninterrupted, load_file(tmp_path / "killed" / "end.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_saves_the_step_in_progress_and_goes_on_to_the_same_weights(tmp_path, uninterrupted):
+    """Its step 5, of which no checkpoint would be kept; a later one where this machine is slow to send."""
+    status, said, kept = _cut(tmp_path / "stopped", 4, signal.SIGTERM)
+    step = int(kept[0].removeprefix("checkpoint-"))
+    assert status == EXIT and 5 <= step < 12 and len(kept) == 1
+    assert said == [f"step {step} of 12 is saved; the same command goes on from there"]
+    _assert_same(uninterrupted, load_file(tmp_path / "stopped" / "end.safetensors"))
+
+
+def test_a_signal_that_somebody_else_heeds_stays_theirs():
+    """As submitit's do, which queues a point again."""
+    theirs = lambda number, frame: seen.append("theirs")
+    before, seen = signal.signal(signal.SIGUSR2, theirs), []
+    try:
+        with heeding(lambda: seen.append("outer")), heeding(lambda: seen.append("inner")):
+            for number in (signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(os.getpid(), number)
+        assert seen == ["inner", "theirs"] and signal.getsignal(signal.SIGUSR2) is theirs
+        assert signal.getsignal(signal.SIGUSR1) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_rates_follow_the_schedule_after_the_warm_up(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_training import Rows, trained
+from test_validation import held_out
 from tiny_models import base_and_texts
 from transformers import TrainingArguments
 
@@ -25,6 +26,7 @@ from dlr.measure.labels import HarmLabels
 from dlr.train import prepare
 from dlr.train.resume import finished, whole
 from dlr.train.several import share_of_batch
+from dlr.train.stopping import Stopped
 from dlr.train.trainer import DLRTrainer
 from dlr.workbook import frontier, study
 from dlr.workbook.phases.training import ParetoConfig
@@ -39,12 +41,13 @@ from pathlib import Path
 import test_two_processes
 test_two_processes.{work}(Path({folder!r}))
 """
-LEARNT = {"batch_size": 4, "steps": 4, "save_steps": 2, "router_lr": 1e-5, "dual_rate": 0.01, "skip_adapter_rank": 2}
+LEARNT = {"batch_size": 4, "steps": 4, "save_steps": 2, "router_lr": 1e-5, "dual_rate": 0.01, "skip_adapter_rank": 2,
+          "eval_steps": 2}
 PHASE = {"point": "router", "bf16": False, "always_keep": 2, "keep_first_tokens": 1, "seq_len": 16, "eval_len": 32, "lora_rank": 2,
          "batch_size": 4, "steps": 2, "calibration_docs": 6, "eval_docs": 6, "budgets": [0.4], "skip_adapter_rank": 2,
          "router_hidden": 8, "adapter_tokens": 256, "order_tokens": 64, "label_tokens": 320, "label_batch": 64, "visits": 512,
          "candidates": 2, "context_tokens": 64}
-NUMBERS = ("ce", "kd", "skip", "gate_entropy", "threshold", *(f"keep_{unit}" for unit in range(4)))
+NUMBERS = ("ce", "kd", "skip", "gate_entropy", "threshold", "val_ce", "val_skip", *(f"keep_{unit}" for unit in range(4)))
 
 
 # -- what the processes do ------------------------------------------------------------------------------------------------
@@ -74,7 +77,7 @@ def train(folder: Path, stop=None, **changes) -> None:
         patch.setattr("dlr.measure.logits.ELEMENTS", 97 * 4 * 5)
         # Not clipped: a norm that is added up over shards is rounded in another order.
         patch.setattr("dlr.train.trainer.TrainingArguments", partial(TrainingArguments, max_grad_norm=1e3))
-        weights = trained(folder, Rows(16, equal=True), spread, **(LEARNT | changes))
+        weights = trained(folder, Rows(16, equal=True), spread, held_out(6, 2), **(LEARNT | changes))
     whole_ones = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in weights.values())
     ends = dict(zip(weights, whole_ones)) | {"thresholds": torch.tensor(thresholds, dtype=torch.float64)}
     save_file(ends, folder / f"end-{os.environ.get('RANK', '0')}.safetensors")
@@ -98,8 +101,9 @@ def train_sharded(folder: Path, stop=None, **changes) -> None:
 
 
 def stopped(step: int) -> None:
-    if step == 3:
-        raise KeyboardInterrupt
+    """One of the two is asked to end in its second step: both end with their third."""
+    if step == 2 and processes.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def killed(step: int) -> None:
@@ -110,11 +114,14 @@ def killed(step: int) -> None:
 
 
 def first_launch(folder: Path) -> None:
-    """Trainings whole and sharded; one of each is cut short after its checkpoint of step 2."""
+    """Trainings whole and sharded; of each one is cut short, after its checkpoint of step 2 or with that of step 3.
+
+    Three held-out batches are shared by two processes, or all run by both.
+    """
     train(folder / "both")
     train(folder / "both16", bf16=True, steps=2)
     train_sharded(folder / "sharded16", bf16=True, steps=2)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped, match="step 3 of 4 is saved"):
         train_sharded(folder / "sharded", stopped)
     train(folder / "killed", killed)
 
@@ -171,7 +178,8 @@ def test_they_train_as_one_with_the_whole_batch(launched, tmp_path):
     logs = [pd.read_csv(place / "log.csv") for place in (folder / "both", tmp_path)]
     assert [list(log["step"]) for log in logs] == [[1, 2, 3, 4]] * 2, "one writer"
     for column in NUMBERS:
-        assert logs[0][column].to_numpy() == pytest.approx(logs[1][column].to_numpy(), abs=1e-5), column
+        assert logs[0][column].to_numpy() == pytest.approx(logs[1][column].to_numpy(), abs=1e-5, nan_ok=True), column
+    assert list(logs[0]["val_ce"].notna()) == [False, True] * 2
 
 
 @pytest.mark.slow
@@ -189,7 +197,7 @@ def test_a_sharded_base_changes_no_bit(launched):
 def test_a_killed_training_goes_on_to_the_same_bits(launched, cut):
     folder, _ = launched
     for gone_on, straight in zip(ends(folder / cut), ends(folder / "both")):
-        assert torch.equal(gone_on.pop("thresholds"), straight.pop("thresholds")[2:])
+        assert torch.equal(gone_on.pop("thresholds"), straight.pop("thresholds")[{"killed": 2, "sharded": 3}[cut]:])
         assert_same(gone_on, straight)
     log, other = (pd.read_csv(folder / name / "log.csv") for name in (cut, "both"))
     assert list(log["step"]) == [1, 2, 3, 4] and log[list(NUMBERS)].equals(other[list(NUMBERS)])

@@ -140,3 +140,10 @@ def test_preparation_is_counted_in_passes_at_full_depth():
     assert tokens["labels"] == pytest.approx(1000 * (1 + 4 / 30)), "the dense pass, and one of the four layers always kept"
     kept = sum((30 - dropped) / 30 * (26 if dropped == 1 else 1) for dropped in range(1, 27))
     assert tokens["static order"] == pytest.approx(100 * kept)
+
+
+def test_validation_counts_the_text_of_every_time_it_is_measured():
+    config = RunConfig(steps=50, eval_steps=20, validation_docs=10, eval_len=100)
+    assert planning.validated_tokens(config) == 3 * 10 * 100, "after steps 20, 40 and the last"
+    assert planning.validated_tokens(config.changed(steps=40)) == 2000
+    assert planning.validated_tokens(config.changed(eval_steps=0)) == 0

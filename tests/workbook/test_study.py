@@ -1,5 +1,6 @@
 """The comparisons rest on these: equal measured skip, signs, text that is held out, and a base that is given back."""
 
+import json
 import random
 import re
 
@@ -7,11 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import dlr
 from dlr.base.corpus import split_of
 from dlr.base.data import load_documents
+from dlr.base.find import find_checkpoint
+from dlr.base.folder import missing_part
 from dlr.base.models import NANO
 from dlr.figures.training import comparison, keep_rates, training
 from dlr.measure import evaluate
@@ -21,6 +25,7 @@ from dlr.runs import KINDS, kind_of
 from dlr.train import prepare
 from dlr.train.settings import RunConfig
 from dlr.train.trainer import DLRTrainer
+from dlr.train.validation import Validation, validation_batches
 from dlr.workbook import frontier, study
 
 WORDS = "the a cat dog house tree runs sees under over with and red blue old small water light".split()
@@ -169,6 +174,9 @@ def test_text_for_measuring_is_read_by_nothing_else(bench, tmp_path, monkeypatch
     def read(batches):
         return set().union(*(numbers(bench.tokenizer, ids) for batch in batches for ids in batch["input_ids"]))
     assert read(bench.test) <= test and read(bench.calibration) <= calibration
+    validation = of_split(bench, "validation")
+    assert read(validation_batches(bench.config, bench.tokenizer)) <= validation and not validation & (test | calibration | train)
+    assert validation_batches(settings_of(bench, eval_steps=0), bench.tokenizer) is None
     blocks = bench.blocks(settings_of(bench, steps=100))
     seen = {n for i in range(len(blocks)) for n in numbers(bench.tokenizer, blocks[i]["input_ids"])}
     assert len(seen) > 50 and seen <= train
@@ -261,3 +269,25 @@ def test_routed_rows_measure_the_router_that_was_saved(bench, rows, tmp_path):
     assert 1 - np.mean(rows["DLR"]["keep_rate"]) == pytest.approx(study.summary(table, 2)["skip"], abs=1e-3)
     assert rows["DLR"]["perplexity"] == pytest.approx(study.summary(table, 2)["perplexity"], rel=1e-4)
     variant.close()
+
+
+def test_the_best_state_is_a_checkpoint_of_its_own_and_no_variant_is_found_by_it(bench, tmp_path, monkeypatch):
+    """Calibrated as the last one is; of a control it is a control's. What has no name of its own is the last."""
+    losses = iter([1.0, 2.0] * 3)
+    monkeypatch.setattr(Validation, "__call__", lambda *_: {"val_ce": next(losses), "val_skip": 0.4})
+    config = settings_of(bench, eval_steps=1, target_skip=0.3)
+    variant = study.train(bench, "DLR", config, tmp_path / "router")
+    records = [json.loads((tmp_path / "router" / name / "router_config.json").read_text()) for name in ("best", "checkpoint")]
+    assert [record["calibrated_skip"] for record in records] == pytest.approx([0.3, 0.3], abs=0.02)
+    best, last = (load_file(tmp_path / "router" / name / "adapter_model.safetensors") for name in ("best", "checkpoint"))
+    held = {name: parameter for name, parameter in variant.model.state_dict().items() if "lora_" in name}
+    for name, weight in last.items():
+        assert torch.equal(weight, held[name.replace(".weight", ".default.weight")])
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+    variant.close()
+    study.train_static(bench, "best static", config, tmp_path / "static", [2, 0, 3, 1], 0.3).close()
+    for place in ("router", "static"):
+        assert find_checkpoint(tmp_path / place) == tmp_path / place / "checkpoint"
+        assert missing_part(tmp_path / place / "best") is None, "whole"
+    assert (tmp_path / "static" / "best" / "control.json").is_file()
+    assert not list((tmp_path / "static" / "best").glob("router_config.json"))
