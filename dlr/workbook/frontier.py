@@ -99,18 +99,13 @@ def by_domain(bench: Bench, routed: str, static: str, skips: list[float]) -> lis
                                           bench.tables[named(static, asked)], domains)]
 
 
-def router_and_static(bench: Bench, config, folder: Path) -> tuple[list[dict], list[dict]]:
-    """Rows of one router and of one static plan at every budget, and the router's dial."""
-    with closing(train(bench, "DLR", config, folder / "router")) as variant:
+def measure_router(bench: Bench, config, run) -> dict:
+    """A point of the frontier: one router and one static plan, at every budget, into `run`."""
+    with closing(train(bench, "DLR", config, run.folder / "router")) as variant:
         rows = routed_frontier(bench, variant, config.budgets)
         dialled = dial(bench, variant)
     skips = {row["target_skip"]: row["skip"] for row in rows if row["kind"] == "routed"}
-    return rows + static_frontier(bench, config, folder / "static", skips), dialled
-
-
-def measure_router(bench: Bench, config, run) -> dict:
-    """A point of the frontier: one router and one static plan, at every budget, into `run`."""
-    rows, dialled = router_and_static(bench, config, run.folder)
+    rows += static_frontier(bench, config, run.folder / "static", skips)
     names = "DLR", "best static", config.budgets
     return run.finish(rows, against_static=differences(bench, *names), dial=dialled,
                       domains=by_domain(bench, *names))

@@ -12,7 +12,8 @@ from dlr.base.checkpoint import save_control
 from dlr.base.encoding import padding_token
 from dlr.measure.paragraphs import counted_by_batches
 from dlr.measure.static import plan_without
-from dlr.routing.policy import LayerDrop
+from dlr.routing.budget import budget
+from dlr.routing.policy import LayerDrop, RouterPolicy
 from dlr.runs import KINDS, Run
 from dlr.train.controls import stochastic_policy
 from dlr.workbook import frontier, study
@@ -51,15 +52,23 @@ def _fixed(bench: Bench, config, run: Run) -> list[dict]:
 
 
 def _router(bench: Bench, config, run: Run) -> list[dict]:
-    """The predecessor's router, and its own plan shuffled, in the mean, and at random."""
+    """The predecessor's router, whose skip is what training made it."""
     name = f"token router {config.target_skip:.0%}"
     with closing(study.train(bench, name, config, run.folder / "router")) as variant:
-        return study.routed_rows(bench, variant)
+        return [study.measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)]
 
 
 def _depth_router(bench: Bench, config, run: Run) -> list[dict]:
-    skips = sorted({config.target_skip, *config.budgets})
-    return frontier.router_and_static(bench, config.changed(budgets=skips), run.folder)[0]
+    """A depth router at each budget, and the best static plan at the skip that this measured."""
+    rows = []
+    with closing(study.train(bench, "DLR", config, run.folder / "router")) as variant:
+        for asked in sorted({config.target_skip, *config.budgets}):
+            with budget(variant.model, asked):
+                name = frontier.named("DLR", asked)
+                rows.append(study.measure(bench, variant, name, RouterPolicy(), "routed",
+                                          **variant.notes | {"target_skip": asked}))
+    skips = {row["target_skip"]: row["skip"] for row in rows}
+    return rows + frontier.static_frontier(bench, config, run.folder / "static", skips)
 
 
 POINTS = {"base": _base, "dense": _fixed, "stochastic": _fixed, "router": _router,
