@@ -35,7 +35,7 @@ class Lines(Documents):
     held_out: int = 0
 
     def _blocks(self, tokenizer) -> np.ndarray:
-        """Blocks `[n, block]` of the joined lines. A last one that is partial, or just full, is none.
+        """Blocks `[n, block]` of the joined lines. A last one that is partial or just full is none.
 
         Raises:
             ValueError: no block is left beside those that are held out.
@@ -113,8 +113,8 @@ def load_lines(dataset: str, split: str, count: int, block: int = 128, held_out:
         if len(found) == count:
             named = content_of([*found, f"blocks of {block}, {held_out} held out"])
             return Lines(dataset, split, found, named, [], block, held_out)
-    raise ValueError(f"The {text} text of dataset={dataset!r} holds {len(found)} lines of more than "
-                     f"{LONG} characters, and {count} are asked for. Ask for fewer "
+    raise ValueError(f"The {text} text of dataset={dataset!r} holds {len(found)} lines of more "
+                     f"than {LONG} characters, and {count} are asked for. Ask for fewer "
                      f"({'eval_docs' if split == 'test' else 'lines'}), or give a longer text.")
 
 

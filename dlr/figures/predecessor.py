@@ -8,8 +8,8 @@ from dlr.figures.style import COLOURS, drawn
 from dlr.measure.evaluate import paired_difference
 from dlr.runs import Run, alike, slug
 
-# What the predecessor published, of seed 42: perplexity (its average over batches) and skip (padding
-# counted). Its routers have weight 400 at the target after 150 steps, and 1600 after 500.
+# What the predecessor published, of seed 42: perplexity (its average over batches) and skip
+# (padding counted). Its routers have weight 400 at the target after 150 steps, and 1600 after 500.
 PUBLISHED = {
     "SmolLM2-135M, 150 steps": {
         "base": (24.32, 0.0), "dense LoRA": (20.09, 0.0), "token DLR 30": (62.87, 0.18),

@@ -25,7 +25,7 @@ WHOLE = 1 + 0.2 * 128
 
 @phase("11_predecessor")
 class PredecessorConfig(NotebookConfig):
-    """A row of the predecessor's table, or one that it lacks; `point` gives the others' settings."""
+    """A row of the predecessor's table, or one that it lacks; `point` says which."""
     toy: ClassVar = RunConfig.toy | {"lines": 40, "seq_len": 16, "eval_len": 16, "budgets": [0.4]}
 
     # 'router' is the predecessor's; 'depth_router' is ours, beside the best static plan
