@@ -284,8 +284,8 @@ def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: in
         ValueError: the tokenizer has no opening token, or cannot keep a special token that a text
             spells out as text.
     """
-    pad = padding_token(tokenizer)
     rows = documents.rows(tokenizer, max_len, limit)
+    pad = padding_token(tokenizer)
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     batches = []
     for start in range(0, len(order), batch_size):
