@@ -1,12 +1,13 @@
 """The predecessor's table beside its own published numbers, as ratios to base and dense LoRA."""
 
+import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from dlr.figures.register import figure
 from dlr.figures.style import COLOURS, drawn
 from dlr.measure.evaluate import paired_difference
-from dlr.runs import Run, alike, slug
+from dlr.runs import KINDS, Run, alike, slug
 
 # What the predecessor published, of seed 42: perplexity (its average over batches) and skip
 # (padding counted). Its routers have weight 400 at the target after 150 steps, and 1600 after 500.
@@ -51,17 +52,18 @@ def _losses(run: Run, variant: str) -> pd.DataFrame:
                          "predicted": run.metrics["predicted"]})
 
 
-COLUMNS = ["variant", "runs", "skip", "skip_padded", "perplexity", "perplexity_batches", "to_base",
+COLUMNS = ["variant", "trained_skip", "runs", "skip", "skip_padded", "perplexity", "perplexity_batches", "to_base",
            "to_dense"]
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, one row a variant, of the least skip first."""
+    """Means over seeds, one row a variant and skip that it was trained for, least skip first."""
     if table.empty:
         return pd.DataFrame(columns=COLUMNS)
     table = table.assign(runs=1, to_dense=table.get("to_dense", float("nan")))
-    means = {name: (name, "sum" if name == "runs" else "mean") for name in COLUMNS[1:]}
-    return table.groupby("variant", sort=False).agg(**means).reset_index().sort_values("skip")
+    means = {name: (name, "sum" if name == "runs" else "mean") for name in COLUMNS[2:]}
+    groups = table.groupby(COLUMNS[:2], sort=False)
+    return groups.agg(**means).reset_index().sort_values("skip")
 
 
 def published() -> pd.DataFrame:
@@ -93,15 +95,19 @@ def ratios(table: pd.DataFrame, title: str = ""):
     picture, axes = plt.subplots(figsize=(6.4, 4.2))
     for kind, rows in table.dropna(subset=["to_dense"]).groupby("kind", sort=False):
         for (point, part), marker in zip(rows.groupby("point", sort=False), "os^"):
-            label = f"{kind}, point {point}" if kind in ("routed", "static") else kind
+            label = "the predecessor's router" if point == "router" else KINDS[kind]
             axes.plot(100 * part["skip_padded"], part["to_dense"], marker, ls="none",
                       color=COLOURS[kind], label=label)
     for (model, rows), marker in zip(published().groupby("model", sort=False), "Dv<"):
         rows = rows[rows["skip_padded"] > 0]
         axes.plot(100 * rows["skip_padded"], rows["to_dense"], marker, ls="none", mfc="none",
                   color="black", label=f"published, {model}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.axhline(1, color=COLOURS["dense"], lw=1)
-    axes.set(xlabel="skip of all positions, padding too (%)", yscale="log", title=title,
+    axes.set(xlabel="skip of all positions, padding too (%)", title=title,
              ylabel="perplexity / dense LoRA's")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return picture

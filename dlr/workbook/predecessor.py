@@ -53,7 +53,7 @@ def _fixed(bench: Bench, config, run: Run) -> list[dict]:
 
 def _router(bench: Bench, config, run: Run) -> list[dict]:
     """The predecessor's router, whose skip is what training made it."""
-    name = f"token router {config.target_skip:.0%}"
+    name = f"token router {config.target_skip:.0%}, weight {config.target_weight:g}"
     with closing(study.train(bench, name, config, run.folder / "router")) as variant:
         return [study.measure(bench, variant, name, RouterPolicy(), "routed", **variant.notes)]
 
@@ -78,7 +78,9 @@ POINTS = {"base": _base, "dense": _fixed, "stochastic": _fixed, "router": _route
 def measure(config, run: Run) -> dict:
     """A point: its rows, and the loss of each paragraph under each row, for paired comparisons."""
     bench = open_bench(config)
-    rows = [row | counted_by_batches(bench.tables[row["variant"]]) | {"point": config.point}
+    trained = 0.0 if config.point in ("base", "dense") else config.target_skip
+    rows = [row | counted_by_batches(bench.tables[row["variant"]])
+            | {"point": config.point, "trained_skip": trained}
             for row in POINTS[config.point](bench, config, run)]
     losses = {name: table["nll"].round(4).tolist() for name, table in bench.tables.items()}
     predicted = next(iter(bench.tables.values()))["predicted"].tolist()
