@@ -53,8 +53,30 @@ class Documents:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def stream(self, tokenizer, seed: int, max_tokens: int | None = None) -> np.ndarray:
+        """Token ids `[n]` to train on, of texts in an order drawn by `seed`; see `packed`."""
+        order = np.random.default_rng(seed).permutation(len(self.texts))
+        if self.domains:
+            order = order[evenly([self.domains[index] for index in order],
+                                 [len(self.texts[index]) for index in order])]
+        texts: list[str] = []
+        characters = 0
+        for index in order:
+            texts.append(self.texts[index])
+            characters += len(texts[-1])
+            if max_tokens and characters > 8 * max_tokens:   # no token here has over 8 characters
+                break
+        return token_stream(texts, tokenizer)[:max_tokens]
 
-def _hash(texts: list[str]) -> str:
+    def rows(self, tokenizer, max_len: int, limit: int | None = None) -> list[list[int]]:
+        """Token ids of each text, opened and cut to `max_len`; see `padded_batches`."""
+        opening = opening_token(tokenizer)
+        encoded = encode(tokenizer, [text[:12 * max_len] for text in self.texts[:limit]])
+        return [[opening, *ids][:max_len] for ids in encoded]
+
+
+def content_of(texts: list[str]) -> str:
+    """Sixteen hex digits that name texts in results."""
     return hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()[:16]
 
 
@@ -207,7 +229,7 @@ def load_documents(dataset: str, split: str) -> Documents:
         raise ValueError(f"The {split} split of dataset={dataset!r} is empty; every split needs at "
                          "least one document.")
     texts, domains = [row.text for row in rows], [row.domain for row in rows if row.domain]
-    return Documents(dataset, split, texts, _hash(texts + domains), domains)
+    return Documents(dataset, split, texts, content_of(texts + domains), domains)
 
 
 def token_stream(texts: list[str], tokenizer, describe: str = "tokenising") -> np.ndarray:
@@ -249,19 +271,7 @@ def packed(documents: Documents, tokenizer, seq_len: int, seed: int = 0,
 
     Of a mixture every domain gives about as many characters.
     """
-    order = np.random.default_rng(seed).permutation(len(documents.texts))
-    if documents.domains:
-        order = order[evenly([documents.domains[index] for index in order],
-                             [len(documents.texts[index]) for index in order])]
-    texts: list[str] = []
-    characters = 0
-    for index in order:
-        texts.append(documents.texts[index])
-        characters += len(texts[-1])
-        if max_tokens and characters > 8 * max_tokens:       # no token here has over 8 characters
-            break
-    stream = token_stream(texts, tokenizer)
-    return PackedBlocks(stream[:max_tokens], seq_len, seed)
+    return PackedBlocks(documents.stream(tokenizer, seed, max_tokens), seq_len, seed)
 
 
 def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: int,
@@ -274,10 +284,8 @@ def padded_batches(documents: Documents, tokenizer, max_len: int, batch_size: in
         ValueError: the tokenizer has no opening token, or cannot keep a special token that a text
             spells out as text.
     """
-    opening = opening_token(tokenizer)
+    rows = documents.rows(tokenizer, max_len, limit)
     pad = padding_token(tokenizer)
-    encoded = encode(tokenizer, [text[:12 * max_len] for text in documents.texts[:limit]])
-    rows = [[opening, *ids][:max_len] for ids in encoded]
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     batches = []
     for start in range(0, len(order), batch_size):

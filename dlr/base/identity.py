@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dlr.base import smollm2
 from dlr.base.data import load_documents
+from dlr.base.lines import documents_of
 from dlr.base.models import NANO, NANO_ROUTER, SMOLLM2_ROUTER
 from dlr.runs import (RECORD, Run, from_project, plain, project_root, results_folder, shell_folder,
                       shown_path)
@@ -128,6 +129,8 @@ def _documents_hash(dataset: str, splits: tuple[str, ...]) -> str:
 def data_hash(config: Settings) -> str:
     """Hash of the documents a run of `config` reads; a constant where they are no setting."""
     splits = getattr(config, "splits", None)
+    if getattr(config, "lines", 0):
+        return "-".join(documents_of(config, split).hash for split in splits)
     return _documents_hash(config.dataset, splits) if splits else getattr(config, "data", "")
 
 

@@ -56,6 +56,9 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
              kl: bool = False, describe: str = "evaluating", bar: bool = True) -> pd.DataFrame:
     """One row a document: predicted and real tokens, summed nll (nats), and keep counts a unit.
 
+    Padding counts in none of these: columns `padding` and `padding_kept` hold its positions, and
+    the gates that are open there, for who has to tell of both.
+
     `policy=None` evaluates the model at full depth. With `kl`, column `kl` sums KL(base || this
     model). Memory does not grow with text times vocabulary: see `dlr.measure.logits`.
     """
@@ -73,10 +76,13 @@ def evaluate(model, routing: Routing, batches: list[dict], policy: Policy | None
         if kl:
             with routing.autocast(), frozen_base(model, routing):
                 teacher = logits_of(model, routing, ids, real.long())
-        counts = ((gates > 0.5) & real.cpu().unsqueeze(-1)).sum(1).numpy()
+        padding = ~real.cpu()
+        counts = ((gates > 0.5) & ~padding.unsqueeze(-1)).sum(1).numpy()
+        kept = ((gates > 0.5) & padding.unsqueeze(-1)).sum((1, 2)).numpy()
         rows.append(pd.DataFrame(
             {"doc": batch["row"].numpy(), "predicted": predicted(real).sum(1).cpu().numpy(),
              "tokens": real.sum(1).cpu().numpy(),
+             "padding": padding.sum(1).numpy(), "padding_kept": kept,
              **likelihoods(model, routing, ids, real, logits, teacher),
              **{f"keep_{unit}": counts[:, unit] for unit in range(counts.shape[1])}}))
     return pd.concat(rows).sort_values("doc").reset_index(drop=True)

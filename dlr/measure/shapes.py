@@ -51,7 +51,8 @@ _KNOWN = SHAPES | {                          # SmolLM2 is at hand: no stand-in o
 PUBLISHED = {"TinyLlama/TinyLlama-1.1B-Chat-v1.0": "tinyllama-1.1b",
              "Qwen/Qwen2.5-3B": "qwen2.5-3b", "Qwen/Qwen2.5-7B": "qwen2.5-7b",
              "meta-llama/Llama-3.1-8B": "llama3.1-8b",
-             "openlm-research/open_llama_3b_v2": "openllama-3b", smollm2.NAME: "smollm2-135m"}
+             "openlm-research/open_llama_3b_v2": "openllama-3b", smollm2.NAME: "smollm2-135m",
+             "HuggingFaceTB/SmolLM2-135M": "smollm2-135m"}
 
 
 def shape_of(model: str) -> PretrainedConfig:

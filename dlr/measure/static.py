@@ -118,6 +118,21 @@ def similarity_order(model, routing: Routing, batches: list[dict]) -> list[int]:
     return influence.argsort(stable=True).tolist()
 
 
+def plan_without(routing: Routing, layers: list[int]) -> StaticPlan:
+    """The static plan that leaves out `layers`, counted from the model's first one, 0.
+
+    Raises:
+        ValueError: one of them is not routable, or is named twice.
+    """
+    routable = range(routing.first, routing.last)
+    if len(set(layers)) < len(layers) or not set(layers) <= set(routable):
+        raise ValueError(f"A plan leaves out layers {routable.start} to {routable.stop - 1} of "
+                         f"this router, each once; {layers} was given.")
+    each = range(routing.units_per_layer)
+    units = [(layer - routing.first) * len(each) + part for layer in layers for part in each]
+    return StaticPlan(static_gates(routing.units, units))
+
+
 def order_of_mean_plan(keep_rate: list[float]) -> list[int]:
     """Units from the one a router keeps least to the one it keeps most: its nearest static plan."""
     return sorted(range(len(keep_rate)), key=keep_rate.__getitem__)

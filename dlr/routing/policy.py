@@ -193,7 +193,7 @@ class LayerDrop(Policy):
         probability: that a unit is dropped, in the mean over units.
         schedule: 'uniform', or 'linear': it rises with depth as in Huang et al., from near 0 on, so
             far as no unit is dropped always.
-        level: what draws by itself, a 'sequence' or a 'token'.
+        level: what draws by itself, a 'batch', a 'sequence' or a 'token'.
     """
 
     def __init__(self, probability: float, schedule: str = "uniform", level: str = "sequence"):
@@ -209,10 +209,11 @@ class LayerDrop(Policy):
         return 1 - 2 * (1 - self.probability) * (1 - place)
 
     def __call__(self, routing, hidden, plan):
-        draws = hidden.shape[1] if self.level == "token" else 1
-        draw = torch.rand(hidden.shape[0], draws, routing.units, device=hidden.device)
+        batch, length = hidden.shape[:2]
+        draws = 1 if self.level == "batch" else batch, length if self.level == "token" else 1
+        draw = torch.rand(*draws, routing.units, device=hidden.device)
         gates = (draw >= self.probabilities(routing.units).to(draw)).float()
-        return gates.expand(-1, hidden.shape[1], -1), None
+        return gates.expand(batch, length, -1), None
 
 
 class ShuffledPlan(Policy):

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from dlr.base.corpus import cache_folder
-from dlr.base.data import load_documents, packed
+from dlr.base.data import packed
 from dlr.base.encoding import RULES
+from dlr.base.lines import documents_of
 from dlr.measure.labels import HarmLabels, blocks_as_batches, label_batch, stream
 from dlr.measure.ridge import fit_skip_adapters
 from dlr.measure.static import greedy_order_by_kl
@@ -54,7 +55,7 @@ class Preparer:
 
     def __init__(self, base, tokenizer, config: RunConfig):
         self.base, self.tokenizer, self.config = base, tokenizer, config
-        self.documents = load_documents(config.dataset, "train")
+        self.documents = documents_of(config, "train")
         numbers = {"dtype": config.dtype, "autocast": config.autocast}
         self.key = [identity(base), self.documents.hash, RULES, numbers, config.seq_len,
                     config.always_keep, config.keep_last, config.keep_first_tokens, config.unit]
@@ -147,7 +148,7 @@ def context_batches(tokenizer, config: RunConfig) -> list[dict]:
     """Training text to label in context, other for each seed; [] where none is asked for."""
     if not config.context_tokens:
         return []
-    return batches_of(load_documents(config.dataset, "train"), tokenizer, config,
+    return batches_of(documents_of(config, "train"), tokenizer, config,
                       1000 + config.seed, config.context_tokens)
 
 

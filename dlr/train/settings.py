@@ -36,6 +36,8 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
     # 'nano' (embedded), 'smollm2', a folder, a .gguf file or a Hub id
     model: Named = "nano"
     dataset: Named = "embedded"                 # 'embedded', a local file or folder, or a Hub id
+    # above 0: data is the first so many long lines of a text, see dlr.base.lines
+    lines: int = Field(0, ge=0)
     load_in_4bit: bool = False                  # NF4 base through bitsandbytes
     dtype: Dtype = "float32"
     attn_implementation: str = "sdpa"   # or 'auto': FlashAttention-2 where it can run
@@ -93,9 +95,9 @@ class RunConfig(RouterConfig, Original.Weights, BaseLoading):
     # projections that are adapted, as q_proj; none named: all of attention and MLP
     lora_targets: Annotated[list[str], distinct()] = []
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    # stochastic depth: the probability that a routable layer is dropped, for a whole sequence or
-    # (random token plans) for each token by itself
-    drop_level: Literal["sequence", "token"] = "sequence"
+    # stochastic depth: the probability that a routable layer is dropped, for a whole batch, a whole
+    # sequence, or (random token plans) for each token by itself
+    drop_level: Literal["batch", "sequence", "token"] = "sequence"
     layer_drop: float = Field(0.0, ge=0.0, lt=1.0)
     # the same for every layer, or rising with depth, with layer_drop as the mean
     drop_schedule: Literal["uniform", "linear"] = "uniform"

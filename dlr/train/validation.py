@@ -13,7 +13,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import EarlyStoppingCallback, Trainer
 
-from dlr.base.data import load_documents, padded_batches
+from dlr.base.data import padded_batches
+from dlr.base.lines import documents_of
 from dlr.measure.evaluate import evaluate, mean_nll, skip_ratio
 from dlr.measure.static import forced_share
 from dlr.processes import dealt
@@ -36,7 +37,7 @@ def validation_batches(config: RunConfig, tokenizer) -> list[dict] | None:
     if not config.eval_steps:
         return None
     try:
-        documents = load_documents(config.dataset, "validation")
+        documents = documents_of(config, "validation")
     except ValueError as error:
         raise ValueError(f"{error} Or set eval_steps=0: training is not validated then.") from None
     return padded_batches(documents, tokenizer, config.eval_len, config.batch_size,

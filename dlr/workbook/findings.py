@@ -152,6 +152,19 @@ def depth_router(rows: list[dict], metrics: dict) -> str:
     return _text(lines)
 
 
+# -- notebook 11 ---------------------------------------------------------------------------------
+def predecessor(table: pd.DataFrame) -> str:
+    """Notebook 11: each method's perplexity over dense LoRA's, least skip first."""
+    if "to_dense" not in table:
+        return _text([])
+    skipping = table[table["skip"] > 0].dropna(subset=["to_dense"]).sort_values("skip")
+    lines = [f"**{row.variant}** (seed {row.seed}) skips {_percent(row.skip)} of real tokens' "
+             f"layers and {_percent(row.skip_padded)} of all positions', at {row.to_dense:.2f} "
+             "times dense LoRA's perplexity."
+             for row in skipping.itertuples() if row.kind in ("routed", "static", "stochastic")]
+    return _text(lines)
+
+
 # -- notebooks 04 to 06 -----------------------------------------------------------------------
 def frontier(differences: pd.DataFrame) -> str:
     """Notebook 04: seed by seed, the router against the best static plan at each measured skip."""

@@ -49,6 +49,8 @@ def trainings(phase: str, config: RunConfig) -> int:
     """How many models a phase trains under these settings, each for `config.steps`."""
     if phase == "pareto":
         return 2 if config.point in ("router", "baselines") else 0
+    if phase == "predecessor":
+        return {"depth_router": 2, "base": 0, "summary": 0}.get(config.point, 1)
     counts = {"baselines": 2, "stages": 2, "depth_router": 0}
     if phase == "sequence_routing":
         return 1 + len(config.penalties)
@@ -66,7 +68,8 @@ def heaviest(phase: str, config: RunConfig) -> tuple[RunConfig, Policy | None]:
                      default=config)
     if phase == "stages":
         config = config.changed(router_share=config.learning_share)
-    controls = phase == "baselines" or getattr(config, "point", "") == "baselines"
+    points = "baselines", "dense", "stochastic"
+    controls = phase == "baselines" or getattr(config, "point", "") in points
     return config, LayerDrop(config.layer_drop or 0.5) if controls else None
 
 
@@ -151,7 +154,7 @@ def forecast(phase: str, config: RunConfig, processes: int = 1,
     validation = count * validated_tokens(config)
     flops = (sum(preparation.values()) + validation) * dense
     flops += count * passes * processes * step.flops
-    characters, _ = TEXTS.get(config.dataset, (None, None))
+    characters, _ = TEXTS.get("" if config.lines else config.dataset, (None, None))
     epochs = characters and tokens / (characters / CHARACTERS)
     logits = config.batch_size // processes * config.seq_len * shape.vocab_size
     return Forecast(step, memory, logits, count, tokens, preparation, validation, flops,

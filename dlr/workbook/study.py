@@ -10,7 +10,8 @@ import torch
 from transformers import set_seed
 
 from dlr.base.checkpoint import save_pretrained
-from dlr.base.data import load_documents, packed, padded_batches
+from dlr.base.data import packed, padded_batches
+from dlr.base.lines import documents_of
 from dlr.base.models import add_lora, load_base
 from dlr.measure import static
 from dlr.measure.evaluate import calibrate_router, evaluate, paired_difference, summary
@@ -47,7 +48,7 @@ class Bench:
     def blocks(self, config: RunConfig):
         """Packed training blocks for the steps, in an order drawn by the run's seed."""
         tokens = config.steps * config.batch_size * config.accumulation * config.seq_len
-        documents = load_documents(config.dataset, "train")
+        documents = documents_of(config, "train")
         return packed(documents, self.tokenizer, config.seq_len, config.seed, 2 * tokens)
 
     def preparation(self, config: RunConfig, labels: bool) -> Preparation:
@@ -63,7 +64,7 @@ def open_bench(config: RunConfig) -> Bench:
         base.to("cuda")
 
     def batches(split: str, limit: int) -> list[dict]:
-        documents = load_documents(config.dataset, split)
+        documents = documents_of(config, split)
         return padded_batches(documents, tokenizer, config.eval_len, 2 * config.batch_size, limit)
     return Bench(config, base, tokenizer, batches("calibration", config.calibration_docs),
                  batches("test", config.eval_docs))
@@ -286,7 +287,7 @@ def stochastic_rows(bench: Bench, config: RunConfig, folder: Path,
         ValueError: `config.layer_drop` is 0, so that no depth is stochastic.
     """
     policy = stochastic_policy(config)
-    of = "stochastic depth" if config.drop_level == "sequence" else "random token plans"
+    of = "random token plans" if config.drop_level == "token" else "stochastic depth"
     with closing(train(bench, of, config, folder, policy)) as variant:
         keep_control(variant.model, variant.routing, folder, config.steps, "stochastic", None,
                      config.layer_drop)

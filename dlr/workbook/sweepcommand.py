@@ -31,6 +31,8 @@ def add_parser(commands) -> None:
     add("--jobs", type=int, metavar="N",
         help="runs at a time on this machine, each on a card of its own (default 1)")
     add("--name", default="", help="begins the names of the runs: a sweep beside another one")
+    add("--set", action="append", default=[], metavar="name=value",
+        help="one setting of every point; repeatable")
     add("--force", action="store_true", help="run all of it again, in place of what is there")
     add("--cluster", choices=["slurm", "local"],
         help="submit what is not finished; local: all at once as jobs of this machine, for a try")
@@ -62,10 +64,11 @@ def _refuse(arguments) -> None:
 def sweep_command(arguments) -> int:
     """Runs, submits or reports a sweep and writes its table; 1 where something failed."""
     _refuse(arguments)
-    phase, points = points_of(arguments.file, arguments.name)
+    phase, points = points_of(arguments.file, arguments.name, arguments.set)
     if arguments.print_array:
         command = ["python", "-m", "dlr", "sweep", arguments.file]
         command += ["--name", arguments.name] if arguments.name else []
+        command += [word for text in arguments.set for word in ("--set", text)]
         print(cluster.array_script(command, len(points), cluster.options_of(arguments.slurm)))
         return 0
     if arguments.point is not None:

@@ -21,7 +21,7 @@ from dlr.runs import Run, finished_runs, project_root, results_folder, slug, wri
 from dlr.settings import SettingsError, checked_name, effective, read_params
 from dlr.workbook.phases import schema_of
 from dlr.workbook.places import Wanted
-from dlr.workbook.runner import effective_of, seeds_table
+from dlr.workbook.runner import checked_parameters, effective_of, seeds_table
 
 
 def expand(sweep: dict) -> list[tuple[str, dict]]:
@@ -69,14 +69,19 @@ def _hashed(name: str, point: dict) -> str:
     return f"{name[:60]}-{hashlib.sha256(repr(sorted(point.items())).encode()).hexdigest()[:6]}"
 
 
-def points_of(path: str | Path, prefix: str = "") -> tuple[str, list[tuple[str, dict]]]:
+def points_of(path: str | Path, prefix: str = "",
+              assignments: list[str] = ()) -> tuple[str, list[tuple[str, dict]]]:
     """(phase, what `expand` gives) of a sweep file; files that settings name are found from here.
 
     Args:
         prefix: begins the names of this sweep's runs, so that it stands beside another one.
+        assignments: `name=value` of settings that every point shares.
     """
     sweep = read_params(path)
-    phase, points = str(sweep.get("phase")), expand(sweep)
+    phase = str(sweep.get("phase"))
+    if assignments:
+        sweep["common"] = (sweep.get("common") or {}) | checked_parameters(phase, None, assignments)
+    points = expand(sweep)
     if prefix:
         points = [(f"{checked_name(prefix)}-{name}", parameters) for name, parameters in points]
     return phase, [(name, resolved(parameters, schema_of(phase)) | {"run_name": name})

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_study import _cache, folder, settings  # noqa: F401  fixtures, and the settings that go with them
 
 import dlr
-from dlr.base.data import Documents
+from dlr.base.data import Documents, load_documents
 from dlr.routing.attach import attach
 from dlr.runs import Run
 from dlr.train import prepare as prepared
@@ -161,7 +161,7 @@ def test_stages_follow_one_another_at_every_budget(bench, rows, tmp_path):
 
 
 def test_a_domain_has_a_static_plan_of_its_own(bench, rows, monkeypatch):
-    documents = {split: study.load_documents(bench.config.dataset, split) for split in ("train", "test")}
+    documents = {split: load_documents(bench.config.dataset, split) for split in ("train", "test")}
     marked = {split: Documents(its.source, split, its.texts, its.hash, ["odd" if place % 2 else "even"
                                for place in range(len(its))]) for split, its in documents.items()}
     monkeypatch.setattr(domain_study, "load_documents", lambda dataset, split: marked[split])

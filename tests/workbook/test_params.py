@@ -11,7 +11,7 @@ from dlr.runs import project_root
 from dlr.settings import read_params
 from dlr.workbook.phases import PHASES
 from dlr.workbook.runner import checked_parameters
-from dlr.workbook.sweeps import expand
+from dlr.workbook.sweeps import expand, points_of
 
 PARAMS = project_root() / "params"
 MODELS = ("tinyllama", "qwen2.5-3b-4bit", "openllama-3b", "qwen2.5-7b", "llama3.1-8b")
@@ -42,7 +42,7 @@ def test_a_command_of_the_table_parses_and_its_settings_are_valid(command):
         return
     arguments = parser().parse_args(words)
     if arguments.command == "sweep":
-        assert expand(read_params(arguments.file))
+        assert points_of(arguments.file, arguments.name, arguments.set)[1]
     else:
         (phase,) = arguments.phases
         assert checked_parameters(phase, arguments.params, arguments.set)

@@ -40,7 +40,8 @@ def test_every_params_file_plans(path, monkeypatch):
         plan = planning.forecast(path.parent.name, config, 1, 8e9)
         shape, taken = steps[-1][:2]
         assert shape.num_hidden_layers > taken.always_keep and taken.autocast is (config.bf16 is not False)
-        assert plan.fits and plan.flops > 0 and (plan.trainings == 0 or plan.flops >= 1e12 * config.steps)
+        assert plan.fits and (plan.trainings == 0 or plan.flops >= 1e12 * config.steps)
+        assert plan.flops > 0 or getattr(config, "point", "") == "base"          # which is measured as it is
         assert any(line.startswith("needed: 3.65 GB of 8.00 GB: it fits") for line in
                    described(plan, config, 1, planning.CARDS["h100"], "h100"))
 
