@@ -1,28 +1,19 @@
 """The predecessor's table beside its own published numbers, as ratios to base and dense LoRA."""
 
+import json
+from pathlib import Path
+
 import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from dlr.figures.register import figure
-from dlr.figures.style import COLOURS, drawn
+from dlr.figures.style import COLOURS, DOUBLE, drawn, legend
 from dlr.measure.evaluate import paired_difference
 from dlr.runs import KINDS, Run, alike, slug
 
-# What the predecessor published, of seed 42: perplexity (its average over batches) and skip
-# (padding counted). Its routers have weight 400 at the target after 150 steps, and 1600 after 500.
-PUBLISHED = {
-    "SmolLM2-135M, 150 steps": {
-        "base": (24.32, 0.0), "dense LoRA": (20.09, 0.0), "token DLR 30": (62.87, 0.18),
-        "stochastic 30": (347.53, 0.31)},
-    "TinyLlama-1.1B, 150 steps": {
-        "base": (13.38, 0.0), "dense LoRA": (10.11, 0.0), "token DLR 30": (17.83, 0.151),
-        "token DLR 50": (24.35, 0.25), "stochastic 30": (96.89, 0.37),
-        "stochastic 50": (634.8, 0.58)},
-    "TinyLlama-1.1B, 500 steps": {
-        "base": (13.38, 0.0), "dense LoRA": (10.67, 0.0), "token DLR 30": (15.22, 0.19),
-        "token DLR 50": (22.30, 0.368), "stochastic 30": (69.44, 0.37),
-        "stochastic 50": (201.4, 0.58)}}
+# What the predecessor published. Perplexity is its average over batches; skip counts padding.
+PUBLISHED = Path(__file__).with_name("published.json")
 
 
 def table_of(runs: dict[str, Run]) -> pd.DataFrame:
@@ -52,8 +43,8 @@ def _losses(run: Run, variant: str) -> pd.DataFrame:
                          "predicted": run.metrics["predicted"]})
 
 
-COLUMNS = ["variant", "trained_skip", "runs", "skip", "skip_padded", "perplexity", "perplexity_batches", "to_base",
-           "to_dense"]
+COLUMNS = ["variant", "trained_skip", "runs", "skip", "skip_padded", "perplexity",
+           "perplexity_batches", "to_base", "to_dense"]
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -67,11 +58,26 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def published() -> pd.DataFrame:
-    """The predecessor's own rows, with the same ratios."""
-    return pd.DataFrame([
-        {"model": model, "variant": name, "skip_padded": skip, "perplexity_batches": value,
-         "to_base": value / rows["base"][0], "to_dense": value / rows["dense LoRA"][0]}
-        for model, rows in PUBLISHED.items() for name, (value, skip) in rows.items()])
+    """The predecessor's own rows of seed 42, with the same ratios; `model` names the steps too.
+
+    Where a row was made with several weights, the one that a model's steps are published with.
+    """
+    known = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    rows = []
+    for entry in (known["smollm2-135m"], known["tinyllama"]):
+        own = [row for row in entry["rows"] if row["seed"] == 42]
+        base = next(row["perplexity"] for row in own if row["variant"] == "base")
+        for steps in sorted({row["steps"] for row in own} - {0}):
+            of_steps = {}
+            for row in own:
+                if row["steps"] in (0, steps):
+                    of_steps.setdefault(row["variant"], row)
+            dense = of_steps["dense LoRA"]["perplexity"]
+            rows += [{"model": f"{entry['model']}, {steps} steps", "variant": name,
+                      "skip_padded": row["skip"] or 0.0, "perplexity_batches": row["perplexity"],
+                      "to_base": row["perplexity"] / base, "to_dense": row["perplexity"] / dense}
+                     for name, row in of_steps.items()]
+    return pd.DataFrame(rows)
 
 
 def _files(runs: dict[str, Run]) -> dict[str, tuple]:
@@ -84,7 +90,8 @@ def _files(runs: dict[str, Run]) -> dict[str, tuple]:
     return files
 
 
-@figure("predecessor", _files)
+@figure("predecessor", _files, command="python -m dlr sweep "
+        "params/predecessor/smollm2-standin.yaml --set dataset=FOLDER")
 @drawn
 def ratios(table: pd.DataFrame, title: str = ""):
     """Perplexity over dense LoRA's by skip of all positions; hollow: as the predecessor published.
@@ -92,7 +99,7 @@ def ratios(table: pd.DataFrame, title: str = ""):
     Args:
         table: of `table_of`; a point is a row of one seed.
     """
-    picture, axes = plt.subplots(figsize=(6.4, 4.2))
+    picture, axes = plt.subplots(figsize=(DOUBLE, 3.4))
     for kind, rows in table.dropna(subset=["to_dense"]).groupby("kind", sort=False):
         for (point, part), marker in zip(rows.groupby("point", sort=False), "os^"):
             label = "the predecessor's router" if point == "router" else KINDS[kind]
@@ -109,5 +116,5 @@ def ratios(table: pd.DataFrame, title: str = ""):
     axes.axhline(1, color=COLOURS["dense"], lw=1)
     axes.set(xlabel="skip of all positions, padding too (%)", title=title,
              ylabel="perplexity / dense LoRA's")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(picture, columns=1, place="center right")
     return picture

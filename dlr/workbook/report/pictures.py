@@ -8,30 +8,17 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 
-from dlr.figures.register import registered
-from dlr.runs import Run
+from dlr.figures.register import ORIGINALS, registered
 from dlr.workbook.report.sources import Results
 
-# The predecessor's figures: its file, what it shows, and the beginnings of the names of ours that
-# stand for it where the register does not say so.
-ORIGINAL = [
-    ("validation_loss_convergence", "validation loss by step", ["validation"]),
-    ("validation_loss_final_bar", "last validation loss", ["baselines", "token_routing"]),
-    ("training_loss_trajectory", "training loss by step", ["training_loss"]),
-    ("training_loss_final_bar", "last training loss", ["training_loss"]),
-    ("inference_speedup_bar", "tokens a second by layers", ["latency"]),
-    ("phase_transition_comparison", "active layers by λ, two models", ["phase_transition"]),
-    ("pareto_frontier_curve", "loss by active layers", ["pareto"]),
-    ("pareto_dual_axis", "layers and loss by λ", ["penalty"]),
-    ("pareto_sweep_bar", "loss by λ", ["penalty"]),
-    ("exp6_loss_breakdown", "parts of the loss, sequence router", ["loss_breakdown"]),
-    ("exp6_temp_annealing", "temperature and layers, sequence router", ["temperature"]),
-    ("all_experiments_val_loss", "validation loss of five methods", ["validation"]),
-    ("exp10_loss_breakdown", "parts of the loss, token router", ["loss_breakdown"]),
-    ("exp10_temp_annealing", "temperature and layers, token router", ["temperature"]),
-    ("exp7_benchmark_accuracy", "accuracy by variant and task", ["evaluation"]),
-    ("exp7_perplexity_bar", "perplexity by variant", ["baselines", "token_routing"]),
-    ("exp7_efficiency_scatter", "accuracy by active layers", ["evaluation"])]
+# What the figures of the first studies show, in the register's order of their names.
+SHOWN = ("validation loss by step", "last validation loss", "training loss by step",
+         "last training loss", "tokens a second by layers", "active layers by λ, two models",
+         "loss by active layers", "layers and loss by λ", "loss by λ",
+         "parts of the loss, sequence router", "temperature and layers, sequence router",
+         "validation loss of five methods", "parts of the loss, token router",
+         "temperature and layers, token router", "accuracy by variant and task",
+         "perplexity by variant", "accuracy by active layers")
 
 
 class Registered(NamedTuple):
@@ -39,29 +26,21 @@ class Registered(NamedTuple):
 
     Attributes:
         phase: the first whose runs it reads. files: file name to the arguments of `draw`; none
-            where its data is missing. command: makes its data. replaces: the predecessor's figures
-            that it stands for; None where the register does not say.
+            where its data is missing. command: makes its data. replaces: the figures of the first
+            studies that it stands for.
     """
     phase: str
     draw: Callable
     files: dict[str, tuple]
     command: str
-    replaces: tuple[str, ...] | None
+    replaces: tuple[str, ...]
 
 
 @lru_cache(maxsize=4)
 def figures_of(results: Results) -> list[Registered]:
     """Every registered figure. Nothing else in the report reads the register of figures."""
-    known, entries = [], registered()
-    if isinstance(entries, dict):                # a register that knows sources, by name
-        return [Registered(entry.phases[0], entry.draw, entry.files_of(results.root),
-                           entry.command, entry.replaces) for entry in entries.values()]
-    for entry in entries:
-        runs = {run.partition("/")[2]: Run(results.root / run) for run in results.runs(entry.phase)}
-        runs = {name: run for name, run in runs.items() if entry.run in (None, name)}
-        known.append(Registered(entry.phase, entry.draw, entry.files(runs) if runs else {},
-                                f"python -m dlr run {entry.phase}", None))
-    return known
+    return [Registered(entry.phases[0], entry.draw, entry.files_of(results.root), entry.command,
+                       entry.replaces) for entry in registered().values()]
 
 
 class Picture(NamedTuple):
@@ -69,7 +48,7 @@ class Picture(NamedTuple):
     name: str
     caption: str
     draw: Callable
-    replaces: tuple[str, ...] | None = None
+    replaces: tuple[str, ...] = ()
 
 
 def _caption(draw: Callable) -> str:
@@ -90,11 +69,9 @@ def undrawn(results: Results) -> list[tuple[str, str]]:
 
 
 def replaced(drawn: list[Picture]) -> list[tuple[str, str, list[str]]]:
-    """(the predecessor's figure, what it shows, the names of ours), for each of its figures."""
-    return [(file, shows, [picture.name for picture in drawn
-                           if (picture.name.startswith(tuple(beginnings))
-                               if picture.replaces is None else file in picture.replaces)])
-            for file, shows, beginnings in ORIGINAL]
+    """(figure of the first studies, what it shows, the names of ours), for each of theirs."""
+    return [(file, shows, [picture.name for picture in drawn if file in picture.replaces])
+            for file, shows in zip(ORIGINALS, SHOWN, strict=True)]
 
 
 def png(picture: Picture) -> bytes | None:

@@ -1,8 +1,8 @@
 """Beside the predecessor: its published numbers, what they count, and ours on its protocol.
 
-Published numbers lie in `published.json`, with their caveats. Ours are the runs of the phase
-`predecessor`. The models are not the same, so that ratios are compared: to the base, and to LoRA at
-full depth.
+Published numbers lie in `figures/published.json`, with their caveats. Ours are the runs of the
+phase `predecessor`. The models are not the same, so that ratios are compared: to the base, and to
+LoRA at full depth.
 """
 
 from markupsafe import Markup

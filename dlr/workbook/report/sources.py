@@ -15,7 +15,7 @@ from markupsafe import Markup
 from dlr.runs import METRICS, RECORD, project_root
 
 Place = tuple[str, tuple]           # a file, and the steps into it: keys, numbers, {key: value}
-PUBLISHED = "dlr/workbook/report/published.json"
+PUBLISHED = "dlr/figures/published.json"
 ELEMENT = Markup('<data value="{}" data-how="{}" data-shape="{}" data-times="{:g}" data-from="{}" '
                  'title="{}">{}</data>')
 
