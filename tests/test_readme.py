@@ -103,13 +103,11 @@ EXPECTED = {
     "python -m dlr run": (tour, {}),
     "python -m dlr run token_routing --set target_skip=0.3": (
         ran("token_routing/default-*", target_skip=0.3), {}),
-    "python -m dlr run token_routing --params params/token_routing/tinyllama.yaml": (
-        refused("Without a network use"), {}),
     "python -m dlr sweep params/pareto/nano.yaml --jobs 2": (
         recorded_sweep, RECORDED),
     "papermill notebooks/03_token_routing.ipynb out.ipynb -f params/token_routing/quick.yaml": (
         papermill, {}),
-    "python -m dlr explore 'Any text.'": (shown("layers a token", "always kept"), {}),
+    "python -m dlr report": (shown("report.html", "tables for LaTeX"), RECORDED),
     "python -m dlr explore --base smollm2 'Any text.'": (None, {}),     # brings 93 MB: test_explorer_embedded.py
     "python -m dlr explore --serve": (None, {}),       # does not end by itself: tests/explore/test_serve.py
     "python -m dlr plan token_routing --params params/token_routing/qwen2.5-3b-4bit.yaml --memory 8GB": (

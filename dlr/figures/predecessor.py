@@ -93,14 +93,15 @@ def _files(runs: dict[str, Run]) -> dict[str, tuple]:
 @figure("predecessor", _files, command="python -m dlr sweep "
         "params/predecessor/smollm2-standin.yaml --set dataset=FOLDER")
 @drawn
-def ratios(table: pd.DataFrame, title: str = ""):
+def ratios(table: pd.DataFrame | None, title: str = ""):
     """Perplexity over dense LoRA's by skip of all positions; hollow: as the predecessor published.
 
     Args:
-        table: of `table_of`; a point is a row of one seed.
+        table: of `table_of`; a point is a row of one seed. None: the published rows alone.
     """
     picture, axes = plt.subplots(figsize=(DOUBLE, 3.4))
-    for kind, rows in table.dropna(subset=["to_dense"]).groupby("kind", sort=False):
+    known = [] if table is None else table.dropna(subset=["to_dense"]).groupby("kind", sort=False)
+    for kind, rows in known:
         for (point, part), marker in zip(rows.groupby("point", sort=False), "os^"):
             label = "the predecessor's router" if point == "router" else KINDS[kind]
             axes.plot(100 * part["skip_padded"], part["to_dense"], marker, ls="none",

@@ -41,7 +41,7 @@ def test_layers_and_loss_stand_against_the_penalty_on_twin_axes(results):
     assert left.get_xscale() == "log" and [label.get_text() for label in left.get_xticklabels()] == ["0.3", "1", "3"]
     np.testing.assert_allclose(left.lines[0].get_xydata().T, [[0.3, 1, 3], [15, 13, 9]])
     ((points, _, (bars,)),) = right.containers
-    np.testing.assert_allclose(points.get_ydata(), [3.0, 3.2, 3.6])
+    np.testing.assert_allclose(np.asarray(points.get_ydata(), float), [3.0, 3.2, 3.6])
     assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([3 - np.log(2), 3 + np.log(2)])
 
 
