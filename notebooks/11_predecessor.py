@@ -105,7 +105,7 @@ beside.published().round(3)
 ours = {f"{name}, {count} steps": table for (name, _, count), table in tables.items()
         if "to_dense" in table}
 for title, table in (ours or {"as published": None}).items():
-    display(beside.ratios(table, title))
+    beside.ratios(table, title)
 
 # %% [markdown]
 # ## What it means
