@@ -13,6 +13,7 @@ Token streams cached under other rules are made anew.
 """
 
 import ast
+import gc
 import hashlib
 import importlib.metadata as metadata
 import json
@@ -72,10 +73,19 @@ def _module_docstrings(item: tuple[str, str]) -> tuple[str, list[str]]:
             tree = ast.parse(Path(path).read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return name, []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    nodes = sorted(_documented(tree), key=lambda node: getattr(node, "lineno", 0))
     return name, [docstring for docstring in map(ast.get_docstring, nodes) if docstring]
+
+
+def _documented(tree: ast.Module) -> list[ast.AST]:
+    """Modules, classes and functions. They stand among statements: expressions are not entered."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:                             # which grows meanwhile
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inner = getattr(node, field, None)
+            nodes += inner if isinstance(inner, list) else []       # a lambda's body is one node
+    return [node for node in nodes if isinstance(node, kinds)]
 
 
 def source_files(packages: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -144,7 +154,8 @@ def embedded_corpus(packages: tuple[str, ...] = PACKAGES) -> pd.DataFrame:
     if path.exists():
         return pd.read_parquet(path)
     files = source_files(packages)
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # a tree holds no cycles, and looking for some takes half of the time
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), initializer=gc.disable) as pool:
         modules = list(tqdm(pool.map(_module_docstrings, files, chunksize=64), total=len(files),
                             desc="reading docstrings (once)", unit="file"))
     frame = _drop_repeats(_topics() + modules)
