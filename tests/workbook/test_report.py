@@ -307,6 +307,19 @@ def test_the_command_writes_page_and_tables(few, tmp_path, capsys):
     assert "holds no finished run" in capsys.readouterr().err
 
 
+def test_a_run_recorded_before_rows_had_a_kind_is_reported(tmp_path):
+    folder = tmp_path / "token_routing" / "default"
+    shutil.copytree(RECORDED / "token_routing" / "default", folder)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for row in metrics["rows"]:
+        del row["kind"], row["of"]
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    whole, tables = page.page(Results(tmp_path), bar=False)
+    versions = next(table for table in tables if table.name == "token_routing-default")
+    names = [page._plain(row[0]) for row in versions.rows]
+    assert "DLR" in names and "base" not in names and "DLR skips" in whole.striptags()
+
+
 def test_without_a_browser_a_sentence_says_so(few, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(page, "browser", lambda: None)
