@@ -74,8 +74,8 @@ def _candidates(folder: Path) -> list[tuple[str, Path]]:
 
 def _best_in(folder: Path) -> tuple[str, Path] | None:
     """(how it is called aloud, folder) of the best complete checkpoint here or one folder down."""
-    inner = sorted(path for path in folder.iterdir()
-                   if path.is_dir() and not path.name.startswith("."))
+    inner = sorted(path for path in folder.iterdir() if path.is_dir()
+                   and not path.name.startswith(".") and path.name != "trainer")
     inner.sort(key=lambda path: path.name not in ("router", "DLR"))    # before its controls
     named = [pair for place in (folder, *inner) for pair in _candidates(place)]
     named.sort(key=lambda pair: pair[0] == "last")                     # any made before any last

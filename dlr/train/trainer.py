@@ -8,7 +8,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from dlr.base.checkpoint import refuse_unsaveable, write_router
 from dlr.measure.likelihood import predicted
-from dlr.processes import begin, count
+from dlr.processes import begin, count, gathered
 from dlr.routing.decoder import routing_of
 from dlr.routing.elastic import ElasticRouter
 from dlr.routing.plan import gate_entropy
@@ -266,7 +266,8 @@ class DLRTrainer(ValidatingTrainer):
                 shard(self.accelerator, self.routing)
             with heeding(self._stop):
                 train_as_fits(self, self.routing, self._newest, self._begin)
-            if self.is_stopping:
+            # asked after the last step too: nothing is begun after it
+            if any(gathered(self.is_stopping or self._asked_to_stop)):
                 raise Stopped(f"step {self.state.global_step} of {self.args.max_steps} is saved; "
                               "the same command goes on from there")
         self.routing.policy = RouterPolicy()

@@ -17,7 +17,7 @@ from dlr.base.data import padded_batches
 from dlr.base.lines import documents_of
 from dlr.measure.evaluate import evaluate, mean_nll, skip_ratio
 from dlr.measure.static import forced_share
-from dlr.processes import dealt
+from dlr.processes import agreed, dealt
 from dlr.routing.budget import DIAL, threshold_at
 from dlr.routing.device import device_of
 from dlr.routing.elastic import ElasticStatic
@@ -138,6 +138,7 @@ class ValidatingTrainer(Trainer):
                 raise
             raise ValueError("Validation does not fit in memory: set a smaller eval_len, or "
                              "eval_steps=0.") from error
+        row = agreed(row)                # rounding may differ, and all must decide alike
         self.state.log_history[-1] |= row
         self.write_log()
         metrics = {f"eval_{name}": value for name, value in row.items()}
@@ -152,6 +153,8 @@ class ValidatingTrainer(Trainer):
         self.state.best_global_step = None      # Trainer would keep that checkpoint, not the last
         if is_best:
             folder = Path(self.args.output_dir) / BEST
+            if self.args.should_save:               # written last: a kill leaves none, not a half
+                (folder / STATE).unlink(missing_ok=True)
             self.save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 self.state.save_to_json(str(folder / STATE))

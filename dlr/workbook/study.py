@@ -99,8 +99,7 @@ def _clear(bench: Bench) -> None:
 
 def fresh_variant(bench: Bench, name: str, config: RunConfig,
                   preparation: Preparation | None = None) -> Variant:
-    """Fresh LoRA and router on the bench's base, the latter with a preparation's adapters and book.
-    """
+    """Fresh LoRA and router on the bench's base, this with a preparation's adapters and book."""
     _clear(bench)
     set_seed(config.seed)
     model = add_lora(bench.base, rank=config.lora_rank, alpha=config.lora_alpha,
@@ -132,6 +131,7 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
     """
     done = agreed(finished(folder / "trainer", config.steps) is not None)
     warm = policy is None and config.warm_start
+    held_out = None if done else validation_batches(config, bench.tokenizer)    # refused at once
     preparation = None
     if config.is_prepared:
         preparation = bench.preparation(config, labels=warm and not done)
@@ -145,19 +145,19 @@ def train(bench: Bench, name: str, config: RunConfig, folder: Path,
             variant.notes |= start(variant.model, variant.routing, preparation.labels,
                                    bench.calibration, config, context)
         keep_notes(folder / "trainer", variant.notes)
-        _fit(bench, variant, folder, policy, keep)
+        _fit(bench, variant, folder, policy, keep, held_out)
     except BaseException:
         variant.close()
         raise
     return variant
 
 
-def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None, keep: bool) -> None:
+def _fit(bench: Bench, variant: Variant, folder: Path, policy: Policy | None, keep: bool,
+         held_out: list[dict] | None) -> None:
     """Training, calibration and checkpoint of a variant."""
     config, model, routing = variant.config, variant.model, variant.routing
     set_seed(config.seed)
-    trainer = DLRTrainer(model, config, bench.blocks(config), folder, policy,
-                         validation_batches(config, bench.tokenizer))
+    trainer = DLRTrainer(model, config, bench.blocks(config), folder, policy, held_out)
     variant.steps = trainer.fit()
     if policy is None and keep:
         for name in kept_states(model, routing, folder, config.steps):

@@ -1,10 +1,13 @@
 """The one opener: what it gives is ready to run, and what fails leaves nothing behind."""
 
+import shutil
+
 import pytest
 import torch
 
 import dlr
-from dlr.base.models import load_base
+from dlr.base.find import find_checkpoint
+from dlr.base.models import NANO, load_base
 from dlr.measure.evaluate import calibrate
 from dlr.routing.decoder import routing_of
 
@@ -54,3 +57,13 @@ def test_calibration_asks_for_a_list_of_texts(texts):
     model, tokenizer, _ = dlr.load("nano-router")
     with pytest.raises(ValueError, match="needs a list of texts"):
         calibrate(model, tokenizer, texts, 0.3)
+
+
+def test_of_a_training_that_is_not_finished_the_last_state_is_meant(tmp_path):
+    """As of a finished one; the state of least held-out loss lies beside both."""
+    for name in ("best", "checkpoint-4"):
+        folder = tmp_path / "run" / "DLR" / "trainer" / name
+        shutil.copytree(NANO / "router", folder)
+        (folder / "trainer_state.json").write_text("{}")
+    for place in (tmp_path / "run", tmp_path / "run" / "DLR"):
+        assert find_checkpoint(place, say=lambda text: None).name == "checkpoint-4"

@@ -24,7 +24,7 @@ from dlr.routing.policy import LayerDrop, RouterPolicy
 from dlr.settings import Settings, SettingsError, validated
 from dlr.train.objectives import OBJECTIVES, GlobalPenalty, Objective, Original
 from dlr.train.settings import RunConfig
-from dlr.train.stopping import EXIT, heeding
+from dlr.train.stopping import EXIT, Stopped, heeding
 from dlr.train.trainer import DLRTrainer, collate
 
 SETTINGS = {"always_keep": 2, "steps": 2, "bf16": False, "warm_start": False, "target_skip": 0.5, "lr": 1e-2,
@@ -369,6 +369,25 @@ def test_a_run_that_is_asked_to_end_saves_the_step_in_progress_and_goes_on_to_th
     assert status == EXIT and 5 <= step < 12 and len(kept) == 1
     assert said == [f"step {step} of 12 is saved; the same command goes on from there"]
     _assert_same(uninterrupted, load_file(tmp_path / "stopped" / "end.safetensors"))
+
+
+def test_a_training_that_is_asked_to_end_after_its_last_step_is_begun_no_further(tmp_path):
+    """A signal while that step is saved: a run has other variants, and would go on with them."""
+    model = add_lora(tiny(), rank=2)
+    dlr.attach(model, RouterConfig(always_keep=2))
+    config = RunConfig(**SETTINGS | {"steps": 2})
+    trainer = DLRTrainer(model, config, Rows(equal=True), tmp_path)
+    save = trainer._save
+
+    def asked(output_dir=None, state_dict=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(output_dir, state_dict)
+    trainer._save = asked
+    with pytest.raises(Stopped, match="step 2 of 2 is saved"):
+        trainer.fit()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    again = DLRTrainer(model, config, Rows(equal=True), tmp_path)
+    assert again.fit() == 2, "what is saved is whole"
 
 
 def test_a_signal_that_somebody_else_heeds_stays_theirs():

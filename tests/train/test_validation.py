@@ -134,6 +134,22 @@ def test_the_best_state_is_kept_beside_the_last_which_stays_in_the_model(tmp_pat
     assert list(kept_states(falling.model, falling.routing, tmp_path / "b", 2)) == ["checkpoint"]
 
 
+def test_a_best_state_that_was_cut_short_is_none(tmp_path):
+    """Step 2 is better than step 1, and the process ends while it is written over it."""
+    trainer = scripted(trainer_of(tmp_path, LayerDrop(0.0), held_out(), steps=3, eval_steps=1), [3.0, 2.0])
+    save = trainer._save
+
+    def killed(output_dir=None, state_dict=None):
+        save(output_dir, state_dict)
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+    trainer._save = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    best = tmp_path / "trainer" / "best"
+    assert best.is_dir() and not (best / "trainer_state.json").exists()
+
+
 def test_steps_that_do_not_hold_their_budget_are_no_best_ones(tmp_path):
     """A ramp's first steps skip less; an objective without a target always may."""
     for name, changes, best in (("ramp", {"ramp": 0.6}, [2]), ("no target", {"objective": "global_penalty"}, [])):

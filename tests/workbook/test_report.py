@@ -230,14 +230,32 @@ def test_our_rows_stand_beside_it_once_they_are_there(tmp_path):
         (folder / "metrics.json").write_text(json.dumps({"rows": [row]}))
     table = predecessor.ours(Results(tmp_path))
     own = dict(zip(table.columns, map(page._plain, table.rows[-1])))
-    assert own == {"our row": "DLR", "seeds": "1", "skip of tokens": "25.0 %",
+    assert own == {"our row": "DLR", "trained for": "–", "seeds": "1", "skip of tokens": "25.0 %",
                    "skip, padding counted": "18.0 %", "perplexity": "35.00",
                    "by their average": "36.00", "over our base": "0.90",
                    "over our dense LoRA": "1.12"}
-    assert [page._plain(cell) for cell in table.rows[1]][1] == "2"
+    assert [page._plain(cell) for cell in table.rows[1]][2] == "2"
     lists = claims.judged(Results(tmp_path))
     assert "1.12 times the perplexity of dense LoRA at 18.0 %" in lists[claims.HOLDS][0].striptags()
     assert "the predecessor's router has 3.13 at 18.0 %" in lists[claims.HOLDS][0].striptags()
+
+
+def test_rows_of_one_name_that_were_trained_for_other_skips_are_no_seeds_of_each_other(tmp_path):
+    """Nor is a row set beside dense LoRA of another seed."""
+    dense = {"variant": "dense LoRA", "kind": "dense", "seed": 42, "skip": 0.0, "perplexity_batches": 32.0}
+    routed = {"variant": "DLR at 24%", "kind": "routed", "skip": 0.25, "skip_padded": 0.24}
+    for place, row in enumerate((dense, routed | {"seed": 42, "trained_skip": 0.18, "perplexity_batches": 36.0},
+                                 routed | {"seed": 42, "trained_skip": 0.37, "perplexity_batches": 48.0},
+                                 routed | {"seed": 43, "trained_skip": 0.5, "perplexity_batches": 64.0})):
+        folder = tmp_path / "predecessor" / str(place)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"rows": [row | {"perplexity": 35.0}]}))
+    table = predecessor.ours(Results(tmp_path))
+    rows = [dict(zip(table.columns, map(page._plain, row))) for row in table.rows]
+    assert [(row["trained for"], row["seeds"], row["over our dense LoRA"]) for row in rows] == [
+        ("–", "1", "1.00"), ("18 %", "1", "1.12"), ("37 %", "1", "1.50"), ("50 %", "1", "–")]
+    said = [sentence.striptags() for _, sentence in predecessor.beside(Results(tmp_path))]
+    assert len(said) == 2 and "DLR at 24% (trained for 37 %) has 1.50 times" in said[1]
 
 
 def test_published_numbers_name_their_source_and_no_machine():
@@ -287,6 +305,19 @@ def test_the_command_writes_page_and_tables(few, tmp_path, capsys):
     assert (out / "report.html").read_bytes() == first, "the same results give the same page"
     assert main(["report", "--results", str(tmp_path / "none")]) == 2
     assert "holds no finished run" in capsys.readouterr().err
+
+
+def test_a_run_recorded_before_rows_had_a_kind_is_reported(tmp_path):
+    folder = tmp_path / "token_routing" / "default"
+    shutil.copytree(RECORDED / "token_routing" / "default", folder)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for row in metrics["rows"]:
+        del row["kind"], row["of"]
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    whole, tables = page.page(Results(tmp_path), bar=False)
+    versions = next(table for table in tables if table.name == "token_routing-default")
+    names = [page._plain(row[0]) for row in versions.rows]
+    assert "DLR" in names and "base" not in names and "DLR skips" in whole.striptags()
 
 
 def test_without_a_browser_a_sentence_says_so(few, tmp_path, monkeypatch):

@@ -271,6 +271,14 @@ def test_routed_rows_measure_the_router_that_was_saved(bench, rows, tmp_path):
     variant.close()
 
 
+def test_text_that_cannot_be_validated_on_is_refused_before_the_preparation(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "prepare", lambda *_: pytest.fail("prepared in vain"))
+    assert bench.config.is_prepared
+    with pytest.raises(ValueError, match="no split 'validation'.*Or set eval_steps=0"):
+        study.train(bench, "DLR", settings_of(bench, lines=5), tmp_path / "router")
+    assert not (tmp_path / "router").exists() and bench.open is None
+
+
 def test_the_best_state_is_a_checkpoint_of_its_own_and_no_variant_is_found_by_it(bench, tmp_path, monkeypatch):
     """Calibrated as the last one is; of a control it is a control's. What has no name of its own is the last."""
     losses = iter([1.0, 2.0] * 3)

@@ -2,7 +2,7 @@
 
 from markupsafe import Markup
 
-from dlr.runs import METRICS
+from dlr.runs import METRICS, kind_of
 from dlr.workbook.report import tables
 from dlr.workbook.report.sources import Results
 from dlr.workbook.report.verdicts import (FAILS, HOLDS, LIST_OF, STATIC, Claims, interval, listed,
@@ -80,12 +80,12 @@ def _missed(results: Results, run: str, variant: str) -> tuple[str, Markup]:
 def versions(results: Results, run: str = "token_routing/default") -> Claims:
     """Each version of the router: its budget, and the plans that are given its weights and skip."""
     rows = results.rows(run)
-    for variant in [row["variant"] for row in rows if row["kind"] == "routed"]:
+    for variant in [row["variant"] for row in rows if kind_of(row) == "routed"]:
         yield _missed(results, run, variant)
         sides: dict[str, list] = {}
         for kind, words in CONTROLS.items():
             for place, row in enumerate(rows):
-                if (row["kind"], row.get("of")) == (kind, variant) and "against_router" in row:
+                if (kind_of(row), row.get("of")) == (kind, variant) and "against_router" in row:
                     own = interval(results, run, "rows", place, "against_router")
                     for which in told(results, variant, words, {words: [own]}, "{}",
                                       lower_is_better=False):

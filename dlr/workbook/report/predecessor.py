@@ -86,7 +86,7 @@ THEIRS = "perplexity_batches"        # their average: over batches of paragraphs
 
 
 def groups(results: Results) -> dict[tuple, dict[str, list[tuple]]]:
-    """(model, dataset, steps) to variant to (run, place of its row), a pair a seed.
+    """(model, dataset, steps) to (variant, skip trained for) to (run, place of row), a pair a seed.
 
     Raises:
         Missing: the phase has no finished run.
@@ -95,11 +95,12 @@ def groups(results: Results) -> dict[tuple, dict[str, list[tuple]]]:
     if not runs:
         raise Missing("predecessor/default", "finished run")
     found = {}
-    for key, group in alike(runs).items():
-        variants = found.setdefault(key, {})
+    for protocol, group in alike(runs).items():
+        variants = found.setdefault(protocol, {})
         for run in group:
             for place, row in enumerate(results.rows(run)):
-                variants.setdefault(row["variant"], []).append((run, place))
+                key = row["variant"], row.get("trained_skip")
+                variants.setdefault(key, []).append((run, place))
     return found
 
 
@@ -115,13 +116,18 @@ def _full(results: Results, variants: dict, kind: str) -> list[tuple]:
 
 
 def ratio(results: Results, own: list[tuple], others: list[tuple]):
-    """Mean over seeds of a row's perplexity over another's of the same seed; a dash without it."""
-    if not others:
-        return BLANK
+    """Mean over seeds of a row's perplexity over another's of the same seed; a dash without it.
+
+    The base has one row, for all seeds.
+    """
     places = []
     for run, place in own:
         seed = results.rows(run)[place].get("seed")
-        other = min(others, key=lambda pair: results.rows(pair[0])[pair[1]].get("seed") != seed)
+        fits = [pair for pair in others if kind_of(row := results.rows(pair[0])[pair[1]]) == "base"
+                or row.get("seed") == seed]
+        if not fits:
+            return BLANK
+        other = fits[0]
         places += [(f"{each}/{METRICS}", ("rows", i, _average(results, each)))
                    for each, i in ((run, place), other)]
     return results.made("mean ratio", places, ".2f")
@@ -146,13 +152,16 @@ def ours(results: Results) -> Table:
             skips = [_over_seeds(results, pairs, name, shape=".1f", times=100) for name in SKIPS]
             ratios = [ratio(results, pairs, _full(results, variants, kind))
                       for kind in ("base", "dense")]
+            asked = results.rows(run)[place].get("trained_skip")
             lines.append([results.metric(run, "rows", place, "variant"),
+                          percent(results.percent(run, "rows", place, "trained_skip", shape=".0f"))
+                          if asked else BLANK,
                           results.made("count", [(f"{each}/{METRICS}", ("rows", i, "variant"))
                                                  for each, i in pairs]),
                           *(skip if skip == BLANK else percent(skip) for skip in skips),
                           _over_seeds(results, pairs, "perplexity"),
                           _over_seeds(results, pairs, THEIRS), *ratios])
-    columns = ["our row", "seeds", *SKIPS.values(), "perplexity", "by their average",
+    columns = ["our row", "trained for", "seeds", *SKIPS.values(), "perplexity", "by their average",
                "over our base", "over our dense LoRA"]
     return Table("predecessor-ours", "Our rows on the predecessor's protocol, mean ± SD over "
                  "seeds; ratios are of perplexities by their average.", columns, lines,
@@ -172,17 +181,21 @@ def beside(results: Results):
     at = results.published(MODELS[0], "rows", place, "skip", shape=".1f", times=100)
     for variants in groups(results).values():
         others = _full(results, variants, "dense")
-        for name, pairs in variants.items():
+        for (_, asked), pairs in variants.items():
             row = results.rows(pairs[0][0])[pairs[0][1]]
             key = "skip_padded" if "skip_padded" in row else "skip"
             if kind_of(row) == "routed" and others and row[key] >= at.value - NEAR:
                 own = ratio(results, pairs, others)
+                if own is BLANK:
+                    continue
+                trained = Markup(" (trained for {}\u00a0%)").format(results.percent(
+                    pairs[0][0], "rows", pairs[0][1], "trained_skip", shape=".0f")) if asked else ""
                 yield own.shown < other.shown, Markup(
-                    "on the predecessor's protocol {} has {} times the perplexity of dense LoRA at "
-                    "{}\u00a0% skip of all positions; the predecessor's router has {} at "
+                    "on the predecessor's protocol {}{} has {} times the perplexity of dense LoRA "
+                    "at {}\u00a0% skip of all positions; the predecessor's router has {} at "
                     "{}\u00a0%.").format(
-                        results.metric(pairs[0][0], "rows", pairs[0][1], "variant"), own,
-                        _over_seeds(results, pairs, key, shape=".1f", times=100), other, at)
+                        results.metric(pairs[0][0], "rows", pairs[0][1], "variant"), trained,
+                        own, _over_seeds(results, pairs, key, shape=".1f", times=100), other, at)
 
 
 # -- what has to be known -------------------------------------------------------------------------

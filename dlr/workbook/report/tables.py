@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from dlr.runs import METRICS, Run, alike
+from dlr.runs import METRICS, Run, alike, kind_of
 from dlr.workbook.report.sources import Number, Results
 from dlr.workbook.report.verdicts import Interval, interval
 
@@ -148,7 +148,7 @@ def perplexities(results: Results, run: str, name: str, caption: str) -> Table:
 def _control(results: Results, run: str, variant: str, kind: str):
     """Perplexity of a router's control, and its loss less the router's where that is recorded."""
     for place, row in enumerate(results.rows(run)):
-        if row["kind"] == kind and row.get("of") == variant:
+        if kind_of(row) == kind and row.get("of") == variant:
             value = results.metric(run, "rows", place, "perplexity")
             if "against_router" not in row:
                 return value
@@ -162,7 +162,7 @@ def versions(results: Results, run: str, name: str, caption: str) -> Table:
     controls = ("shuffled", "mean", "random")
     lines = []
     for row in results.rows(run):
-        if row["kind"] not in (*controls, "base"):
+        if kind_of(row) not in (*controls, "base"):
             steps = "rows", {"variant": row["variant"]}
             lines.append([results.metric(run, *steps, "variant"),
                           percent(results.percent(run, *steps, "skip")),
