@@ -4,11 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from clone import contents, copy_project, environment, needs_the_recorded_corpus
 
+from dlr.__main__ import parser
 from dlr.runs import Run, project_root
+from dlr.train.several import share_of_batch
+from dlr.workbook.runner import checked_parameters, effective_of
 
 README = (project_root() / "README.md").read_text(encoding="utf-8")
 SET_UP = {"python3 -m venv .venv", ". .venv/bin/activate",               # what .ci/run does
@@ -112,10 +116,10 @@ EXPECTED = {
     "python -m dlr explore --serve": (None, {}),       # does not end by itself: tests/explore/test_serve.py
     "python -m dlr plan token_routing --params params/token_routing/qwen2.5-3b-4bit.yaml --memory 8GB": (
         None, {}),                                    # tests/workbook/test_planning.py
-    "torchrun --nproc-per-node 8 -m dlr train --params params/token_routing/llama3.1-8b.yaml": (
-        None, {}),                                    # tests/train/test_two_processes.py
-    "python -m dlr sweep params/pareto/llama3.1-8b.yaml --cluster slurm --slurm timeout_min=480": (
-        None, {}),                                    # tests/workbook/test_cluster.py
+    "torchrun --nproc-per-node 8 -m dlr train --params params/token_routing/llama3.1-8b.yaml "
+    "--set batch_size=8 --set accumulation=2": (None, {}),     # tests/train/test_two_processes.py
+    "python -m dlr sweep params/pareto/llama3.1-8b.yaml --cluster slurm --slurm timeout_min=480"
+    ",gpus_per_node=1": (None, {}),              # tests/workbook/test_cluster.py
     "python -m dlr eval CHECKPOINT --tasks mmlu,arc_challenge,gsm8k --num-fewshot 5": (
         refused("--data-dir"), {}),
 }
@@ -124,6 +128,19 @@ EXPECTED = {
 def test_every_command_of_the_readme_is_known_here():
     assert set(commands()) == set(EXPECTED)
     assert "python -m dlr" in README and "```python" in README
+
+
+def test_the_processes_of_the_readme_share_the_batch_and_the_step_stays_the_files(monkeypatch):
+    monkeypatch.delenv("DLR_PRESET", raising=False)
+    monkeypatch.chdir(project_root())
+    (text,) = [text for text in EXPECTED if text.startswith("torchrun")]
+    words = shlex.split(text)
+    given = parser().parse_args(words[words.index("dlr") + 1:])
+    phase = Path(given.params).parent.name
+    config, file = (effective_of(phase, checked_parameters(phase, given.params, changes))
+                    for changes in (given.set, []))
+    assert share_of_batch(config.batch_size, int(words[words.index("--nproc-per-node") + 1])) == 1
+    assert config.batch_size * config.accumulation == file.batch_size * file.accumulation
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def difficulty(rows: list[dict], by_unit: list[dict], always_keep: int = 4,
 @shipped("position", lambda run: (run.metrics["position"],))
 @drawn
 def position(rows: list[dict]):
-    """Active layers by place in the text."""
+    """Active layers by place in the text, with 95 % intervals over documents."""
     picture, axes = plt.subplots(figsize=(SINGLE, 2.3))
     intervals(axes, np.arange(len(rows)), pd.DataFrame(rows), "mean", fmt="o-")
     names = [f"{row['first']}-{row['last']}" if row["first"] < row["last"] else str(row["first"])

@@ -80,7 +80,7 @@ def _convergence(panels: dict[str, dict[str, pd.Series]], title: str, label: str
         axes.set(xlabel="step", title=phase)
         # Below its own panel, since each has its own lines.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=1 + (len(lines) > 4),
-                    fontsize=6.5)
+                    fontsize=6.5, handlelength=2.8)     # a whole period of '-.'
     grid[0, 0].set_ylabel(label)
     picture.suptitle(title)
     return picture

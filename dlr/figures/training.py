@@ -108,7 +108,7 @@ def frontier_files(runs: dict[str, Run]) -> dict[str, tuple]:
         replaces=("pareto_frontier_curve",))
 @drawn
 def frontier(table: pd.DataFrame, differences: pd.DataFrame, title: str = ""):
-    """Perplexity by measured skip, and below it the router against the best static plan, if any.
+    """Perplexity by measured skip, and below it DLR less the best static plan, seeds side by side.
 
     Args:
         table: rows of all runs; lines are means over seeds, with one standard deviation.

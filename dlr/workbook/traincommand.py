@@ -27,10 +27,11 @@ EXAMPLES = """examples:
   python -m dlr train pareto --params FILE --set point=baselines    one process will do
 
 batch_size is the whole batch, which the processes share equally: tables do not change with the
-machine. The same command, with as many processes, goes on where a killed one stopped, and with
---fresh begins anew. SIGTERM has all processes save the step in progress and exit with 75. Do not
-use accelerate launch --cpu, which starts one process whatever it is told: torchrun works without a
-GPU.
+machine. More processes than batch_size need a larger batch, and as much less accumulation for the
+same step: --set batch_size=8 --set accumulation=2 where the file says 4 and 4. The same command,
+with as many processes, goes on where a killed one stopped, and with --fresh begins anew. SIGTERM
+has all processes save the step in progress and exit with 75. Do not use accelerate launch --cpu,
+which starts one process whatever it is told: torchrun works without a GPU.
 """
 
 
