@@ -8,7 +8,6 @@ from contextlib import closing
 
 import torch.nn.functional as F
 
-from dlr.base.checkpoint import save_control
 from dlr.base.encoding import padding_token
 from dlr.measure.paragraphs import counted_by_batches
 from dlr.measure.static import plan_without
@@ -16,6 +15,7 @@ from dlr.routing.budget import budget
 from dlr.routing.policy import LayerDrop, RouterPolicy
 from dlr.runs import KINDS, Run
 from dlr.train.controls import stochastic_policy
+from dlr.train.kept import keep_control
 from dlr.workbook import frontier, study
 from dlr.workbook.study import Bench
 
@@ -41,8 +41,8 @@ def _fixed(bench: Bench, config, run: Run) -> list[dict]:
     policy = stochastic_policy(changed) if kind == "stochastic" else LayerDrop(0.0)
     name = KINDS[kind] + (f" {config.target_skip:.0%}" if kind == "stochastic" else "")
     with closing(study.train(bench, name, changed, run.folder / kind, policy)) as variant:
-        save_control(variant.model, variant.routing, run.folder / kind / "checkpoint", kind,
-                     skip=changed.layer_drop or None)
+        keep_control(variant.model, variant.routing, run.folder / kind, config.steps, kind, None,
+                     changed.layer_drop or None)
         rows = [study.measure(bench, variant, name, None, kind)]
         for layers in config.masks:
             label = f"{name}, without layers {' '.join(map(str, layers))}"
